@@ -1,0 +1,109 @@
+"""Every key of a run, once, with its unit and default. A run states what it changes."""
+
+import difflib
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def base() -> ml_collections.ConfigDict:
+    """Return the defaults, locked: setting a key that is not here is an error."""
+    config = ml_collections.ConfigDict()
+
+    # The run's folder is logdir/run_name; an empty name becomes the config's name and the time.
+    config.run_name = ""
+    config.project_name = "flow_grpo"
+    config.logdir = "logs"
+    config.tracker = "tensorboard"  # tensorboard | wandb (offline without a login) | none
+    config.seed = 42
+    config.num_epochs = 10_000
+    config.save_freq = 20  # epochs; also after the last one and on SIGTERM or SIGINT
+    config.eval_freq = 20  # epochs; also before the first and after the last one
+    config.eval_split = "test"  # which file of the data set is evaluated: test | dev
+    config.eval_max_samples = 0  # prompts; 0: all
+    config.num_checkpoint_limit = 5  # checkpoints kept; 0: all
+    config.resume_from = ""  # a checkpoint's folder | "latest" of this run | "auto": latest, if any
+
+    config.pretrained = pretrained = ml_collections.ConfigDict()
+    pretrained.model = ""  # a diffusers pipeline: local folder or hub id
+    pretrained.revision = "main"
+
+    config.dataset = ""  # folder with {train,test}.txt or {train,test}_metadata.jsonl
+    config.reward_fn = ml_collections.ConfigDict({"jpeg_compressibility": 1.0})  # name: weight
+    config.resolution = 512  # pixels, a square; height and width override it
+    config.height = placeholder(int)
+    config.width = placeholder(int)
+    config.max_sequence_length = 128  # tokens of the longest text encoder
+    config.mixed_precision = "fp16"  # no | bf16 | fp16 (GPU only)
+    config.allow_tf32 = True
+    config.use_lora = True  # False: full fine-tune, fp32 weights
+    config.activation_checkpointing = False
+    config.objective = "grpo"  # grpo | nft
+
+    config.sample = sample = ml_collections.ConfigDict()
+    sample.num_steps = 10
+    sample.eval_num_steps = 40
+    sample.guidance_scale = 4.5  # <= 1: one conditional pass
+    sample.eval_guidance_scale = placeholder(float)  # None: guidance_scale
+    sample.train_batch_size = 8  # pictures a call on each rank
+    sample.test_batch_size = 8
+    sample.num_image_per_prompt = 16  # group size
+    sample.num_batches_per_epoch = 4  # calls an epoch on each rank
+    sample.noise_level = 0.7  # a of Flow-SDE, eta of CPS and Dance-SDE
+    sample.sde_type = "sde"  # sde | cps | dance
+    sample.sde_window_size = 0  # trained steps from a random start; 0: all steps but the last
+    sample.sde_window_range = (0, 5)  # steps [first, end) that a window may cover
+    sample.sde_steps = ()  # a fixed list of trained steps instead of a window
+    sample.same_latent = False  # one initial noise a group
+    sample.global_std = True  # advantages: std of all rewards; False: of the group's
+
+    config.train = train = ml_collections.ConfigDict()
+    train.batch_size = placeholder(int)  # pictures a micro-batch; None: sample.train_batch_size
+    train.learning_rate = 3e-4
+    train.lr_scheduler = "constant"  # constant | linear | cosine, over num_epochs
+    train.lr_warmup_steps = 0  # optimizer steps
+    train.use_8bit_adam = False  # needs bitsandbytes
+    train.adam_beta1 = 0.9
+    train.adam_beta2 = 0.999
+    train.adam_weight_decay = 1e-4
+    train.adam_epsilon = 1e-8
+    train.gradient_accumulation_steps = 2  # micro-batches an optimizer step
+    train.max_grad_norm = 1.0
+    train.max_nonfinite_updates = 5  # skipped updates in a row before the run stops
+    train.num_inner_epochs = 1  # passes over an epoch's pictures
+    train.cfg = True  # the trained velocity is guided as the rollout's; False: unguided
+    train.adv_clip_max = 5.0
+    train.clip_range = 1e-4  # epsilon, of the per-element mean log-ratio
+    train.step_weight = "none"  # none | std: each step's loss times its std over the mean std
+    train.old_log_prob = "rollout"  # rollout | replay: scored again before the first update
+    train.beta = 0.0  # KL coefficient
+    train.kl_mode = "kl_dt"  # kl_dt | kl_true | x | v
+    train.ema = False
+    train.ema_decay = 0.9
+    train.ema_update_every = 8  # optimizer steps
+    train.shuffle_advantages = False  # a control: the reward is the same, its assignment random
+    train.lora_path = ""  # warm start
+    train.lora_rank = 32
+    train.lora_alpha = 64
+    train.lora_targets = ()  # module name suffixes; empty: the model's own choice
+
+    config.nft = nft = ml_collections.ConfigDict()
+    nft.beta = 1.0  # how far the implicit policies lie from the old one
+    nft.kl_beta = 1e-4  # velocity-space KL to the reference
+    nft.decay = "half"  # old policy: on_policy | half | slow (types 0, 1, 2 of the paper's code)
+    nft.num_times = 4  # noise levels drawn for each picture
+
+    config.lock()
+    return config
+
+
+def select(runs: dict, name: str) -> ml_collections.ConfigDict:
+    """Return the config of the run `name` among a module's public functions."""
+    known = {key: run for key, run in runs.items() if callable(run) and not key.startswith("_")}
+    for helper in ("base", "select", "get_config"):
+        known.pop(helper, None)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"--config: no run {name!r}; there are {', '.join(sorted(known))}.{hint}")
+    return known[name]()

@@ -1,0 +1,39 @@
+"""Runs on the tiny pipeline of scripts/testbed, in minutes, on a CPU."""
+
+from config.base import base, select
+
+
+def get_config(name="shapes_sd3"):
+    return select(globals(), name)
+
+
+def shapes_sd3():
+    """A 2.3 M parameter SD3 learns to draw the shapes that it was asked for."""
+    config = base()
+    config.pretrained.model = "scripts/testbed/base"
+    config.dataset = "dataset/shapes"
+    config.reward_fn = {"shapes": 1.0}
+    config.resolution = 32
+    config.max_sequence_length = 12
+    config.mixed_precision = "no"
+    config.use_lora = False
+    config.num_epochs = 60
+    config.save_freq = 20
+    config.eval_freq = 20
+
+    config.sample.eval_num_steps = 10
+    config.sample.guidance_scale = 1.0
+    config.sample.train_batch_size = 96
+    config.sample.test_batch_size = 100
+    config.sample.num_image_per_prompt = 24
+    config.sample.num_batches_per_epoch = 6  # x 96 = 576 pictures, 24 groups of 24
+    config.sample.sde_window_size = 2
+    config.sample.global_std = False
+
+    config.train.cfg = False
+    config.train.gradient_accumulation_steps = 2  # 3 optimizer steps an epoch
+    config.train.adam_beta2 = 0.98
+    config.train.step_weight = "std"
+    config.train.ema = True
+    config.train.ema_update_every = 1
+    return config

@@ -1,0 +1,117 @@
+"""Scores to group-relative advantages, in fp64. A group is the images of one prompt.
+
+NaN means "could not be scored": such a row counts in no mean or std and its advantage is 0.
+No result depends on the order of the rows, not in the last bit, so ranks may gather in any order.
+"""
+
+import torch
+from torch import Tensor
+
+
+def group_advantages(
+    scores: Tensor, group: Tensor, *, std: str = "global", epsilon: float = 1e-4
+) -> Tensor:
+    """Centre each score on its group's mean and divide by a standard deviation.
+
+    scores: (N,) rewards of all ranks, NaN where missing. group: (N,) int64, equal for images of one
+    prompt. std: "group" (GRPO, arXiv:2402.03300), "global", over all scores (Flow-GRPO's default,
+    arXiv:2505.05470), or "none"; population std, plus epsilon.
+    Returns (N,) float64; exactly 0 in a group whose scores are all equal (to 1e-8 relative). If
+    no group has a second row, the whole batch is the group.
+    """
+    assert std in ("group", "global", "none"), std
+    present = ~torch.isnan(scores)
+    values = scores[present].double()
+    centred, group_std = _centre(values, _group_index(group)[present])
+    if std == "group":
+        centred = centred / (group_std + epsilon)
+    elif std == "global":
+        centred = centred / (_std(values) + epsilon)
+    return _restore(centred, present)
+
+
+def gdpo_advantages(
+    scores: dict[str, Tensor], weights: dict[str, float], group: Tensor, *, floor: float = 1e-6
+) -> Tensor:
+    """Normalise each reward within its groups, add them up by weight, and normalise over the batch.
+
+    Unlike a weighted sum of rewards it does not depend on their scales (GDPO, arXiv:2601.05242).
+    scores: (N,) for each key of weights; a row that misses one of them counts in none.
+    group: (N,) int64. floor: smallest std that is divided by. Returns (N,) float64; exactly 0 in a
+    group that has no spread in any reward.
+    """
+    names = sorted(weights)
+    table = torch.stack([scores[name].double() for name in names])  # (rewards, N)
+    present = ~torch.isnan(table).any(0)
+    index = _group_index(group)[present]
+    total = torch.zeros_like(table[0, present])
+    for name, values in zip(names, table[:, present], strict=True):
+        centred, group_std = _centre(values, index)
+        total += weights[name] * centred / group_std.clamp(min=floor)
+    # Every group of `total` sums to 0, so the batch's mean is 0 as well: subtracting its rounding
+    # error would only spoil the exact zeros.
+    return _restore(total / _std(total).clamp(min=floor), present)
+
+
+def zero_std_fraction(scores: Tensor, group: Tensor) -> float:
+    """Give the fraction of groups that teach nothing, as their scores are all equal or missing.
+
+    scores: (N,), NaN where missing. group: (N,) int64; if no group has a second row, the whole
+    batch is the group.
+    """
+    index = _group_index(group)
+    present = ~torch.isnan(scores)
+    centred, _ = _centre(scores[present].double(), index[present])
+    num_groups = int(index.max()) + 1
+    return (num_groups - len(index[present][centred != 0].unique())) / num_groups
+
+
+def win_rates(results: Tensor) -> Tensor:
+    """Turn the results of all pairs of a group into scores.
+
+    results: (G, G), [i, j] is 1 where i beats j, 0 where it loses, 1/2 for a tie or no verdict; the
+    diagonal is ignored. Returns (G,) float64 in [0, 1], with sum G / 2 (Pref-GRPO).
+    """
+    size = len(results)
+    assert results.shape == (size, size) and size > 1, results.shape
+    others = ~torch.eye(size, dtype=torch.bool, device=results.device)
+    results = results.double()
+    assert ((results + results.T)[others] == 1).all(), "[i, j] and [j, i] must add up to 1"
+    return torch.where(others, results, 0).sum(1) / (size - 1)
+
+
+def _group_index(group: Tensor) -> Tensor:
+    """Number the groups from 0; all rows are one group if no group has a second row."""
+    ids, index = torch.unique(group, return_inverse=True)
+    return torch.zeros_like(index) if len(ids) == len(group) else index
+
+
+def _centre(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Subtract the group means, exactly 0 in constant groups; give each row its group's std."""
+    assert torch.isfinite(values).all(), "an infinite score"
+    num_groups = int(index.max()) + 1 if len(index) else 0
+    empty = values.new_zeros(num_groups)
+    count = torch.bincount(index, minlength=num_groups)
+    mean = _group_sum(values, index, num_groups) / count
+    largest = empty.scatter_reduce(0, index, values, "amax", include_self=False)
+    smallest = empty.scatter_reduce(0, index, values, "amin", include_self=False)
+    constant = largest - smallest <= 1e-8 * mean.abs().clamp(min=1)
+    centred = torch.where(constant[index], 0, values - mean[index])
+    std = torch.sqrt(_group_sum(centred**2, index, num_groups) / count)
+    return centred, std[index]
+
+
+def _group_sum(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
+    """Sum within groups, smallest value first: no bit depends on the order of the rows."""
+    order = values.argsort()
+    return values.new_zeros(num_groups).index_add_(0, index[order], values[order])
+
+
+def _std(values: Tensor) -> Tensor:
+    values = values.sort().values
+    return torch.sqrt(torch.mean((values - values.mean()) ** 2))
+
+
+def _restore(values: Tensor, present: Tensor) -> Tensor:
+    """Put the present rows back among the missing ones, which get 0."""
+    return values.new_zeros(present.shape).masked_scatter(present, values)

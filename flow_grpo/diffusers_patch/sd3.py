@@ -1,0 +1,75 @@
+"""Stable Diffusion 3 and 3.5 (arXiv:2403.03206): latents (16, H/8, W/8), classic guidance, static shift."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from torch import Tensor
+
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.rollout import Cond, Size
+
+
+class SD3(PatchedPipeline):
+    stock = StableDiffusion3Pipeline
+    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    lora_target_modules = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+    )
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_length,
+            device=self.device,
+        )
+        return [
+            Cond({"embeds": e, "pooled": p})
+            for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
+        ]
+
+    def schedule(self, num_steps: int, size: Size) -> dict:
+        scheduler = self.pipe.scheduler.config
+        if not scheduler.get("use_dynamic_shifting"):
+            return {}
+        patch = self.transformer.config.patch_size * self.vae_scale
+        tokens = (size.height // patch) * (size.width // patch)
+        mu = calculate_shift(
+            tokens,
+            scheduler.get("base_image_seq_len", 256),
+            scheduler.get("max_image_seq_len", 4096),
+            scheduler.get("base_shift", 0.5),
+            scheduler.get("max_shift", 1.16),
+        )
+        return {"mu": mu}
+
+    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
+        guided = self.needs_negative(guidance_scale)
+        rows = 2 if guided else 1
+        embeds, pooled = cond["embeds"], cond["pooled"]
+        if guided:  # one batch of [negative, positive], the stock pipeline's layout
+            embeds = torch.cat([negative["embeds"], embeds])
+            pooled = torch.cat([negative["pooled"], pooled])
+        velocity = model(
+            hidden_states=torch.cat([latents.to(self.input_dtype)] * rows),
+            timestep=torch.cat([sigma * 1000] * rows),
+            encoder_hidden_states=embeds.to(self.input_dtype),
+            pooled_projections=pooled.to(self.input_dtype),
+            return_dict=False,
+        )[0].float()
+        if not guided:
+            return velocity
+        unconditional, conditional = velocity.chunk(2)
+        return unconditional + guidance_scale * (conditional - unconditional)

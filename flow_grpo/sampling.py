@@ -1,0 +1,154 @@
+"""The denoising loop with log-probabilities, and the same step scored again for the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flow_grpo import draws, sde
+from flow_grpo.conditioning import collate
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.rollout import PromptBatch, Rollout
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers of rows, each a function of (seed, purpose, coordinates) alone.
+
+    coordinates: those that all rows share, such as (epoch,) or (epoch, inner epoch). Drawn on the
+    CPU, so that machines agree.
+    """
+
+    seed: int
+    coordinates: tuple[int, ...]
+
+    def normal(
+        self, purpose: str, rows: Sequence[tuple[int, ...]], shape: tuple[int, ...]
+    ) -> Tensor:
+        """Return standard normal noise (len(rows), *shape), fp32 on the CPU."""
+        return torch.stack([torch.randn(shape, generator=self._at(purpose, row)) for row in rows])
+
+    def uniform(self, purpose: str, rows: Sequence[tuple[int, ...]]) -> Tensor:
+        """Return (len(rows),) numbers in [0, 1), fp32 on the CPU."""
+        return torch.cat([torch.rand(1, generator=self._at(purpose, row)) for row in rows])
+
+    def _at(self, purpose: str, row: tuple[int, ...]) -> torch.Generator:
+        seed = draws.integer_seed(self.seed, purpose, *self.coordinates, *row)
+        return torch.Generator().manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are drawn: what sample(), replay() and an objective must agree on."""
+
+    sigmas: Tensor  # (N + 1,) fp32 on the device, 1 ... 0
+    guidance_scale: float
+    kind: str = "ode"  # of the stochastic steps
+    noise_level: float = 0.0
+    same_latent: bool = False
+    pad_to: int = 0  # tokens
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+
+@torch.no_grad()
+def sample(
+    pipeline: PatchedPipeline,
+    model: Callable,
+    batch: PromptBatch,
+    sampler: Sampler,
+    draw: Draw,
+    steps: np.ndarray | None = None,
+    keep_steps: bool = True,
+    on_step: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """Generate a picture for each row.
+
+    model: the transformer as training calls it. steps: (B, K) int64 ascending, the stochastic steps
+    of each row; None or noise_level 0: an ODE throughout. keep_steps: return their states and
+    log-probs. Every call makes the same number of forward passes, whatever the rows' steps.
+    """
+    num_rows, device, sigmas = len(batch), pipeline.device, sampler.sigmas
+    cond, negative = collate(pipeline, batch, sampler.pad_to)
+    group, member = batch.group.tolist(), batch.member.tolist()
+    owners = [(g, 0 if sampler.same_latent else m) for g, m in zip(group, member, strict=True)]
+    noise = draw.normal("init", owners, pipeline.noise_shape(batch.size)).to(device)
+    latents = pipeline.initial_latents(batch.size, noise)
+
+    if steps is None or sampler.kind == "ode" or sampler.noise_level == 0:
+        steps = np.empty((num_rows, 0), dtype=np.int64)
+    width = steps.shape[1] if keep_steps else 0
+    kept = latents.new_empty((num_rows, width, *latents.shape[1:]))
+    kept_next, log_probs = torch.empty_like(kept), latents.new_empty((num_rows, width))
+
+    for i in range(sampler.num_steps):
+        sigma = sigmas[i].expand(num_rows)
+        velocity = pipeline.velocity(
+            model, latents, sigma, cond, negative, sampler.guidance_scale, batch.size
+        )
+        taken = sde.step("ode", velocity, latents, sigma, sigmas[i + 1], 0.0, sigma_guard=sigmas[1])
+        next_latents = taken.next_latents
+        rows, columns = np.nonzero(steps == i)
+        if len(rows):
+            owners = [(group[row], member[row], i) for row in rows]
+            on_rows, on_columns = _to(device, rows), _to(device, columns)
+            noise = torch.zeros_like(latents)
+            noise[on_rows] = draw.normal("step", owners, latents.shape[1:]).to(device)
+            taken = sde.step(
+                sampler.kind,
+                velocity,
+                latents,
+                sigma,
+                sigmas[i + 1],
+                sampler.noise_level,
+                sigma_guard=sigmas[1],
+                noise=noise,
+            )
+            next_latents = next_latents.clone()
+            next_latents[on_rows] = taken.next_latents[on_rows]
+            if keep_steps:
+                kept[on_rows, on_columns] = latents[on_rows]
+                kept_next[on_rows, on_columns] = next_latents[on_rows]
+                log_probs[on_rows, on_columns] = taken.log_prob[on_rows]
+        latents = next_latents
+        on_step()
+
+    return Rollout(
+        batch=batch,
+        steps=_to(device, steps[:, :width]),
+        latents=kept,
+        next_latents=kept_next,
+        log_probs=log_probs,
+        final=latents,
+        images=to_uint8(pipeline.decode(latents, batch.size)),
+    )
+
+
+def replay(sampler: Sampler, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:
+    """Score the rollout's trained step `column` under another velocity (B, ...) at its state."""
+    steps = rollout.steps[:, column]
+    return sde.step(
+        sampler.kind,
+        velocity,
+        rollout.latents[:, column],
+        sampler.sigmas[steps],
+        sampler.sigmas[steps + 1],
+        sampler.noise_level,
+        sigma_guard=sampler.sigmas[1],
+        next_latents=rollout.next_latents[:, column],
+    )
+
+
+def to_uint8(images: Tensor) -> list[np.ndarray]:
+    """Turn (B, [F,] 3, H, W) in [0, 1] into B uint8 ([F,] H, W, 3), rounded as diffusers does."""
+    return list((images.movedim(-3, -1) * 255).round().to(torch.uint8).cpu().numpy())
+
+
+def _to(device: torch.device, array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device)

@@ -1,0 +1,134 @@
+"""One denoising step of a flow-matching model, and the log-probability of where it went.
+
+A state at noise level sigma is x = (1 - sigma) x0 + sigma x1, with x0 clean, x1 Gaussian and
+velocity = x1 - x0; sampling runs from sigma 1 to 0. A velocity thus predicts both ends:
+X0 = x - sigma * velocity and X1 = x + (1 - sigma) * velocity. Every stochastic kernel is
+
+    next = (1 - sigma_next) X0 + kept_noise * X1 + std * noise
+
+and differs from the others only in kept_noise and std.
+"""
+
+from math import log, pi
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+KINDS = ("sde", "cps", "dance", "ode")
+
+
+class Step(NamedTuple):
+    next_latents: Tensor  # (B, ...) fp32, fp64 if the latents were
+    mean: Tensor  # (B, ...) the only way back for a gradient
+    std: Tensor  # (B, 1, ...)
+    log_prob: Tensor | None  # (B,) mean over a row's elements; None for "ode"
+
+
+def step(
+    kind: str,
+    velocity: Tensor,
+    latents: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    noise_level: float | Tensor,
+    *,
+    sigma_guard: float | Tensor,
+    next_latents: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Step:
+    """Step from sigma to sigma_next, or score the step that was taken.
+
+    kind: "sde" (Flow-SDE, arXiv:2505.05470), "cps" (arXiv:2509.05952), "dance" (Dance-SDE,
+    arXiv:2505.07818) or "ode" (Euler, bit for bit diffusers' FlowMatchEulerDiscreteScheduler).
+    velocity, latents: (B, ...). sigma > sigma_next, noise_level, sigma_guard: scalars or (B,).
+    noise_level: a of "sde", any positive; eta of "dance", any positive, of "cps", in [0, 1].
+    sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
+    next_latents: (B, ...) where the step went, a constant to the gradient; else noise: (B, ...)
+    standard normal. A stochastic kind takes exactly one of the two and draws nothing itself.
+
+    log_prob is the Gaussian's log-density divided by the number of elements, so that a ratio of two
+    is the D-th root of the true one; for "cps" it is -mean((next - mean)^2), as in its paper.
+    Where std is 0 it is not finite (other than for "cps"): call "ode" there.
+    """
+    assert kind in KINDS, kind
+    assert velocity.shape == latents.shape, (velocity.shape, latents.shape)
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    latents, velocity = latents.to(dtype), velocity.to(dtype)
+    sigma, sigma_next, noise_level, sigma_guard = (
+        _per_row(value, latents) for value in (sigma, sigma_next, noise_level, sigma_guard)
+    )
+    kept_noise, std = _noise_split(kind, sigma, sigma_next, noise_level, sigma_guard)
+    if kind == "ode":
+        mean = latents + (sigma_next - sigma) * velocity
+        return Step(mean if next_latents is None else next_latents.to(dtype), mean, std, None)
+
+    x0, x1 = latents - sigma * velocity, latents + (1 - sigma) * velocity
+    mean = (1 - sigma_next) * x0 + kept_noise * x1
+    assert (next_latents is None) != (noise is None), "give next_latents or noise, not both"
+    if next_latents is None:
+        assert noise.shape == latents.shape, (noise.shape, latents.shape)
+        next_latents = mean + std * noise.to(dtype)
+    else:
+        assert next_latents.shape == latents.shape, (next_latents.shape, latents.shape)
+        next_latents = next_latents.to(dtype)
+    log_prob = -_row_mean((next_latents.detach() - mean) ** 2)
+    if kind != "cps":
+        row_std = std.flatten()
+        log_prob = log_prob / (2 * row_std**2) - torch.log(row_std) - log(2 * pi) / 2
+    return Step(next_latents, mean, std, log_prob)
+
+
+def mean_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
+    """Measure the KL divergence of two steps of equal std, per element.
+
+    mean, other_mean: (B, ...). std: (B, 1, ...). Returns (B,); times the number of elements: nats.
+    """
+    return _row_mean((mean - other_mean) ** 2 / (2 * std**2))
+
+
+def leftover_noise(
+    kind: str,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    noise_level: float | Tensor,
+    sigma_guard: float | Tensor,
+) -> Tensor:
+    """Give the noise's total coefficient after one step; sigma_next is what the model expects.
+
+    Scalars or tensors that broadcast. Old and fresh noise add up as variances (arXiv:2509.05952,
+    Figure 2): Flow-SDE and Dance-SDE leave too much, by g^2 dt^2 / sigma + g^4 dt^2 / (4 sigma^2).
+    Returns fp64, on the CPU.
+    """
+    values = (sigma, sigma_next, noise_level, sigma_guard)
+    values = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values)
+    return torch.hypot(*_noise_split(kind, *values))
+
+
+def _noise_split(
+    kind: str, sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give the weight that X1 keeps in the mean, and the std of the noise that is added."""
+    if kind == "ode":
+        return sigma_next, torch.zeros_like(sigma_next)
+    if kind == "cps":
+        angle = noise_level * (pi / 2)
+        return sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
+    diffusion = noise_level
+    if kind == "sde":
+        guarded = torch.where(sigma == 1, sigma_guard, sigma)
+        diffusion = noise_level * torch.sqrt(sigma / (1 - guarded))
+    dt = sigma - sigma_next
+    return sigma_next - diffusion**2 * dt / (2 * sigma), diffusion * torch.sqrt(dt)
+
+
+def _per_row(value: float | Tensor, latents: Tensor) -> Tensor:
+    """Shape a scalar or (B,) as (B, 1, ...) in the latents' dtype; never waits for the device."""
+    shape = (len(latents),) + (1,) * (latents.ndim - 1)
+    if not isinstance(value, Tensor):
+        return latents.new_full(shape, value)
+    return value.to(latents).expand(len(latents)).reshape(shape)
+
+
+def _row_mean(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1)

@@ -1,0 +1,153 @@
+"""Write a run's whole state at once or not at all, and read it back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.training_utils import _collate_lora_metadata
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from flow_grpo.training import folders
+
+if TYPE_CHECKING:
+    from flow_grpo.training.run import Run
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def save(run: Run, metrics_bytes: int) -> Path:
+    """Save the state at the start of epoch `run.epoch`. Every rank must call it.
+
+    The folder is written aside and renamed, so that a kill at any moment leaves either a complete
+    checkpoint or none. metrics_bytes: how much of metrics.jsonl belongs to the finished epochs.
+    """
+    parent = run.folder / "checkpoints"
+    final = parent / f"checkpoint-{run.updater.num_updates}"
+    if (final / folders.STATE).exists() and folders.read(final)["epoch"] == run.epoch:
+        return final
+    aside = parent / f".writing-{final.name}"
+    if run.accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    run.accelerator.wait_for_everyone()
+    _write_state(run, aside)
+    with run.snapshots.using("ema" if run.config.train.ema else "policy"):
+        export(run, aside)
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        _write_trainer(run, aside, metrics_bytes)
+        if final.exists():
+            _remove(final)
+        os.rename(aside, final)
+        _sync(parent)
+        _prune(run.folder, run.config.num_checkpoint_limit)
+    run.accelerator.wait_for_everyone()
+    return final
+
+
+def load(run: Run, folder: Path) -> None:
+    """Continue from a checkpoint that folders.resume_point() accepted."""
+    weights = load_file(folder / "weights.safetensors", device=str(run.accelerator.device))
+    run.snapshots.load_state_dict(weights)
+    if run.updater.uses_deepspeed:
+        run.model.load_checkpoint(
+            str(folder), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
+        )
+    else:
+        with torch.no_grad():
+            for name, param in run.trained_parameters():
+                param.copy_(weights[f"policy/{name}"])
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        run.updater.optimizer.load_state_dict(state["optimizer"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(state["scaler"])
+    state = folders.read(folder)
+    run.epoch = state["epoch"]
+    run.updater.num_updates = state["num_updates"]
+    run.updater.num_skipped = state["num_skipped"]
+    if folder.resolve().parent.parent == run.folder.resolve():
+        run.tracker.cut(state["metrics_bytes"])
+
+
+def export(run: Run, folder: Path) -> None:
+    """Write weights that a stock diffusers pipeline loads: lora/ or transformer/."""
+    if not run.accelerator.is_main_process:
+        return
+    transformer = run.pipeline.transformer
+    if run.config.use_lora:
+        layers = {k: v.float() for k, v in get_peft_model_state_dict(transformer).items()}
+        run.pipeline.stock.save_lora_weights(
+            folder / "lora",
+            transformer_lora_layers=layers,
+            **_collate_lora_metadata({"transformer": transformer}),
+        )
+    else:
+        transformer.save_pretrained(folder / "transformer")
+
+
+def _write_state(run: Run, folder: Path) -> None:
+    held = {name: tensor.contiguous() for name, tensor in run.snapshots.state_dict().items()}
+    if run.updater.uses_deepspeed:
+        run.model.save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=True)
+    else:
+        held |= {f"policy/{n}": p.detach().contiguous() for n, p in run.trained_parameters()}
+    if not run.accelerator.is_main_process:
+        return
+    save_file(held, folder / "weights.safetensors")
+    if not run.updater.uses_deepspeed:
+        scaler = run.accelerator.scaler
+        state = {
+            "optimizer": run.updater.optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+        }
+        torch.save(state, folder / "optimizer.pt")
+
+
+def _write_trainer(run: Run, folder: Path, metrics_bytes: int) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    state = {
+        "epoch": run.epoch,
+        "num_updates": run.updater.num_updates,
+        "num_skipped": run.updater.num_skipped,
+        "metrics_bytes": metrics_bytes,
+        "identity": run.identity,
+        "versions": {name: version(name) for name in PACKAGES},
+        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
+    }
+    for path in files:
+        _sync(path)
+    (folder / folders.STATE).write_text(json.dumps(state, indent=2) + "\n")
+    _sync(folder / folders.STATE)
+
+
+def _prune(run_folder: Path, limit: int) -> None:
+    """Keep the newest `limit` checkpoints (0: all), and nothing half-written."""
+    for folder in folders.checkpoints(run_folder)[: -limit or 0] if limit else []:
+        _remove(folder)
+    for rest in (run_folder / "checkpoints").glob(".writing-*"):
+        shutil.rmtree(rest)
+    for rest in (run_folder / "checkpoints").glob(".removing-*"):
+        shutil.rmtree(rest)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill midway leaves nothing that looks like one."""
+    aside = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

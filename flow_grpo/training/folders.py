@@ -1,0 +1,98 @@
+"""Where a run keeps what, and which checkpoint it may continue from. No torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import ml_collections
+
+STATE = "trainer.json"  # written last: a folder without it is no checkpoint
+
+
+def run_name(config: ml_collections.ConfigDict, name: str) -> str:
+    """Return config.run_name, or the config's name and the time."""
+    return config.run_name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """List a run's complete checkpoints, the oldest first."""
+    found = [p.parent for p in (run_folder / "checkpoints").glob(f"checkpoint-*/{STATE}")]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def resume_point(config: ml_collections.ConfigDict, identity: dict) -> Path | None:
+    """Find the checkpoint that config.resume_from means; None: start anew.
+
+    identity: see identity(). Raises ValueError if there is none, it is damaged, or it belongs to
+    another model or to other trained weights.
+    """
+    wanted = config.resume_from
+    if not wanted:
+        return None
+    if wanted in ("latest", "auto"):
+        if not config.run_name:
+            raise ValueError(
+                f"config.resume_from={wanted}: config.run_name must name the run to continue."
+            )
+        found = checkpoints(Path(config.logdir) / config.run_name)
+        if not found and wanted == "auto":
+            return None
+        if not found:
+            raise ValueError(
+                f"config.resume_from=latest: {Path(config.logdir) / config.run_name} has no "
+                f"checkpoint. Give a checkpoint's path, or 'auto' to start anew where none is."
+            )
+        folder = found[-1]
+    else:
+        folder = Path(wanted)
+    _check(folder, identity)
+    return folder
+
+
+def _check(folder: Path, identity: dict) -> None:
+    if not (folder / STATE).is_file():
+        raise ValueError(
+            f"config.resume_from={str(folder)!r}: no complete checkpoint ({STATE} is missing). A "
+            f"folder logs/<run_name>/checkpoints/checkpoint-<step> is needed."
+        )
+    state = read(folder)
+    for name, size in state["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise ValueError(
+                f"config.resume_from={str(folder)!r}: {name} is missing or cut short. Resume from "
+                f"an older checkpoint."
+            )
+    for key, value in identity.items():
+        if key in state["identity"] and state["identity"][key] != value:
+            raise ValueError(
+                f"config.resume_from={str(folder)!r} was written with {key}="
+                f"{state['identity'][key]!r}, this run has {value!r}. Make them equal, or start "
+                f"a new run (a LoRA can be carried over with config.train.lora_path)."
+            )
+
+
+def read(folder: Path) -> dict:
+    """Return a checkpoint's trainer.json."""
+    return json.loads((folder / STATE).read_text())
+
+
+def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:
+    """Return what a checkpoint and the run that resumes it must have in common."""
+    train, lora = config.train, config.use_lora
+    return {
+        "script's pipeline": pipeline,
+        "config.pretrained.model": Path(config.pretrained.model).name,
+        "config.objective": config.objective,
+        "config.use_lora": lora,
+        "config.train.lora_rank": train.lora_rank if lora else None,
+        "config.train.lora_alpha": train.lora_alpha if lora else None,
+        "config.train.lora_targets": list(train.lora_targets) if lora else None,
+        "config.train.ema": train.ema,
+        "config.seed": config.seed,
+        "pictures an epoch": world_size
+        * config.sample.train_batch_size
+        * config.sample.num_batches_per_epoch,
+    }

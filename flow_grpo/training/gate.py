@@ -1,0 +1,35 @@
+"""The gate: before a run's first update, training must score exactly what was sampled."""
+
+from __future__ import annotations
+
+import torch
+
+from flow_grpo.rollout import Rollout
+from flow_grpo.sampling import Draw
+from flow_grpo.training.run import Run
+
+
+@torch.no_grad()
+def gate(run: Run, rollout: Rollout) -> dict[str, float]:
+    """Compare sampling with training before the first update; stop where they disagree.
+
+    Raises RuntimeError naming the usual causes.
+    """
+    objective, largest = run.objective, {}
+    micro = rollout.rows(slice(0, run.plan.micro_batch_size))
+    predict = run.predictor(micro)
+    objective.prepare(micro, predict)
+    for point in objective.points(micro, Draw(run.config.seed, (run.epoch, 0))):
+        mismatch = objective.mismatch(predict(point), micro, point)
+        if mismatch is not None:
+            largest[point.column] = run.accelerator.gather(mismatch.max()).max().item()
+    worst = max(largest.values(), default=0.0)
+    if not worst <= objective.tolerance:
+        raise RuntimeError(
+            f"before the first update the log-ratio reaches {worst:.3g} (per trained step: "
+            f"{largest}), but at most {objective.tolerance:.3g} (a tenth of train.clip_range) is "
+            f"needed: training does not score what was sampled. Usual causes: low precision "
+            f"(config.mixed_precision), another batch size or padding in training, another "
+            f"attention kernel, dropout. config.train.old_log_prob=replay removes most of them."
+        )
+    return {f"gate/log_ratio/{column}": value for column, value in largest.items()}

@@ -1,0 +1,53 @@
+"""The entry of every training script: read the config, refuse what can't work, then train."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main(family: str, default_config: str) -> None:
+    """Run a training script.
+
+    family: "module:class" of the model's pipeline patch. default_config: FILE.py:RUN.
+    Exits with 1 and one message where the config, the data or the checkpoint is at fault, and with
+    128 + the signal's number after SIGTERM or SIGINT.
+    """
+    try:
+        _main(family, default_config)
+    except ValueError as error:
+        # A bad setting is the user's to mend: the message is enough. FLOW_GRPO_TRACEBACK shows all.
+        if os.environ.get("FLOW_GRPO_TRACEBACK"):
+            raise
+        sys.exit(f"ValueError: {error}")
+
+
+def _main(family: str, default_config: str) -> None:
+    # torch takes seconds to import: the cheap checks come first.
+    from flow_grpo.training import folders, preflight, settings
+
+    config, name = settings.load(sys.argv, default_config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = preflight.check(config, world_size)
+    folders.resume_point(config, folders.identity(config, family.split(":")[1], world_size))
+
+    from flow_grpo.training import loop, report
+    from flow_grpo.training.run import build, load_object
+    from flow_grpo.training.stop import Stopped
+
+    run = build(config, name, plan, load_object(family))
+    if run.accelerator.is_main_process:
+        print(f"{run.folder}: {plan}", flush=True)
+    status = 0
+    try:
+        evaluations = loop.train(run)
+        if run.accelerator.is_main_process:
+            print(report.table(evaluations), f"\nEverything is in {run.folder}")
+    except Stopped as stopped:
+        print(f"{stopped}; saved in {run.folder}", flush=True)
+        status = stopped.exit_status
+    finally:
+        run.scorer.close()
+        run.tracker.close()
+    run.accelerator.end_training()
+    sys.exit(status)

@@ -1,0 +1,204 @@
+"""The epoch loop, the same for every model and objective: sample, score, update, save."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from flow_grpo import window
+from flow_grpo.objectives.base import Predict
+from flow_grpo.rollout import Point, Rollout
+from flow_grpo.sampling import Draw, sample
+from flow_grpo.training.evaluate import evaluate
+from flow_grpo.training.gate import gate
+from flow_grpo.training.prompts import epoch_prompts, micro_batch_order, rollout_rows
+from flow_grpo.training.run import Run
+from flow_grpo.training.scoring import weigh
+from flow_grpo.training.snapshots import ema_decay
+from flow_grpo.training.stop import Stopped
+from flow_grpo.training.tracking import Statistics, memory, progress
+
+
+def train(run: Run) -> list[dict[str, float]]:
+    """Train up to config.num_epochs and return the evaluations made, the first one first.
+
+    Raises Stopped after SIGTERM or SIGINT, and whatever ended the run, both after saving.
+    """
+    config, evaluations = run.config, []
+    finished = run.tracker.num_bytes  # of metrics.jsonl
+    bar = progress(run.accelerator, config.num_epochs, "epochs", initial=run.epoch)
+    gate_open = False
+    try:
+        while run.epoch < config.num_epochs:
+            if run.epoch % config.eval_freq == 0:
+                evaluations.append(evaluate(run, run.epoch))
+            rollout, metrics = collect(run)
+            if not gate_open:
+                metrics |= gate(run, rollout)
+                gate_open = True
+            update(run, rollout)
+            run.objective.after_epoch(run.snapshots, run.updater.num_updates)
+            metrics |= _epoch_metrics(run)
+            run.tracker.log("epoch", run.epoch, run.updater.num_updates, metrics)
+            run.epoch += 1
+            finished = run.tracker.num_bytes
+            if run.epoch % config.save_freq == 0 or run.epoch == config.num_epochs:
+                run.save(finished)
+            run.stop.check()
+            bar.update()
+            if run.accelerator.is_main_process:
+                tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
+        evaluations.append(evaluate(run, run.epoch))
+    except (Stopped, FloatingPointError):
+        run.save(finished)
+        raise
+    return evaluations
+
+
+def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
+    """Sample this rank's pictures of the epoch, score them and give each its advantage."""
+    config, plan, objective = run.config, run.plan, run.objective
+    slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, config.seed, run.epoch)
+    calls = list(
+        rollout_rows(
+            run.accelerator.process_index,
+            config.sample.num_batches_per_epoch,
+            config.sample.train_batch_size,
+            plan.group_size,
+        )
+    )
+    draw, parts, pending = Draw(config.seed, (run.epoch,)), [], []
+    bar = progress(run.accelerator, len(calls) * run.sampler.num_steps, "sample")
+    with run.timer("sample"), run.snapshots.using(objective.samples_with):
+        for rows in calls:
+            prompts = [plan.train_prompts[slots[group]] for group, _ in rows]
+            batch = run.prompt_batch(prompts, rows, run.sampler.guidance_scale)
+            part = sample(
+                run.pipeline,
+                run.model,
+                batch,
+                run.sampler,
+                draw,
+                steps=_trained_steps(run, [group for group, _ in rows]),
+                keep_steps=objective.keeps == "steps",
+                on_step=bar.update,
+            )
+            pending.append(
+                run.scorer.submit(
+                    part.images, batch.prompts, batch.metadata, batch.references, batch.group
+                )
+            )
+            parts.append(part)
+            run.stop.check()
+    bar.close()
+    with run.timer("reward"):
+        scored = run.scores(pending)
+    rollout = Rollout.cat(parts)
+    scores = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+    metrics = weigh(run, rollout, scores)
+    if run.epoch % config.eval_freq == 0:
+        name = f"rollout-{run.updater.num_updates:06d}"
+        run.tracker.save_images(name, rollout.images[: 4 * plan.group_size], plan.group_size)
+    rollout.images = []
+    return rollout, metrics
+
+
+def update(run: Run, rollout: Rollout) -> None:
+    """Take the epoch's optimizer steps."""
+    config, plan, objective = run.config, run.plan, run.objective
+    size = plan.micro_batch_size
+    micros = [rollout.rows(slice(i * size, (i + 1) * size)) for i in range(plan.num_micro_batches)]
+    rank, seed = run.accelerator.process_index, config.seed
+    with run.timer("update"):
+        for micro in micros:
+            with torch.no_grad():
+                objective.prepare(micro, run.predictor(micro))
+        bar = progress(run.accelerator, len(micros) * config.train.num_inner_epochs, "update")
+        for inner in range(config.train.num_inner_epochs):
+            draw = Draw(seed, (run.epoch, inner))
+            for chosen in micro_batch_order(
+                len(micros), plan.num_updates, rank, seed, run.epoch, inner
+            ):
+                take_step(run, [micros[i] for i in chosen], draw)
+                bar.update(len(chosen))
+        bar.close()
+
+
+def take_step(run: Run, micros: list[Rollout], draw: Draw) -> None:
+    """Make one optimizer step: the weighted mean over all rows of all ranks and all points."""
+    objective, updater = run.objective, run.updater
+    statistics = Statistics(run.sampler.num_steps, run.accelerator.device)
+    total = run.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)
+    loss_sum = torch.zeros((), device=run.accelerator.device)
+    for i, micro in enumerate(micros):
+        predict, points = run.predictor(micro), objective.points(micro, draw)
+        for k, point in enumerate(points):
+            anchors = {name: _frozen(run, name, predict, point) for name in objective.anchors}
+            last = i == len(micros) - 1 and k == len(points) - 1
+            with updater.accumulate(last):
+                loss = objective.loss(predict(point), anchors, micro, point, run.total)
+                # where(): a row of weight 0 must not spread its NaN.
+                weighted = torch.where(micro.weights > 0, loss.value * micro.weights, 0)
+                share = weighted.sum() / (total * len(points))
+                if not updater.all_finite(share.detach()):
+                    updater.skip()
+                    return
+                updater.backward(share)
+            loss_sum += share.detach()
+            statistics.add(loss.stats, point.bins, micro.weights)
+    norm = updater.step()
+    if norm is None:
+        return
+    _move_snapshots(run)
+    metrics = {"loss": run.total(loss_sum).item(), "grad_norm": norm}
+    metrics |= {"learning_rate": updater.optimizer.param_groups[0]["lr"]}
+    run.tracker.log(
+        "update",
+        run.epoch,
+        updater.num_updates,
+        metrics | statistics.collect(run.accelerator),
+    )
+
+
+def _trained_steps(run: Run, groups: list[int]) -> np.ndarray:
+    """The stochastic steps of each row, (B, K)."""
+    sample_config = run.config.sample
+    return window.trained_steps(
+        sample_config.num_steps,
+        groups,
+        size=sample_config.sde_window_size,
+        span=tuple(sample_config.sde_window_range),
+        fixed=tuple(sample_config.sde_steps),
+        seed=run.config.seed,
+        epoch=run.epoch,
+    )
+
+
+@torch.no_grad()
+def _frozen(run: Run, name: str, predict: Predict, point: Point) -> Tensor:
+    """A snapshot's velocity; taken before the policy's forward, whose weights must then stay."""
+    with run.snapshots.using(name):
+        return predict(point)
+
+
+def _move_snapshots(run: Run) -> None:
+    """Let the average follow every ema_update_every-th optimizer step; then the objective."""
+    train, done = run.config.train, run.updater.num_updates
+    if train.ema and done % train.ema_update_every == 0:
+        run.snapshots.update("ema", ema_decay(train.ema_decay, done - 1))
+    run.objective.after_update(run.snapshots, done)
+
+
+def _epoch_metrics(run: Run) -> dict[str, float]:
+    seconds = run.timer.report()
+    spent = sum(value for phase, value in seconds.items() if phase != "seconds/eval")
+    pictures = run.plan.num_groups * run.plan.group_size
+    skipped = {"skipped_updates": run.updater.num_skipped}
+    return seconds | memory() | {"images_per_second": pictures / spent} | skipped
+
+
+def _summary(metrics: dict[str, float]) -> str:
+    named = ("reward/avg", "reward/zero_std_fraction", "images_per_second")
+    return ", ".join(f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in named)

@@ -1,0 +1,143 @@
+"""Prompt files, and which prompt each row of an epoch gets. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flow_grpo import draws
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    metadata: dict = field(default_factory=dict, hash=False)
+    images: tuple[str, ...] = ()  # paths of the reference pictures
+    image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each
+
+    def load_images(self) -> tuple[np.ndarray, ...]:
+        """Read the reference pictures, uint8 (H, W, 3) each."""
+        return tuple(np.asarray(Image.open(path).convert("RGB")) for path in self.images)
+
+
+def read(folder: str, split: str) -> list[Prompt]:
+    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl.
+
+    A jsonl row needs "prompt"; "image" (a path or a list of paths, relative to the folder) is
+    optional, and the whole row reaches the rewards as metadata.
+    Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    root = Path(folder)
+    text, rows = root / f"{split}.txt", root / f"{split}_metadata.jsonl"
+    if text.is_file() == rows.is_file():
+        found = "both" if text.is_file() else "neither"
+        raise ValueError(
+            f"config.dataset={folder!r}: exactly one of {text.name} and {rows.name} is needed in "
+            f"this folder; there is {found}."
+        )
+    path = text if text.is_file() else rows
+    lines = path.read_text(encoding="utf-8").splitlines()
+    parse = _parse_text if path is text else _parse_row
+    prompts = [parse(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"config.dataset={folder!r}: {path} has no prompts.")
+    return prompts
+
+
+def _parse_text(line: str, path: Path, number: int) -> Prompt:
+    return Prompt(line.strip())
+
+
+def _parse_row(line: str, path: Path, number: int) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{path}, line {number}: an object with a "prompt" text is needed.')
+    named = row.get("image", [])
+    images = tuple(
+        str(path.parent / name) for name in ([named] if isinstance(named, str) else named)
+    )
+    return Prompt(row["prompt"], row, images, tuple(_image_size(i, path, number) for i in images))
+
+
+def _image_size(image: str, path: Path, number: int) -> tuple[int, int]:
+    try:
+        with Image.open(image) as opened:
+            return opened.size
+    except OSError as error:
+        raise ValueError(
+            f"{path}, line {number}: cannot read the picture {image} ({error})."
+        ) from None
+
+
+def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
+    """Give the prompt of each group slot of an epoch.
+
+    Epochs walk through one random permutation of the prompts after another, so that each prompt
+    comes equally often, whatever the world size and wherever a run resumes.
+    """
+    slots = range(epoch * num_groups, (epoch + 1) * num_groups)
+    orders: dict[int, list[int]] = {}
+    for lap in {slot // num_prompts for slot in slots}:
+        orders[lap] = list(range(num_prompts))
+        draws.rng(seed, "prompts", lap).shuffle(orders[lap])
+    return [orders[slot // num_prompts][slot % num_prompts] for slot in slots]
+
+
+def rollout_rows(
+    rank: int, num_batches: int, batch_size: int, group_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield the (group, member) of each row, a list a batch of this rank.
+
+    Rows lie group after group and are cut into equal runs, so the same rows share a call on any
+    number of ranks.
+    """
+    for batch in range(rank * num_batches, (rank + 1) * num_batches):
+        rows = range(batch * batch_size, (batch + 1) * batch_size)
+        yield [divmod(row, group_size) for row in rows]
+
+
+def eval_batches(
+    prompts: list[Prompt], batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """Deal prompts to ranks in batches of equal size; every rank gets equally many.
+
+    Prompts whose reference pictures differ in size never share a batch. Batches are filled up, and
+    ranks without one are given a batch again: whoever gathers must drop rows seen before.
+    """
+    batch_size = min(batch_size, len(prompts))
+    buckets: dict[tuple, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        buckets.setdefault(prompt.image_sizes, []).append(number)
+    batches = []
+    for bucket in buckets.values():
+        for start in range(0, len(bucket), batch_size):
+            batch = bucket[start : start + batch_size]
+            batches.append(batch + [batch[-1]] * (batch_size - len(batch)))
+    batches += [batches[-1]] * (-len(batches) % world_size)
+    return batches[rank::world_size]
+
+
+def micro_batch_order(
+    num_micro_batches: int, num_updates: int, rank: int, seed: int, epoch: int, inner_epoch: int
+) -> list[list[int]]:
+    """Deal this rank's micro-batches to the optimizer steps of one pass.
+
+    Each run of `num_updates` micro-batches gives one to every update, in an order drawn for that
+    run among all ranks' runs: one rank with twice the micro-batches makes the same updates as two.
+    """
+    updates: list[list[int]] = [[] for _ in range(num_updates)]
+    num_runs = num_micro_batches // num_updates
+    for run in range(num_runs):
+        order = list(range(num_updates))
+        draws.rng(seed, "updates", epoch, inner_epoch, rank * num_runs + run).shuffle(order)
+        for offset, update in enumerate(order):
+            updates[update].append(run * num_updates + offset)
+    return updates

@@ -1,0 +1,36 @@
+"""From the scores of all ranks to the advantage and weight of each row."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from flow_grpo import advantages, draws
+from flow_grpo.rollout import Rollout
+from flow_grpo.training.run import Run
+
+
+def weigh(run: Run, rollout: Rollout, scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """Turn the scores of all ranks into advantages and weights for this rank's rows."""
+    gather, device = run.accelerator.gather, run.accelerator.device
+    group = gather(rollout.batch.group.to(device)).cpu()
+    world = {k: gather(torch.from_numpy(v).to(device)).cpu() for k, v in scores.items()}
+    advantage, weight = run.objective.targets(world["avg"], group)
+    if run.config.train.shuffle_advantages:
+        order = list(range(len(advantage)))
+        draws.rng(run.config.seed, "shuffle", run.epoch).shuffle(order)
+        advantage, weight = advantage[order], weight[order]
+    first = run.accelerator.process_index * len(rollout)
+    mine = slice(first, first + len(rollout))
+    rollout.advantages = advantage[mine].float().to(device)
+    rollout.weights = weight[mine].float().to(device)
+
+    metrics = {f"reward/{name}": values.nanmean().item() for name, values in world.items()}
+    average = world["avg"]
+    present = average[~average.isnan()]
+    return metrics | {
+        "reward/avg_std": present.std(correction=0).item(),
+        "reward/missing": average.isnan().sum().item(),
+        "reward/zero_std_fraction": advantages.zero_std_fraction(average, group),
+        "advantage/abs_mean": advantage.abs().mean().item(),
+    }

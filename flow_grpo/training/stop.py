@@ -1,0 +1,47 @@
+"""Leave in order: SIGTERM, SIGINT or the death of the launcher end a run where it can be saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+from accelerate import Accelerator
+
+
+class Stopped(Exception):
+    """The run was asked to end; the exit status is 128 plus the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+
+
+class Stop:
+    """Remembers a request to end until check(), where all ranks learn of it together.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self._number = 0
+        # Only a launcher's death counts: a run under nohup outlives its shell.
+        launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+        self._parent = os.getppid() if launched else None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        if self._number:
+            os._exit(128 + number)
+        self._number = number
+
+    def check(self) -> None:
+        """Raise Stopped on every rank if any rank was asked to end. All ranks must call it."""
+        if self._parent is not None and os.getppid() != self._parent:
+            self._number = self._number or signal.SIGTERM
+        asked = torch.tensor([self._number], device=self._accelerator.device)
+        number = int(self._accelerator.gather(asked).max())
+        if number:
+            raise Stopped(number)

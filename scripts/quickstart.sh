@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set everything up, then let a tiny Stable Diffusion 3 learn to draw what it is asked for.
+# On two CPU cores, without a GPU. Further arguments go to the training script, for example
+#   bash scripts/quickstart.sh --config.seed=1
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" dev
+export HF_HUB_OFFLINE=1
+exec accelerate launch --config_file scripts/accelerate_configs/single.yaml \
+    scripts/train_sd3.py --config config/testbed.py:shapes_sd3 "$@"

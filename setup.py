@@ -1,0 +1,36 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="flow_grpo",
+    version="0.1.0",
+    description="Online reinforcement learning for flow-matching image models",
+    license="MIT",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["flow_grpo*", "config*"]),
+    install_requires=[
+        "torch>=2.11",
+        "diffusers>=0.42",
+        "transformers>=5.17",
+        "accelerate>=1.15",
+        "peft>=0.21",
+        "ml-collections>=1.1",
+        "absl-py>=2.1",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "pillow>=10",
+        "safetensors>=0.8",
+        "sentencepiece>=0.2",
+        "protobuf>=5",
+        "tensorboard>=2.17",
+        "tqdm>=4.66",
+        "matplotlib>=3.8",
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.19"],
+        "wandb": ["wandb>=0.20"],
+        "rewards": ["rapidfuzz>=3.9", "requests>=2.32"],
+        "server": ["fastapi>=0.115", "uvicorn>=0.30", "msgpack>=1.0"],
+        "8bit": ["bitsandbytes>=0.45"],
+        "dev": ["pytest>=8", "ruff>=0.14"],
+    },
+)
