@@ -37,3 +37,12 @@ def shapes_sd3():
     config.train.ema = True
     config.train.ema_update_every = 1
     return config
+
+
+def shapes_sd3_nft():
+    """The same by DiffusionNFT: ODE rollouts, no log-probs."""
+    config = shapes_sd3()
+    config.objective = "nft"
+    config.sample.noise_level = 0.0
+    config.nft.num_times = 2
+    return config

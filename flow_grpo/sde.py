@@ -48,7 +48,7 @@ def step(
     standard normal. A stochastic kind takes exactly one of the two and draws nothing itself.
 
     log_prob is the Gaussian's log-density divided by the number of elements, so that a ratio of two
-    is the D-th root of the true one; for "cps" it is -mean((next - mean)^2), as in its paper.
+    is the D-th root of the true one; for "cps" it is -mean((next - mean)^2), without constants.
     Where std is 0 it is not finite (other than for "cps"): call "ode" there.
     """
     assert kind in KINDS, kind

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from flow_grpo.rollout import Cond, Size
@@ -23,6 +24,7 @@ class PatchedPipeline:
     stock: type[DiffusionPipeline]
     lora_target_modules: tuple[str, ...]
     text_encoders: tuple[str, ...]  # component names
+    runs_in_fp16: bool = True  # False: its activations overflow
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
@@ -49,8 +51,13 @@ class PatchedPipeline:
         transformer_dtype: where the transformer's differs, as in a full fine-tune.
 
         Components that the folder declares absent (SD3 without its third encoder) stay absent.
-        Raises ValueError if the path holds no such pipeline.
+        Raises ValueError if the path holds no such pipeline or it can't run in `dtype`.
         """
+        if dtype == torch.float16 and not cls.runs_in_fp16:
+            raise ValueError(
+                f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16 and gives invalid "
+                f"pictures. Set config.mixed_precision=bf16."
+            )
         try:
             config = cls.stock.load_config(path, revision=revision)
         except OSError as error:
@@ -130,6 +137,17 @@ class PatchedPipeline:
     def schedule(self, num_steps: int, size: Size) -> dict:
         """Further arguments of the scheduler's set_timesteps (sigmas, mu)."""
         return {}
+
+    def dynamic_shift(self, num_tokens: int, max_shift: float) -> float:
+        """Return mu, linear in the tokens of a picture. max_shift: if the scheduler names none."""
+        scheduler = self.pipe.scheduler.config
+        return calculate_shift(
+            num_tokens,
+            scheduler.get("base_image_seq_len", 256),
+            scheduler.get("max_image_seq_len", 4096),
+            scheduler.get("base_shift", 0.5),
+            scheduler.get("max_shift", max_shift),
+        )
 
     def velocity(
         self,

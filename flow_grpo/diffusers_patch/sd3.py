@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
@@ -41,19 +40,11 @@ class SD3(PatchedPipeline):
         ]
 
     def schedule(self, num_steps: int, size: Size) -> dict:
-        scheduler = self.pipe.scheduler.config
-        if not scheduler.get("use_dynamic_shifting"):
+        if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
             return {}
         patch = self.transformer.config.patch_size * self.vae_scale
         tokens = (size.height // patch) * (size.width // patch)
-        mu = calculate_shift(
-            tokens,
-            scheduler.get("base_image_seq_len", 256),
-            scheduler.get("max_image_seq_len", 4096),
-            scheduler.get("base_shift", 0.5),
-            scheduler.get("max_shift", 1.16),
-        )
-        return {"mu": mu}
+        return {"mu": self.dynamic_shift(tokens, max_shift=1.16)}
 
     def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
         guided = self.needs_negative(guidance_scale)

@@ -83,8 +83,8 @@ def coverage(shape: str, x: float, y: float, radius: float, box: tuple = ()) -> 
 def _fit(share: np.ndarray, box: tuple[slice, slice]) -> tuple[float, str, float, float, float]:
     """Fit each shape to an object by its area and centroid, and return the best fit.
 
-    share: the object's coverage of the pixels in `box`. Returns (iou, shape, x, y, radius). Areas and
-    centroids keep their worth when an autoencoder has rounded the tips that a bounding box rests on.
+    share: the object's coverage of the pixels in `box`. Returns (iou, shape, x, y, radius). Not by
+    the bounding box: it rests on tips, which an autoencoder rounds (a diamond becomes a circle).
     """
     area = share.sum()
     x, centroid_y = (share * _X[box]).sum() / area, (share * _Y[box]).sum() / area
@@ -136,9 +136,9 @@ def detect(image: np.ndarray) -> list[Found]:
             if (parts[box] == part).sum() < MIN_AREA:
                 continue
             box = tuple(slice(max(0, edge.start - 1), edge.stop + 1) for edge in box)  # its rim
-            own = (parts[box] == part) | (labels[box] == 0)
-            known = label <= len(_NAMES)
-            share = shares[box][..., label - 1] * own if known else own.astype(np.float32)
+            share = (parts[box] == part).astype(np.float32)
+            if known := label <= len(_NAMES):
+                share = np.where(share + (labels[box] == 0), shares[box][..., label - 1], 0)
             iou, shape, x, y, radius = _fit(share, box)
             color = _NAMES[label - 1] if known else "unknown"
             found.append(Found(color, shape if iou > MIN_IOU else "blob", x, y, 2 * radius))
@@ -179,8 +179,9 @@ def check(image: np.ndarray, metadata: dict[str, Any]) -> tuple[float, float]:
         if "size" in want
         for thing in match
     )
-    if "relation" in metadata and all(matches):
-        holds = _relation_holds(metadata["relation"], matches[0][0], matches[1][0])
+    if "relation" in metadata:
+        first, second = (match[:1] for match in matches)
+        holds = bool(first and second) and _relation_holds(metadata["relation"], *first, *second)
     exact = not any(off) and not extra and holds
     return dense * (1.0 if holds else 0.5), float(exact)
 
@@ -191,12 +192,11 @@ def _validate(metadata: list[dict[str, Any]]) -> None:
     for row, entry in enumerate(metadata):
         if not entry.get("include"):
             raise ValueError(f"metadata row {row} has no 'include': {entry}. {remedy}")
+        if entry.get("relation", RELATIONS[0]) not in RELATIONS:
+            raise ValueError(f"metadata row {row} has none of {RELATIONS}: {entry}. {remedy}")
         for want in entry["include"]:
-            if (
-                want.get("class") not in SHAPES
-                or want.get("color") not in COLORS
-                or "count" not in want
-            ):
+            known = want.get("class") in SHAPES and want.get("color") in COLORS
+            if not known or "count" not in want:
                 raise ValueError(
                     f"metadata row {row} asks for {want}; needed are a class of {SHAPES}, "
                     f"a color of {_NAMES} and a count. {remedy}"

@@ -28,11 +28,16 @@ def save(run: Run, metrics_bytes: int) -> Path:
     The folder is written aside and renamed, so that a kill at any moment leaves either a complete
     checkpoint or none. metrics_bytes: how much of metrics.jsonl belongs to the finished epochs.
     """
-    parent = run.folder / "checkpoints"
-    final = parent / f"checkpoint-{run.updater.num_updates}"
+    final = run.folder / "checkpoints" / f"checkpoint-{run.updater.num_updates}"
     if (final / folders.STATE).exists() and folders.read(final)["epoch"] == run.epoch:
         return final
-    aside = parent / f".writing-{final.name}"
+    with run.timer("save"):
+        _write(run, final, metrics_bytes)
+    return final
+
+
+def _write(run: Run, final: Path, metrics_bytes: int) -> None:
+    aside = final.with_name(f".writing-{final.name}")
     if run.accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -46,10 +51,9 @@ def save(run: Run, metrics_bytes: int) -> Path:
         if final.exists():
             _remove(final)
         os.rename(aside, final)
-        _sync(parent)
+        _sync(final.parent)
         _prune(run.folder, run.config.num_checkpoint_limit)
     run.accelerator.wait_for_everyone()
-    return final
 
 
 def load(run: Run, folder: Path) -> None:

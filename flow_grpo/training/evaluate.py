@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 NUM_SHOWN = 48  # pictures of a sheet
 
 
-def evaluate(run: Run, epoch: int) -> dict[str, float]:
+def evaluate(run: Run) -> dict[str, float]:
     """Evaluate the averaged weights if there are any, log a row and save a sheet of pictures.
 
     A prompt's noise depends on the seed and its place in the file, so every evaluation of a run
@@ -29,7 +29,7 @@ def evaluate(run: Run, epoch: int) -> dict[str, float]:
     with run.timer("eval"), run.snapshots.using("ema" if run.config.train.ema else "policy"):
         scores, images = _score(run, shown)
     metrics = summarise(scores, [prompt.metadata for prompt in prompts])
-    run.tracker.log("eval", epoch, run.updater.num_updates, metrics)
+    run.log("eval", metrics)
     run.tracker.save_images(f"eval-{run.updater.num_updates:06d}", images, num_columns=12)
     return metrics
 

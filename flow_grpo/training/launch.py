@@ -32,7 +32,7 @@ def _main(family: str, default_config: str) -> None:
     folders.resume_point(config, folders.identity(config, family.split(":")[1], world_size))
 
     from flow_grpo.training import loop, report
-    from flow_grpo.training.run import build, load_object
+    from flow_grpo.training.build import build, load_object
     from flow_grpo.training.stop import Stopped
 
     run = build(config, name, plan, load_object(family))
@@ -40,9 +40,9 @@ def _main(family: str, default_config: str) -> None:
         print(f"{run.folder}: {plan}", flush=True)
     status = 0
     try:
-        evaluations = loop.train(run)
+        loop.train(run)
         if run.accelerator.is_main_process:
-            print(report.table(evaluations), f"\nEverything is in {run.folder}")
+            print(f"\n{report.table(run.folder)}\n\nEverything is in {run.folder}", flush=True)
     except Stopped as stopped:
         print(f"{stopped}; saved in {run.folder}", flush=True)
         status = stopped.exit_status

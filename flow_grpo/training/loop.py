@@ -4,57 +4,52 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from flow_grpo import window
-from flow_grpo.objectives.base import Predict
-from flow_grpo.rollout import Point, Rollout
+from flow_grpo.rollout import Rollout
 from flow_grpo.sampling import Draw, sample
+from flow_grpo.training.checkpoint import save
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
 from flow_grpo.training.prompts import epoch_prompts, micro_batch_order, rollout_rows
 from flow_grpo.training.run import Run
 from flow_grpo.training.scoring import weigh
-from flow_grpo.training.snapshots import ema_decay
 from flow_grpo.training.stop import Stopped
 from flow_grpo.training.tracking import Statistics, memory, progress
 
 
-def train(run: Run) -> list[dict[str, float]]:
-    """Train up to config.num_epochs and return the evaluations made, the first one first.
+def train(run: Run) -> None:
+    """Train up to config.num_epochs.
 
     Raises Stopped after SIGTERM or SIGINT, and whatever ended the run, both after saving.
     """
-    config, evaluations = run.config, []
+    config = run.config
     finished = run.tracker.num_bytes  # of metrics.jsonl
     bar = progress(run.accelerator, config.num_epochs, "epochs", initial=run.epoch)
     gate_open = False
     try:
         while run.epoch < config.num_epochs:
             if run.epoch % config.eval_freq == 0:
-                evaluations.append(evaluate(run, run.epoch))
+                evaluate(run)
             rollout, metrics = collect(run)
             if not gate_open:
                 metrics |= gate(run, rollout)
                 gate_open = True
             update(run, rollout)
             run.objective.after_epoch(run.snapshots, run.updater.num_updates)
-            metrics |= _epoch_metrics(run)
-            run.tracker.log("epoch", run.epoch, run.updater.num_updates, metrics)
+            run.log("epoch", metrics := metrics | _epoch_metrics(run))
             run.epoch += 1
             finished = run.tracker.num_bytes
             if run.epoch % config.save_freq == 0 or run.epoch == config.num_epochs:
-                run.save(finished)
+                save(run, finished)
             run.stop.check()
             bar.update()
             if run.accelerator.is_main_process:
                 tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
-        evaluations.append(evaluate(run, run.epoch))
+        evaluate(run)
     except (Stopped, FloatingPointError):
-        run.save(finished)
+        save(run, finished)
         raise
-    return evaluations
 
 
 def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
@@ -81,7 +76,7 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
                 batch,
                 run.sampler,
                 draw,
-                steps=_trained_steps(run, [group for group, _ in rows]),
+                steps=run.trained_steps([group for group, _ in rows]),
                 keep_steps=objective.keeps == "steps",
                 on_step=bar.update,
             )
@@ -135,7 +130,7 @@ def take_step(run: Run, micros: list[Rollout], draw: Draw) -> None:
     for i, micro in enumerate(micros):
         predict, points = run.predictor(micro), objective.points(micro, draw)
         for k, point in enumerate(points):
-            anchors = {name: _frozen(run, name, predict, point) for name in objective.anchors}
+            anchors = {name: run.frozen(name, predict, point) for name in objective.anchors}
             last = i == len(micros) - 1 and k == len(points) - 1
             with updater.accumulate(last):
                 loss = objective.loss(predict(point), anchors, micro, point, run.total)
@@ -151,44 +146,10 @@ def take_step(run: Run, micros: list[Rollout], draw: Draw) -> None:
     norm = updater.step()
     if norm is None:
         return
-    _move_snapshots(run)
+    run.move_snapshots()
     metrics = {"loss": run.total(loss_sum).item(), "grad_norm": norm}
     metrics |= {"learning_rate": updater.optimizer.param_groups[0]["lr"]}
-    run.tracker.log(
-        "update",
-        run.epoch,
-        updater.num_updates,
-        metrics | statistics.collect(run.accelerator),
-    )
-
-
-def _trained_steps(run: Run, groups: list[int]) -> np.ndarray:
-    """The stochastic steps of each row, (B, K)."""
-    sample_config = run.config.sample
-    return window.trained_steps(
-        sample_config.num_steps,
-        groups,
-        size=sample_config.sde_window_size,
-        span=tuple(sample_config.sde_window_range),
-        fixed=tuple(sample_config.sde_steps),
-        seed=run.config.seed,
-        epoch=run.epoch,
-    )
-
-
-@torch.no_grad()
-def _frozen(run: Run, name: str, predict: Predict, point: Point) -> Tensor:
-    """A snapshot's velocity; taken before the policy's forward, whose weights must then stay."""
-    with run.snapshots.using(name):
-        return predict(point)
-
-
-def _move_snapshots(run: Run) -> None:
-    """Let the average follow every ema_update_every-th optimizer step; then the objective."""
-    train, done = run.config.train, run.updater.num_updates
-    if train.ema and done % train.ema_update_every == 0:
-        run.snapshots.update("ema", ema_decay(train.ema_decay, done - 1))
-    run.objective.after_update(run.snapshots, done)
+    run.log("update", metrics | statistics.collect(run.accelerator))
 
 
 def _epoch_metrics(run: Run) -> dict[str, float]:

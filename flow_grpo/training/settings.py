@@ -29,7 +29,7 @@ def load(argv: list[str], default: str) -> tuple[ml_collections.ConfigDict, str]
         )
     _known_name(path, name)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", default, flag_values=values)
+    config_flags.DEFINE_config_file("config", default, flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError) as error:

@@ -1,0 +1,64 @@
+"""FLUX.1 Kontext (arXiv:2506.15742): FLUX.1 whose sequence ends with the tokens of a reference picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import FluxKontextPipeline
+from PIL import Image
+from torch import Tensor
+
+from flow_grpo.diffusers_patch.flux import Flux, pack, position_ids
+from flow_grpo.rollout import Cond, Size
+
+MAX_REFERENCE_AREA = 1024 * 1024  # pixels, the size that the model was trained at
+
+
+class FluxKontext(Flux):
+    """Edits one reference picture a row; its size and the generated one are independent."""
+
+    stock = FluxKontextPipeline
+    lora_target_modules = (*Flux.lora_target_modules, "proj_mlp")
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+        for prompt, references in zip(prompts, images, strict=True):
+            if len(references) != 1:
+                raise ValueError(
+                    f"the prompt {prompt!r} has {len(references)} reference pictures; FLUX.1 "
+                    f'Kontext edits exactly one. Name it under "image" in the row of the data set.'
+                )
+        conds = super().encode(prompts, images, max_length)
+        for cond, references in zip(conds, images, strict=True):
+            # Not packed: its shape tells the positions, and tells apart 32x64 from 64x32.
+            cond.tensors["reference_latents"] = self.reference_latents(references[0]).cpu()
+        return conds
+
+    def reference_latents(self, image: np.ndarray) -> Tensor:
+        """Encode a picture, uint8 (H, W, 3), to latents (C, h, w), fp32.
+
+        As the stock pipeline with _auto_resize=False: at the picture's own size, each side cut to a
+        multiple of a token's pixels. The stock pipeline knows no limit; here a picture of more than
+        MAX_REFERENCE_AREA pixels is first shrunk to that area.
+        """
+        height, width = self.reference_size(*image.shape[:2])
+        processor = self.pipe.image_processor
+        resized = processor.resize(Image.fromarray(image), height, width)
+        pixels = processor.preprocess(resized, height, width).to(self.device, self.pipe.vae.dtype)
+        return self.pipe._encode_vae_image(pixels, generator=None)[0].float()
+
+    def reference_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the height and width in pixels at which a picture of this size is encoded."""
+        multiple = self.vae_scale * 2
+        scale = min(1.0, (MAX_REFERENCE_AREA / (height * width)) ** 0.5)
+        height, width = (int(side * scale) // multiple for side in (height, width))
+        return max(height, 1) * multiple, max(width, 1) * multiple
+
+    def image_tokens(
+        self, latents: Tensor, cond: dict[str, Tensor], size: Size
+    ) -> tuple[Tensor, Tensor]:
+        tokens, ids = super().image_tokens(latents, cond, size)
+        reference = cond["reference_latents"]
+        height, width = (side // 2 for side in reference.shape[2:])
+        reference_ids = position_ids(1, height, width, latents.device)
+        return torch.cat([tokens, pack(reference)], dim=1), torch.cat([ids, reference_ids])

@@ -1,0 +1,201 @@
+"""Put a run together from a checked config: load the model, choose what trains, wrap it."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+import ml_collections
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from peft import LoraConfig
+
+from flow_grpo.conditioning import Conditioner
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.rewards.combine import Scorer
+from flow_grpo.rollout import Size
+from flow_grpo.sampling import Sampler
+from flow_grpo.training import checkpoint, folders, optimizer
+from flow_grpo.training.optimizer import Updater
+from flow_grpo.training.preflight import Plan
+from flow_grpo.training.run import Run
+from flow_grpo.training.snapshots import Snapshots
+from flow_grpo.training.stop import Stop
+from flow_grpo.training.tracking import Tracker
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build(
+    config: ml_collections.ConfigDict, name: str, plan: Plan, family: type[PatchedPipeline]
+) -> Run:
+    """Load the model and put a run together; nothing is written before all of it has worked.
+
+    family: the model's pipeline patch. name: the config's, for a run without one.
+    """
+    identity = folders.identity(config, family.__name__, plan.world_size)
+    resume_from = folders.resume_point(config, identity)
+    objective_class = load_object(OBJECTIVES[config.objective])
+    objective_class.check(config)
+    accelerator = _accelerator(config)
+    pipeline = _pipeline(config, family, accelerator)
+    size = Size(config.height or config.resolution, config.width or config.resolution)
+    pipeline.check_size(size)
+    sampler, eval_sampler = _samplers(config, pipeline, size)
+    objective = objective_class(config, sampler)
+    scorer = Scorer(config.reward_fn)
+
+    add_trained_weights(pipeline, config)
+    params = [p for p in pipeline.transformer.parameters() if p.requires_grad]
+    model, base_optimizer = accelerator.prepare(
+        pipeline.transformer, optimizer.build(params, config.train)
+    )
+    pipeline.input_dtype = _input_dtype(config, pipeline)
+    names = (*objective.snapshots, *(["ema"] if config.train.ema else []))
+    total_updates = config.num_epochs * config.train.num_inner_epochs * plan.num_updates
+    folder = Path(config.logdir) / broadcast_object_list([folders.run_name(config, name)])[0]
+    run = Run(
+        config=config,
+        plan=plan,
+        identity=identity,
+        folder=folder,
+        accelerator=accelerator,
+        pipeline=pipeline,
+        model=model,
+        size=size,
+        sampler=sampler,
+        eval_sampler=eval_sampler,
+        objective=objective,
+        updater=Updater(accelerator, model, base_optimizer, config.train, total_updates),
+        snapshots=Snapshots(pipeline.transformer, names, config.use_lora),
+        conditioner=Conditioner(pipeline, config.max_sequence_length),
+        scorer=scorer,
+        tracker=Tracker(accelerator, folder, config),
+        stop=Stop(accelerator),
+    )
+    if resume_from is not None:
+        checkpoint.load(run, resume_from)
+    return run
+
+
+def load_object(path: str):
+    """Import "module:attribute"."""
+    module, attribute = path.split(":")
+    return getattr(import_module(module), attribute)
+
+
+def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+    """Add a LoRA in fp32, or let the whole transformer train."""
+    transformer, train = pipeline.transformer, config.train
+    if config.activation_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if not config.use_lora:
+        transformer.requires_grad_(True)
+        return
+    if train.lora_path:
+        pipeline.pipe.load_lora_weights(train.lora_path, adapter_name="default")
+        rank = transformer.peft_config["default"].r
+        if rank != train.lora_rank:
+            raise ValueError(
+                f"config.train.lora_rank={train.lora_rank}, but {train.lora_path!r} holds a LoRA "
+                f"of rank {rank}. Set config.train.lora_rank={rank}."
+            )
+    else:
+        targets = list(train.lora_targets) or list(pipeline.lora_target_modules)
+        torch.manual_seed(config.seed)  # peft draws A from the global generator
+        transformer.add_adapter(
+            LoraConfig(
+                r=train.lora_rank,
+                lora_alpha=train.lora_alpha,
+                init_lora_weights="gaussian",
+                target_modules=targets,
+            )
+        )
+    for name, param in transformer.named_parameters():
+        param.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            param.data = param.data.float()
+
+
+def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
+    on_gpu = torch.cuda.is_available()
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    if config.mixed_precision == "fp16" and not on_gpu:
+        raise ValueError(
+            "config.mixed_precision=fp16 needs a GPU. Set config.mixed_precision=bf16 or no."
+        )
+    if config.train.use_8bit_adam:
+        try:
+            import_module("bitsandbytes")
+        except ImportError:
+            raise ValueError(
+                "config.train.use_8bit_adam=True needs the package bitsandbytes: "
+                "pip install bitsandbytes, or set it to False."
+            ) from None
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed and not on_gpu:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        # Without this DeepSpeed compiles a kernel that gloo does not need.
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed ZeRO stage 3 is not supported yet: use stage 2.")
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.train.batch_size
+            or config.sample.train_batch_size,
+            "train_batch_size": "auto",
+            "gradient_accumulation_steps": 1,  # optimizer.Updater sets the boundary
+            "gradient_clipping": config.train.max_grad_norm,
+        }
+    return accelerator
+
+
+def _pipeline(
+    config: ml_collections.ConfigDict, family: type[PatchedPipeline], accelerator: Accelerator
+) -> PatchedPipeline:
+    dtype = DTYPES[config.mixed_precision]
+    return family.from_pretrained(
+        config.pretrained.model,
+        dtype=dtype,
+        transformer_dtype=dtype if config.use_lora else torch.float32,
+        device=accelerator.device,
+        revision=config.pretrained.revision,
+    )
+
+
+def _samplers(
+    config: ml_collections.ConfigDict, pipeline: PatchedPipeline, size: Size
+) -> tuple[Sampler, Sampler]:
+    sample, device = config.sample, pipeline.device
+    sampler = Sampler(
+        sigmas=pipeline.sigmas(sample.num_steps, size).to(device),
+        guidance_scale=sample.guidance_scale,
+        kind=sample.sde_type,
+        noise_level=sample.noise_level,
+        same_latent=sample.same_latent,
+        pad_to=config.max_sequence_length,
+    )
+    scale = sample.eval_guidance_scale
+    eval_sampler = Sampler(
+        sigmas=pipeline.sigmas(sample.eval_num_steps, size).to(device),
+        guidance_scale=sample.guidance_scale if scale is None else scale,
+        pad_to=config.max_sequence_length,
+    )
+    return sampler, eval_sampler
+
+
+def _input_dtype(config: ml_collections.ConfigDict, pipeline: PatchedPipeline) -> torch.dtype:
+    """What the transformer is fed with: its frozen weights' type, fp32 where those train."""
+    frozen = [p.dtype for p in pipeline.transformer.parameters() if not p.requires_grad]
+    return frozen[0] if frozen else next(pipeline.transformer.parameters()).dtype
