@@ -98,7 +98,8 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Undo pack. height, width: in tokens."""
-    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), 2)
+    grid = tokens.transpose(1, 2).unflatten(2, (height, width))
+    return pixel_shuffle(grid, 2).contiguous()
 
 
 def position_ids(image: int, height: int, width: int, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 GenEval (arXiv:2310.11513) in small: the same kind of rows and of verdict (objects, counts, colours,
 relative position), but with a checker in place of a detector, so that a reward costs no model and
-0.2 ms an image. The pictures are 32 x 32, on a light-grey ground; dataset/shapes holds the prompts.
+0.3 ms an image. The pictures are 32 x 32, on a light-grey ground; dataset/shapes holds the prompts.
 """
 
 from typing import Any, NamedTuple

@@ -101,13 +101,7 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.Config
         transformer.requires_grad_(True)
         return
     if train.lora_path:
-        pipeline.pipe.load_lora_weights(train.lora_path, adapter_name="default")
-        rank = transformer.peft_config["default"].r
-        if rank != train.lora_rank:
-            raise ValueError(
-                f"config.train.lora_rank={train.lora_rank}, but {train.lora_path!r} holds a LoRA "
-                f"of rank {rank}. Set config.train.lora_rank={rank}."
-            )
+        _load_lora(pipeline, config)
     else:
         targets = list(train.lora_targets) or list(pipeline.lora_target_modules)
         torch.manual_seed(config.seed)  # peft draws A from the global generator
@@ -123,6 +117,21 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.Config
         param.requires_grad_("lora_" in name)
         if "lora_" in name:
             param.data = param.data.float()
+
+
+def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+    """Start from a LoRA in diffusers' format. Raises ValueError if its rank is another."""
+    path, wanted = config.train.lora_path, config.train.lora_rank
+    weights, metadata = pipeline.stock.lora_state_dict(path, return_lora_metadata=True)
+    pipeline.stock.load_lora_into_transformer(
+        weights, pipeline.transformer, adapter_name="default", metadata=metadata
+    )
+    rank = pipeline.transformer.peft_config["default"].r
+    if rank != wanted:
+        raise ValueError(
+            f"config.train.lora_rank={wanted}, but {path!r} holds a LoRA of rank {rank}. Set "
+            f"config.train.lora_rank={rank}."
+        )
 
 
 def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:

@@ -10,8 +10,10 @@ from flow_grpo.training.run import Run
 
 
 @torch.no_grad()
-def gate(run: Run, rollout: Rollout) -> dict[str, float]:
+def gate(run: Run, rollout: Rollout) -> None:
     """Compare sampling with training before the first update; stop where they disagree.
+
+    What was found stays in the run's gate.json: the largest |log-ratio| of each trained step.
 
     Raises RuntimeError naming the usual causes.
     """
@@ -32,4 +34,4 @@ def gate(run: Run, rollout: Rollout) -> dict[str, float]:
             f"(config.mixed_precision), another batch size or padding in training, another "
             f"attention kernel, dropout. config.train.old_log_prob=replay removes most of them."
         )
-    return {f"gate/log_ratio/{column}": value for column, value in largest.items()}
+    run.tracker.write("gate.json", {"epoch": run.epoch, "log_ratio": largest})

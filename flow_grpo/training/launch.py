@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flow_grpo.training.run import Run
 
 
 def main(family: str, default_config: str) -> None:
@@ -14,34 +18,41 @@ def main(family: str, default_config: str) -> None:
     128 + the signal's number after SIGTERM or SIGINT.
     """
     try:
-        _main(family, default_config)
+        run = prepare(sys.argv, family, default_config)
     except ValueError as error:
         # A bad setting is the user's to mend: the message is enough. FLOW_GRPO_TRACEBACK shows all.
         if os.environ.get("FLOW_GRPO_TRACEBACK"):
             raise
         sys.exit(f"ValueError: {error}")
+    sys.exit(execute(run))
 
 
-def _main(family: str, default_config: str) -> None:
-    # torch takes seconds to import: the cheap checks come first.
-    from flow_grpo.training import folders, preflight, settings
+def prepare(argv: list[str], family: str, default_config: str) -> Run:
+    """Check everything, the cheapest first, then load the model. Raises ValueError."""
+    from flow_grpo.training import folders, preflight, settings  # no torch: it takes seconds
 
-    config, name = settings.load(sys.argv, default_config)
+    config, name = settings.load(argv, default_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = preflight.check(config, world_size)
     folders.resume_point(config, folders.identity(config, family.split(":")[1], world_size))
 
-    from flow_grpo.training import loop, report
     from flow_grpo.training.build import build, load_object
+
+    return build(config, name, plan, load_object(family))
+
+
+def execute(run: Run) -> int:
+    """Train, say what came of it, and return the exit status."""
+    from flow_grpo.training import loop, report
     from flow_grpo.training.stop import Stopped
 
-    run = build(config, name, plan, load_object(family))
-    if run.accelerator.is_main_process:
-        print(f"{run.folder}: {plan}", flush=True)
+    main_process = run.accelerator.is_main_process
+    if main_process:
+        print(f"{run.folder}: {run.plan}", flush=True)
     status = 0
     try:
         loop.train(run)
-        if run.accelerator.is_main_process:
+        if main_process:
             print(f"\n{report.table(run.folder)}\n\nEverything is in {run.folder}", flush=True)
     except Stopped as stopped:
         print(f"{stopped}; saved in {run.folder}", flush=True)
@@ -50,4 +61,4 @@ def _main(family: str, default_config: str) -> None:
         run.scorer.close()
         run.tracker.close()
     run.accelerator.end_training()
-    sys.exit(status)
+    return status

@@ -33,7 +33,7 @@ def train(run: Run) -> None:
                 evaluate(run)
             rollout, metrics = collect(run)
             if not gate_open:
-                metrics |= gate(run, rollout)
+                gate(run, rollout)
                 gate_open = True
             update(run, rollout)
             run.objective.after_epoch(run.snapshots, run.updater.num_updates)

@@ -93,7 +93,7 @@ class Run:
 
     @torch.no_grad()
     def frozen(self, name: str, predict: Predict, point: Point) -> Tensor:
-        """A snapshot's velocity; to be taken before the policy's forward, whose weights must stay."""
+        """A snapshot's velocity; never between the policy's forward and its backward."""
         with self.snapshots.using(name):
             return predict(point)
 

@@ -27,13 +27,14 @@ def load(argv: list[str], default: str) -> tuple[ml_collections.ConfigDict, str]
             f"--config={target}: there is no file {path!r} below {os.getcwd()}. Run from the "
             f"project's folder, with --config=config/grpo.py:general_ocr_sd3 for example."
         )
-    _known_name(path, name)
+    config = _run_config(path, name)
+    _known_keys(argv, config)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", default, flag_values=values, sys_argv=argv)
-    try:
+    try:  # the definition already reads the overrides
+        config_flags.DEFINE_config_file("config", default, flag_values=values, sys_argv=argv)
         rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(_explain(error, argv, path, name)) from None
+    except (flags.Error, TypeError) as error:
+        raise ValueError(_explain(error, config)) from None
     if rest[1:]:
         raise ValueError(f"{rest[1]!r} is not an option. {USAGE}")
     return values["config"].value, name or "default"
@@ -50,47 +51,48 @@ def _target(argv: list[str]) -> str | None:
     return found
 
 
-def _known_name(path: str, name: str) -> None:
+def _run_config(path: str, name: str) -> ml_collections.ConfigDict:
     """Let the config file itself refuse an unknown run, before absl hides its message."""
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ValueError(f"--config={path}: the file has no function get_config(name).")
-    get_config(name) if name else get_config()
+    return get_config(name) if name else get_config()
 
 
-def _explain(error: Exception, argv: list[str], path: str, name: str) -> str:
-    text = str(error)
-    if match := re.search(r"flag --?(config\.[\w.]+)=(.*?): (.*)", text, re.DOTALL):
-        key, value, reason = match.groups()
-        default = _lookup(runpy.run_path(path)["get_config"](*[name] if name else []), key)
-        return (
-            f"--{key}={value}: {reason.strip()}. A value like {default!r} "
-            f"({type(default).__name__}) is needed."
-        )
-    wrong = re.search(r"'(\w+)'", text)
-    used = [a for a in argv if a.startswith("--config.") and wrong and wrong.group(1) in a]
-    if wrong and used:
-        config = runpy.run_path(path)["get_config"](*[name] if name else [])
-        key = used[0].split("=")[0].removeprefix("--")
-        near = difflib.get_close_matches(
-            key.removeprefix("config."), _keys(config), n=1, cutoff=0.4
-        )
-        hint = f" Did you mean --config.{near[0]}?" if near else ""
-        return f"{used[0]}: there is no key {key}.{hint} All keys are in config/base.py."
-    return f"{text} {USAGE}"
+def _known_keys(argv: list[str], config: ml_collections.ConfigDict) -> None:
+    keys = _keys(config)
+    for argument in argv[1:]:
+        match = re.match(r"--?(?:no)?config\.([\w.]*)", argument)
+        if match and match.group(1) not in keys:
+            near = difflib.get_close_matches(match.group(1), keys, n=1, cutoff=0.4)
+            hint = f" Did you mean --config.{near[0]}?" if near else ""
+            raise ValueError(
+                f"{argument}: there is no key config.{match.group(1)}.{hint} All keys are in "
+                f"config/base.py."
+            )
+
+
+def _explain(error: Exception, config: ml_collections.ConfigDict) -> str:
+    match = re.search(r"flag --?config\.([\w.]+)=(.*?): (.*)", str(error), re.DOTALL)
+    if not match:
+        return f"{error} {USAGE}"
+    key, value, reason = match.groups()
+    *parents, last = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    default = config[last]
+    if isinstance(default, ml_collections.ConfigDict):
+        default = default.to_dict()
+    return (
+        f"--config.{key}={value}: {reason.strip()}. A value like {default!r} "
+        f"({config.get_type(last).__name__}) is needed."
+    )
 
 
 def _keys(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
     keys = []
-    for key in config:
-        value = config.get_ref(key).get() if config.get_type(key) else config[key]
+    for key, value in config.items():
         keys.append(prefix + key)
         if isinstance(value, ml_collections.ConfigDict):
             keys += _keys(value, f"{prefix}{key}.")
     return keys
-
-
-def _lookup(config: ml_collections.ConfigDict, key: str):
-    for part in key.split(".")[1:]:
-        config = config[part]
-    return config

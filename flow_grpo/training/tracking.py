@@ -71,6 +71,11 @@ class Tracker:
             named = {f"{kind}/{key}": value for key, value in values.items()}
             self._remote.log(named | {"epoch": epoch}, step=num_updates)
 
+    def write(self, name: str, values: dict) -> None:
+        """Write a JSON file into the run's folder."""
+        if self._main:
+            (self._folder / name).write_text(json.dumps(values, indent=2) + "\n")
+
     def save_images(self, name: str, images: list[np.ndarray], num_columns: int) -> None:
         """Save a sheet of pictures as images/<name>.png; of a video the first frame."""
         if self._main and images:

@@ -1,0 +1,95 @@
+"""Run a training script's own code in this process, on a tiny pipeline."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import tiny
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig, get_peft_model_state_dict
+
+from flow_grpo.diffusers_patch.sd3 import SD3
+from flow_grpo.training import launch
+from flow_grpo.training.run import Run
+
+SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
+DEFAULT = "config/testbed.py:shapes_sd3"
+PROMPTS = ["a red apple", "two green cubes", "a cat", "three cats", "a sign that says two", "cube"]
+SMALL = {
+    "dataset": "",  # see arguments()
+    "reward_fn": {"jpeg_incompressibility": 1.0},
+    "resolution": 32,
+    "max_sequence_length": 16,
+    "num_epochs": 2,
+    "save_freq": 1,
+    "eval_freq": 10,
+    "tracker": "none",
+    "sample.num_steps": 5,
+    "sample.eval_num_steps": 3,
+    "sample.train_batch_size": 4,
+    "sample.test_batch_size": 4,
+    "sample.num_image_per_prompt": 4,
+    "sample.num_batches_per_epoch": 4,
+    "sample.sde_window_range": (0, 4),
+    "train.gradient_accumulation_steps": 2,
+    "train.step_weight": "none",
+    "train.ema": False,
+}
+
+
+def arguments(folder: Path, **overrides) -> list[str]:
+    """Return a command line; keys are config keys with "__" for the dot."""
+    settings = SMALL | {"dataset": folder / "prompts", "logdir": folder / "logs"}
+    settings |= {"pretrained.model": folder / "sd3"}
+    settings |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return ["train.py", *(f"--config.{key}={value}" for key, value in settings.items())]
+
+
+def make_files(folder: Path) -> Path:
+    """Write the tiny pipeline, a LoRA for it and a data set into a folder; returns it."""
+    tiny.save("sd3", folder / "sd3")
+    save_random_lora(folder / "sd3", folder / "lora")
+    (folder / "prompts").mkdir()
+    for split in ("train", "test"):
+        (folder / "prompts" / f"{split}.txt").write_text("\n".join(PROMPTS) + "\n")
+    return folder
+
+
+def save_random_lora(pipeline: Path, folder: Path, rank: int = 4) -> None:
+    """Write a LoRA whose B is not zero, so that nothing passes because the adapter does nothing."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    torch.manual_seed(1)
+    targets = list(SD3.lora_target_modules)
+    pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    with torch.no_grad():
+        for name, param in pipe.transformer.named_parameters():
+            if "lora_B" in name:
+                param.normal_(std=0.02)
+    pipe.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
+        **_collate_lora_metadata({"transformer": pipe.transformer}),
+    )
+
+
+def prepare(argv: list[str], family: str = SD3_FAMILY) -> Run:
+    """Build a run; a previous one in this process is forgotten."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return launch.prepare(argv, family, DEFAULT)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(argv: list[str], family: str = SD3_FAMILY) -> Run:
+    """Train to the end and return the run."""
+    run = prepare(argv, family)
+    assert launch.execute(run) == 0
+    return run

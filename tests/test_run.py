@@ -1,0 +1,433 @@
+"""Whole runs of train_sd3.py's own code on a tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import running
+import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+
+from flow_grpo.sampling import Draw, sample
+from flow_grpo.training import launch
+from flow_grpo.training.report import read_metrics
+
+TIMINGS = ("seconds/", "memory/", "images_per_second")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return running.make_files(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_logs(files, tmp_path, monkeypatch):
+    """Each test has its own logs, under the name that running.arguments() gives."""
+    (files / "logs").unlink(missing_ok=True)
+    (files / "logs").symlink_to(tmp_path, target_is_directory=True)
+
+
+def lora(files: Path) -> dict:
+    return {
+        "use_lora": True,
+        "train__lora_path": files / "lora",
+        "train__lora_rank": 4,
+        "train__lora_alpha": 8,
+    }
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a run's last checkpoint."""
+    last = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    return load_file(last / "weights.safetensors")
+
+
+def gate(folder: Path) -> dict[str, float]:
+    return json.loads((folder / "gate.json").read_text())["log_ratio"]
+
+
+@pytest.mark.parametrize("kind", ["sde", "cps", "dance"])
+@pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.parametrize("window", [0, 2])
+def test_the_log_ratio_before_the_first_update_is_exactly_zero(files, kind, use_lora, window):
+    chosen = lora(files) if use_lora else {}
+    argv = running.arguments(
+        files,
+        run_name="gate",
+        num_epochs=1,
+        sample__sde_type=kind,
+        sample__noise_level=0.7,
+        sample__sde_window_size=window,
+        sample__guidance_scale=3.0,
+        train__cfg=True,
+        **chosen,
+    )
+    run = running.train(argv)
+    found = gate(run.folder)
+    assert len(found) == (window or 4)  # 5 steps, the last one is not trained
+    assert set(found.values()) == {0.0}
+    first = read_metrics(run.folder, "update")[0]
+    assert first["ratio"] == 1.0 and first["ratio_std"] == 0.0
+    later = read_metrics(run.folder, "update")[1]
+    assert later["ratio_std"] > 0  # so the weights did move
+
+
+def test_the_gate_stops_a_run_that_scores_something_else(files):
+    run = running.prepare(running.arguments(files, run_name="off"))
+    honest = run.predictor
+
+    def slightly_off(micro):
+        predict = honest(micro)
+        return lambda point: 1.01 * predict(point)
+
+    run.predictor = slightly_off
+    with pytest.raises(RuntimeError, match="log-ratio reaches"):
+        launch.execute(run)
+    assert run.updater.num_updates == 0 and not (run.folder / "checkpoints").exists()
+
+
+def test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_base(files):
+    run = running.prepare(running.arguments(files, **lora(files)))
+    base = running.prepare(running.arguments(files))
+    batch = run.prompt_batch(run.plan.train_prompts[:2], [(0, 0), (1, 0)], 1.0)
+
+    def final(which, name):
+        with which.snapshots.using(name):
+            return sample(which.pipeline, which.model, batch, which.eval_sampler, Draw(0, ())).final
+
+    policy, reference = final(run, "policy"), final(run, "reference")
+    assert (policy - reference).abs().max() > 1e-3
+    torch.testing.assert_close(reference, final(base, "policy"), rtol=0, atol=0)
+    torch.testing.assert_close(final(run, "policy"), policy, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.parametrize("mode", ["kl_dt", "kl_true", "x", "v"])
+def test_the_kl_is_taken_against_the_reference(files, use_lora, mode):
+    """A LoRA whose B is random is off its reference at once; a full fine-tune starts at its own."""
+    argv = running.arguments(
+        files,
+        run_name="kl",
+        num_epochs=1,
+        train__beta=0.1,
+        train__kl_mode=mode,
+        train__learning_rate=1e-2,
+        **(lora(files) if use_lora else {}),
+    )
+    first, second = read_metrics(running.train(argv).folder, "update")
+    assert (first["kl"] > 0) == use_lora
+    assert second["kl"] > 0
+
+
+def test_a_large_kl_coefficient_holds_the_policy_at_the_reference(files):
+    def distance(beta: float) -> float:
+        argv = running.arguments(
+            files, run_name=f"beta{beta}", train__beta=beta, train__kl_mode="v", num_epochs=4
+        )
+        run = running.train(argv)
+        start = run.snapshots.state_dict() or running.prepare(argv[:-1]).snapshots.state_dict()
+        held = {key.removeprefix("reference/"): value for key, value in start.items()}
+        return sum((p - held[name]).abs().sum().item() for name, p in run.trained_parameters())
+
+    assert distance(1e4) < 0.9 * distance(1e-9)
+
+
+def test_four_epochs_equal_two_and_a_resume_and_two(files):
+    settings = lora(files) | {"num_epochs": 4, "train__ema": True, "train__ema_update_every": 1}
+    whole = running.train(running.arguments(files, run_name="whole", **settings))
+
+    part = running.prepare(running.arguments(files, run_name="part", **settings))
+    finished, taken = part.objective.after_epoch, []
+
+    def die_in_the_third(*a):
+        taken.append(1)
+        if len(taken) == 3:  # after the updates, before the epoch is written
+            raise KeyboardInterrupt
+        finished(*a)
+
+    part.objective.after_epoch = die_in_the_third
+    with pytest.raises(KeyboardInterrupt):
+        launch.execute(part)
+    resumed = running.train(
+        running.arguments(files, run_name="part", resume_from="latest", **settings)
+    )
+    assert metrics(resumed.folder) == metrics(whole.folder)
+    ours, theirs = weights(resumed.folder), weights(whole.folder)
+    assert set(ours) == set(theirs) and any(key.startswith("ema/") for key in ours)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_resumed_run_may_be_made_longer(files):
+    running.train(running.arguments(files, run_name="short"))
+    run = running.train(
+        running.arguments(files, run_name="short", resume_from="latest", num_epochs=3)
+    )
+    assert [row["epoch"] for row in read_metrics(run.folder, "epoch")] == [0, 1, 2]
+    assert [row["epoch"] for row in read_metrics(run.folder, "eval")] == [0, 3]
+
+
+def test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline(files):
+    argv = running.arguments(
+        files,
+        run_name="export",
+        train__ema=True,
+        train__ema_update_every=1,
+        train__learning_rate=1e-2,
+        sample__eval_guidance_scale=3.0,
+        **lora(files),
+    )
+    run = running.train(argv)
+    prompts = run.plan.eval_prompts
+    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_sampler.guidance_scale)
+    draw = Draw(run.config.seed, ())
+    with run.snapshots.using("ema"):
+        ours = sample(run.pipeline, run.model, batch, run.eval_sampler, draw).images[0]
+    policy = sample(run.pipeline, run.model, batch, run.eval_sampler, draw).images[0]
+
+    stock = StableDiffusion3Pipeline.from_pretrained(files / "sd3")
+
+    def picture():
+        return np.asarray(
+            stock(
+                prompts[0].text,
+                height=32,
+                width=32,
+                num_inference_steps=3,
+                guidance_scale=3.0,
+                max_sequence_length=16,
+                latents=draw.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size)),
+            ).images[0]
+        )
+
+    base = picture()
+    stock.load_lora_weights(run.folder / "checkpoints" / "checkpoint-4" / "lora")
+    assert np.array_equal(picture(), ours)
+    assert not np.array_equal(base, ours) and not np.array_equal(policy, ours)
+
+
+def test_the_exported_transformer_is_the_trained_one(files):
+    run = running.train(running.arguments(files, run_name="full"))
+    folder = run.folder / "checkpoints" / "checkpoint-4" / "transformer"
+    exported = SD3Transformer2DModel.from_pretrained(folder).state_dict()
+    trained = run.pipeline.transformer.state_dict()
+    assert all(torch.equal(exported[key], trained[key]) for key in trained)
+    start = running.prepare(running.arguments(files)).pipeline.transformer.state_dict()
+    changed = [key for key in trained if not torch.equal(start[key], trained[key])]
+    assert any("attn" in key for key in changed) and any("ff" in key for key in changed)
+
+
+def test_a_lora_trains_every_target_module_and_nothing_else(files):
+    run = running.prepare(running.arguments(files, run_name="targets", **lora(files)))
+    before = {k: v.clone() for k, v in run.pipeline.transformer.state_dict().items()}
+    launch.execute(run)
+    after = run.pipeline.transformer.state_dict()
+    for key, value in after.items():
+        if "transformer_blocks.1.attn.add_q" not in key:  # the last ones reach no output
+            assert torch.equal(value, before[key]) == ("lora_" not in key), key
+
+
+def test_a_learning_rate_of_zero_changes_no_weight(files):
+    run = running.prepare(running.arguments(files, run_name="still", train__learning_rate=0.0))
+    before = {name: param.clone() for name, param in run.trained_parameters()}
+    launch.execute(run)
+    assert run.updater.num_updates == 4
+    assert all(torch.equal(param, before[name]) for name, param in run.trained_parameters())
+
+
+def test_the_ema_follows_every_update_by_its_schedule(files):
+    argv = running.arguments(
+        files,
+        run_name="ema",
+        train__ema=True,
+        train__ema_decay=0.5,
+        train__ema_update_every=2,
+        num_epochs=3,
+    )
+    run = running.prepare(argv)
+    name, param = next(iter(run.trained_parameters()))
+    expected, done = param.detach().clone(), []
+    step = run.updater.step
+
+    def watch():
+        norm = step()
+        done.append(param.detach().clone())
+        return norm
+
+    run.updater.step = watch
+    launch.execute(run)
+    for n, value in enumerate(done):
+        if (n + 1) % 2 == 0:
+            decay = min(0.5, (1 + n) / (10 + n))
+            expected = decay * expected + (1 - decay) * value
+    assert len(done) == 6
+    torch.testing.assert_close(run.snapshots.state_dict()[f"ema/{name}"], expected)
+
+
+def test_warm_up_and_decay_reach_the_optimizer(files):
+    argv = running.arguments(
+        files,
+        run_name="warm",
+        num_epochs=3,
+        train__lr_warmup_steps=2,
+        train__lr_scheduler="linear",
+        train__learning_rate=1.0e-3,
+    )
+    rates = [row["learning_rate"] for row in read_metrics(running.train(argv).folder, "update")]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_bf16_trains_within_the_gate_and_differs_from_fp32(files):
+    settings = lora(files) | {"num_epochs": 1}
+    low = running.train(
+        running.arguments(files, run_name="bf16", mixed_precision="bf16", **settings)
+    )
+    full = running.train(running.arguments(files, run_name="fp32", **settings))
+    assert max(gate(low.folder).values()) <= low.objective.tolerance
+    assert low.pipeline.input_dtype == torch.bfloat16
+    assert {p.dtype for _, p in low.trained_parameters()} == {torch.float32}
+    low_loss, full_loss = (read_metrics(r.folder, "update")[1]["loss"] for r in (low, full))
+    assert low_loss != full_loss
+
+
+def test_old_checkpoints_are_pruned_and_nothing_half_written_stays(files):
+    argv = running.arguments(files, run_name="prune", num_epochs=4, num_checkpoint_limit=2)
+    run = running.prepare(argv)
+    (run.folder / "checkpoints" / ".writing-checkpoint-1").mkdir(parents=True)
+    launch.execute(run)
+    left = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert left == ["checkpoint-6", "checkpoint-8"]
+
+
+def break_losses(run, monkeypatch, broken):
+    """Make the loss NaN in the updates numbered `broken`, counted from 0 whether taken or not."""
+    honest, tried = run.objective.loss, []
+
+    def loss(*arguments):
+        value = honest(*arguments)
+        if len(tried) in broken:
+            value.value = value.value * float("nan")
+        return value
+
+    def counted(function):
+        return lambda: (tried.append(1), function())[1]
+
+    monkeypatch.setattr(run.objective, "loss", loss)
+    monkeypatch.setattr(run.updater, "step", counted(run.updater.step))
+    monkeypatch.setattr(run.updater, "skip", counted(run.updater.skip))
+
+
+def test_a_non_finite_loss_skips_its_update_and_is_counted(files, monkeypatch):
+    run = running.prepare(running.arguments(files, run_name="nan", num_epochs=2))
+    break_losses(run, monkeypatch, {1})
+    launch.execute(run)
+    assert run.updater.num_updates == 3 and run.updater.num_skipped == 1
+    assert read_metrics(run.folder, "epoch")[-1]["skipped_updates"] == 1
+    assert all(torch.isfinite(param).all() for _, param in run.trained_parameters())
+
+
+def test_updates_that_stay_non_finite_stop_the_run_after_saving(files, monkeypatch):
+    argv = running.arguments(
+        files, run_name="nans", num_epochs=9, save_freq=100, train__max_nonfinite_updates=3
+    )
+    run = running.prepare(argv)
+    break_losses(run, monkeypatch, set(range(2, 99)))
+    with pytest.raises(FloatingPointError, match="3 updates in a row"):
+        launch.execute(run)
+    assert (run.folder / "checkpoints" / "checkpoint-2" / "trainer.json").exists()
+
+
+def test_shuffled_advantages_keep_their_values_and_lose_their_rows(files):
+    runs = {}
+    for shuffled in (False, True):
+        name = f"shuffle{shuffled}"
+        argv = running.arguments(
+            files, run_name=name, num_epochs=1, train__shuffle_advantages=shuffled
+        )
+        run = running.prepare(argv)
+        seen, points = [], run.objective.points
+        run.objective.points = lambda micro, draw, s=seen, p=points: (
+            s.append(micro.advantages),
+            p(micro, draw),
+        )[1]
+        launch.execute(run)
+        runs[shuffled] = torch.cat(seen)
+    assert not torch.equal(runs[True], runs[False])
+
+
+def test_the_reward_is_called_once_for_every_picture(files):
+    run = running.prepare(running.arguments(files, run_name="calls", eval_max_samples=3))
+    scored, score = [], run.scorer.score
+    run.scorer.score = lambda images, *a: (scored.append(len(images)), score(images, *a))[1]
+    launch.execute(run)
+    training = 2 * 4 * 4  # epochs x batches x pictures
+    assert sum(scored) == training + 2 * 3  # and 3 evaluated prompts, before and after
+    assert run.conditioner.num_encoded == len(set(running.PROMPTS))
+
+
+def test_a_missing_score_takes_its_row_out_of_the_loss(files):
+    def losses(poison: bool):
+        run = running.prepare(running.arguments(files, run_name=f"hole{poison}", num_epochs=1))
+        score = run.scorer.score
+
+        def holed(images, *a):
+            scores = score(images, *a)
+            if poison:
+                scores["avg"][0] = np.nan
+            return scores
+
+        run.scorer.score = holed
+        launch.execute(run)
+        return read_metrics(run.folder, "epoch")[0]["reward/missing"], weights(run.folder)
+
+    none, whole = losses(False)
+    some, holed = losses(True)
+    assert (none, some) == (0, 4)  # one a call
+    assert all(torch.isfinite(value).all() for value in holed.values())
+    assert any(not torch.equal(whole[key], holed[key]) for key in whole)
+
+
+def test_replayed_log_probs_allow_another_micro_batch(files):
+    argv = running.arguments(
+        files, run_name="replay", train__batch_size=8, train__old_log_prob="replay", num_epochs=1
+    )
+    run = running.train(argv)
+    assert set(gate(run.folder).values()) == {0.0}
+    assert run.plan.num_micro_batches == 2
+
+
+def test_nft_runs_through_the_same_loop_with_its_old_policy(files):
+    argv = running.arguments(
+        files,
+        run_name="nft",
+        objective="nft",
+        sample__noise_level=0.0,
+        train__learning_rate=1e-2,
+        nft__num_times=2,
+        **lora(files),
+    )
+    run = running.prepare(argv)
+    start = {k: v.clone() for k, v in run.snapshots.state_dict().items()}
+    launch.execute(run)
+    name, param = next(iter(run.trained_parameters()))
+    old = run.snapshots.state_dict()[f"old/{name}"]
+    decays = [min(0.001 * n, 0.5) for n in (2, 4)]
+    assert not torch.equal(old, start[f"old/{name}"]) and not torch.equal(old, param)
+    assert (old - param).abs().max() <= decays[-1] * 4 * 1e-2 * 1.5
+    first = read_metrics(run.folder, "update")[0]
+    assert first["drift"] == 0.0 and first["kl"] > 0  # the LoRA's B is random
+
+
+def test_tracker_files_are_written(files):
+    run = running.train(running.arguments(files, run_name="board", tracker="tensorboard"))
+    assert list((run.folder / "tensorboard").glob("events.*"))
+    assert json.loads((run.folder / "config.json").read_text())["run_name"] == "board"
+    assert {p.name for p in (run.folder / "images").iterdir()} >= {"eval-000000.png"}
