@@ -74,60 +74,64 @@ def sample(
     of each row; None or noise_level 0: an ODE throughout. keep_steps: return their states and
     log-probs. Every call makes the same number of forward passes, whatever the rows' steps.
     """
-    num_rows, device, sigmas = len(batch), pipeline.device, sampler.sigmas
+    sigmas, owners = (
+        sampler.sigmas,
+        list(zip(batch.group.tolist(), batch.member.tolist(), strict=True)),
+    )
     cond, negative = collate(pipeline, batch, sampler.pad_to)
-    group, member = batch.group.tolist(), batch.member.tolist()
-    owners = [(g, 0 if sampler.same_latent else m) for g, m in zip(group, member, strict=True)]
-    noise = draw.normal("init", owners, pipeline.noise_shape(batch.size)).to(device)
-    latents = pipeline.initial_latents(batch.size, noise)
-
+    firsts = [(group, 0) for group, _ in owners] if sampler.same_latent else owners
+    noise = draw.normal("init", firsts, pipeline.noise_shape(batch.size))
+    latents = pipeline.initial_latents(batch.size, noise.to(pipeline.device))
     if steps is None or sampler.kind == "ode" or sampler.noise_level == 0:
-        steps = np.empty((num_rows, 0), dtype=np.int64)
-    width = steps.shape[1] if keep_steps else 0
-    kept = latents.new_empty((num_rows, width, *latents.shape[1:]))
-    kept_next, log_probs = torch.empty_like(kept), latents.new_empty((num_rows, width))
+        steps = np.empty((len(batch), 0), dtype=np.int64)
+    kept = _Kept(latents, steps if keep_steps else steps[:, :0])
 
     for i in range(sampler.num_steps):
-        sigma = sigmas[i].expand(num_rows)
+        sigma = sigmas[i].expand(len(batch))
         velocity = pipeline.velocity(
             model, latents, sigma, cond, negative, sampler.guidance_scale, batch.size
         )
-        taken = sde.step("ode", velocity, latents, sigma, sigmas[i + 1], 0.0, sigma_guard=sigmas[1])
-        next_latents = taken.next_latents
-        rows, columns = np.nonzero(steps == i)
+        before, now = latents, (velocity, latents, sigma, sigmas[i + 1])
+        latents = sde.step("ode", *now, 0.0, sigma_guard=sigmas[1]).next_latents
+        rows = np.flatnonzero((steps == i).any(axis=1))
         if len(rows):
-            owners = [(group[row], member[row], i) for row in rows]
-            on_rows, on_columns = _to(device, rows), _to(device, columns)
             noise = torch.zeros_like(latents)
-            noise[on_rows] = draw.normal("step", owners, latents.shape[1:]).to(device)
+            on_rows = _to(latents.device, rows)
+            drawn = draw.normal("step", [(*owners[row], i) for row in rows], latents.shape[1:])
+            noise[on_rows] = drawn.to(latents.device)
             taken = sde.step(
-                sampler.kind,
-                velocity,
-                latents,
-                sigma,
-                sigmas[i + 1],
-                sampler.noise_level,
-                sigma_guard=sigmas[1],
-                noise=noise,
+                sampler.kind, *now, sampler.noise_level, sigma_guard=sigmas[1], noise=noise
             )
-            next_latents = next_latents.clone()
-            next_latents[on_rows] = taken.next_latents[on_rows]
-            if keep_steps:
-                kept[on_rows, on_columns] = latents[on_rows]
-                kept_next[on_rows, on_columns] = next_latents[on_rows]
-                log_probs[on_rows, on_columns] = taken.log_prob[on_rows]
-        latents = next_latents
+            latents[on_rows] = taken.next_latents[on_rows]
+            kept.store(i, before, latents, taken.log_prob)
         on_step()
 
     return Rollout(
         batch=batch,
-        steps=_to(device, steps[:, :width]),
-        latents=kept,
-        next_latents=kept_next,
-        log_probs=log_probs,
+        steps=_to(latents.device, kept.steps),
+        latents=kept.latents,
+        next_latents=kept.next_latents,
+        log_probs=kept.log_probs,
         final=latents,
         images=to_uint8(pipeline.decode(latents, batch.size)),
     )
+
+
+class _Kept:
+    """The states before and after the trained steps (B, K) of each row, and the log-probs."""
+
+    def __init__(self, latents: Tensor, steps: np.ndarray):
+        self.steps = steps
+        self.latents = latents.new_empty((*steps.shape, *latents.shape[1:]))
+        self.next_latents = torch.empty_like(self.latents)
+        self.log_probs = latents.new_empty(steps.shape)
+
+    def store(self, step: int, before: Tensor, after: Tensor, log_prob: Tensor) -> None:
+        """Keep the rows that train this step."""
+        rows, columns = (_to(before.device, index) for index in np.nonzero(self.steps == step))
+        self.latents[rows, columns] = before[rows]
+        self.next_latents[rows, columns] = after[rows]
+        self.log_probs[rows, columns] = log_prob[rows]
 
 
 def replay(sampler: Sampler, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:

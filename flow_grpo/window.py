@@ -67,7 +67,7 @@ def _check_fixed(num_steps: int, size: int, fixed: tuple[int, ...]) -> None:
 
 def _check_span(num_steps: int, size: int, span: tuple[int, ...]) -> None:
     found = f"config.sample.sde_window_size is {size}, config.sample.sde_window_range is {span}"
-    if size < 0 or len(span) != 2:
+    if size < 0 or len(span) != 2 or not all(isinstance(step, int) for step in span):
         raise ValueError(
             f"{found}; a size of at least 0 and a range (first, end) are needed. Set "
             "config.sample.sde_window_size to 0 to train every step but the last."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import tiny
@@ -93,3 +94,29 @@ def train(argv: list[str], family: str = SD3_FAMILY) -> Run:
     run = prepare(argv, family)
     assert launch.execute(run) == 0
     return run
+
+
+def break_losses(run: Run, broken: set[int]) -> None:
+    """Make the last loss NaN in the updates numbered `broken`, counted whether taken or not."""
+    honest, tried, calls = run.objective.loss, [], []
+
+    def loss(*arguments):
+        calls.append(1)
+        value = honest(*arguments)
+        steps = arguments[2].steps.shape[1]
+        last = len(calls) == steps * run.config.train.gradient_accumulation_steps
+        if last and len(tried) in broken:
+            value.value = value.value * float("nan")
+        return value
+
+    def counted(function):
+        return lambda: (tried.append(1), calls.clear(), function())[-1]
+
+    run.objective.loss = loss
+    run.updater.step, run.updater.skip = counted(run.updater.step), counted(run.updater.skip)
+
+
+if __name__ == "__main__":  # train_sd3.py, with a NaN in its first update
+    trained = launch.prepare(sys.argv, SD3_FAMILY, DEFAULT)
+    break_losses(trained, {0})
+    sys.exit(launch.execute(trained))

@@ -307,39 +307,21 @@ def test_old_checkpoints_are_pruned_and_nothing_half_written_stays(files):
     assert left == ["checkpoint-6", "checkpoint-8"]
 
 
-def break_losses(run, monkeypatch, broken):
-    """Make the loss NaN in the updates numbered `broken`, counted from 0 whether taken or not."""
-    honest, tried = run.objective.loss, []
-
-    def loss(*arguments):
-        value = honest(*arguments)
-        if len(tried) in broken:
-            value.value = value.value * float("nan")
-        return value
-
-    def counted(function):
-        return lambda: (tried.append(1), function())[1]
-
-    monkeypatch.setattr(run.objective, "loss", loss)
-    monkeypatch.setattr(run.updater, "step", counted(run.updater.step))
-    monkeypatch.setattr(run.updater, "skip", counted(run.updater.skip))
-
-
-def test_a_non_finite_loss_skips_its_update_and_is_counted(files, monkeypatch):
+def test_a_non_finite_loss_skips_its_update_and_is_counted(files):
     run = running.prepare(running.arguments(files, run_name="nan", num_epochs=2))
-    break_losses(run, monkeypatch, {1})
+    running.break_losses(run, {1})
     launch.execute(run)
     assert run.updater.num_updates == 3 and run.updater.num_skipped == 1
     assert read_metrics(run.folder, "epoch")[-1]["skipped_updates"] == 1
     assert all(torch.isfinite(param).all() for _, param in run.trained_parameters())
 
 
-def test_updates_that_stay_non_finite_stop_the_run_after_saving(files, monkeypatch):
+def test_updates_that_stay_non_finite_stop_the_run_after_saving(files):
     argv = running.arguments(
         files, run_name="nans", num_epochs=9, save_freq=100, train__max_nonfinite_updates=3
     )
     run = running.prepare(argv)
-    break_losses(run, monkeypatch, set(range(2, 99)))
+    running.break_losses(run, set(range(2, 99)))
     with pytest.raises(FloatingPointError, match="3 updates in a row"):
         launch.execute(run)
     assert (run.folder / "checkpoints" / "checkpoint-2" / "trainer.json").exists()

@@ -1,4 +1,4 @@
-"""What a model must provide: a stock diffusers pipeline, cut into encode, sigmas, velocity and decode."""
+"""What a model must provide: a stock pipeline, cut into encode, sigmas, velocity and decode."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class PatchedPipeline:
             ) from error
         if config["_class_name"] != cls.stock.__name__:
             raise ValueError(
-                f"config.pretrained.model={path!r} is a {config['_class_name']}; this script trains "
-                f"a {cls.stock.__name__}. Change the model or the script."
+                f"config.pretrained.model={path!r} is a {config['_class_name']}; this script "
+                f"trains a {cls.stock.__name__}. Change the model or the script."
             )
         absent = {
             name: None

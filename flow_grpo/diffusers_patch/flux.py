@@ -1,4 +1,4 @@
-"""FLUX.1 (Black Forest Labs): packed latents (H/16 * W/16, 64), guidance as an embedding, shift from the size."""
+"""FLUX.1: packed latents (H/16 * W/16, 64), embedded guidance, a shift that grows with the size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext (arXiv:2506.15742): FLUX.1 whose sequence ends with the tokens of a reference picture."""
+"""FLUX.1 Kontext (arXiv:2506.15742): FLUX.1 with a reference picture's tokens at the end."""
 
 from __future__ import annotations
 

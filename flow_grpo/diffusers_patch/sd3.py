@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5 (arXiv:2403.03206): latents (16, H/8, W/8), classic guidance, static shift."""
+"""Stable Diffusion 3, 3.5 (arXiv:2403.03206): latents (16, H/8, W/8), guidance by two passes."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 import ml_collections
 from torch import Tensor
 
+from flow_grpo.advantages import group_advantages
 from flow_grpo.rollout import Loss, Point, Rollout
 from flow_grpo.sampling import Draw, Sampler
 
@@ -38,14 +39,17 @@ class Objective:
     def __init__(self, config: ml_collections.ConfigDict, sampler: Sampler):
         """config: the run's. sampler: how the rollout was drawn."""
         self.sampler = sampler
+        self.adv_clip_max = config.train.adv_clip_max
+        self.std = "global" if config.sample.global_std else "group"
 
     def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn the scores of all ranks into (advantages, weights).
+        """Turn the scores of all ranks into (advantages, weights), by default group-relative.
 
         scores: (N,) fp64, NaN where missing. group: (N,) int64. Returns (N,) fp64 each; a row of
         weight 0 is not trained, and the loss of an update is its mean weighted by these.
         """
-        raise NotImplementedError
+        advantages = group_advantages(scores, group, std=self.std)
+        return advantages.clamp(-self.adv_clip_max, self.adv_clip_max), (~scores.isnan()).double()
 
     def prepare(self, micro: Rollout, predict: Predict) -> None:
         """Freeze what belongs to the epoch's first weights; once a micro-batch."""

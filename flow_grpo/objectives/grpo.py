@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from flow_grpo import sde
-from flow_grpo.advantages import group_advantages
 from flow_grpo.objectives.base import Objective, Predict, Reduce
 from flow_grpo.rollout import Loss, Point, Rollout
 from flow_grpo.sampling import Draw, Sampler, replay
@@ -51,17 +50,11 @@ class GRPO(Objective):
         super().__init__(config, sampler)
         train = config.train
         self.clip_range = train.clip_range
-        self.adv_clip_max = train.adv_clip_max
         self.beta, self.kl_mode = train.beta, train.kl_mode
         self.replays = train.old_log_prob == "replay"
-        self.std = "global" if config.sample.global_std else "group"
         if self.beta:
             self.snapshots = self.anchors = ("reference",)
         self.step_weight = _step_weights(sampler) if train.step_weight == "std" else None
-
-    def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        advantages = group_advantages(scores, group, std=self.std)
-        return advantages.clamp(-self.adv_clip_max, self.adv_clip_max), (~scores.isnan()).double()
 
     def prepare(self, micro: Rollout, predict: Predict) -> None:
         if self.replays:

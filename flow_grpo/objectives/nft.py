@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flow_grpo.advantages import group_advantages
 from flow_grpo.objectives.base import Frozen, Objective, Reduce
 from flow_grpo.rollout import Loss, Point, Rollout
 from flow_grpo.sampling import Draw, Sampler
@@ -26,13 +25,7 @@ class NFT(Objective):
         super().__init__(config, sampler)
         self.beta, self.kl_beta = config.nft.beta, config.nft.kl_beta
         self.num_times, self.decay = config.nft.num_times, config.nft.decay
-        self.adv_clip_max = config.train.adv_clip_max
-        self.std = "global" if config.sample.global_std else "group"
         self.snapshots = self.anchors = ("old", "reference") if self.kl_beta else ("old",)
-
-    def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        advantages = group_advantages(scores, group, std=self.std)
-        return advantages.clamp(-self.adv_clip_max, self.adv_clip_max), (~scores.isnan()).double()
 
     def points(self, micro: Rollout, draw: Draw) -> list[Point]:
         """Noise the final latents at noise levels of the rollout's own grid, drawn per picture."""

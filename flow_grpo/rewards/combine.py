@@ -37,7 +37,7 @@ class Scorer:
                 found = {key: np.asarray(value, dtype=np.float64) for key, value in found.items()}
             except Exception as error:
                 raise RuntimeError(f"reward {name!r} failed: {error}") from error
-            wrong = {key: value.shape for key, value in found.items() if len(value) != len(images)}
+            wrong = any(value.shape != (len(images),) for value in found.values())
             if name not in found or wrong or any(np.isinf(value).any() for value in found.values()):
                 raise RuntimeError(
                     f"reward {name!r} must return {name!r}: ({len(images)},) without infinities; "

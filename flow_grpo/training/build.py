@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import torch
@@ -86,7 +87,7 @@ def build(
     return run
 
 
-def load_object(path: str):
+def load_object(path: str) -> Any:
     """Import "module:attribute"."""
     module, attribute = path.split(":")
     return getattr(import_module(module), attribute)

@@ -134,9 +134,7 @@ def take_step(run: Run, micros: list[Rollout], draw: Draw) -> None:
             last = i == len(micros) - 1 and k == len(points) - 1
             with updater.accumulate(last):
                 loss = objective.loss(predict(point), anchors, micro, point, run.total)
-                # where(): a row of weight 0 must not spread its NaN.
-                weighted = torch.where(micro.weights > 0, loss.value * micro.weights, 0)
-                share = weighted.sum() / (total * len(points))
+                share = (loss.value * micro.weights).sum() / (total * len(points))
                 if not updater.all_finite(share.detach()):
                     updater.skip()
                     return

@@ -94,22 +94,28 @@ class Updater:
                 return self.skip()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.accelerator.optimizer_step_was_skipped:
-                return self.skip()
+            if self.accelerator.optimizer_step_was_skipped:  # fp16 still looks for its scale
+                return self.skip(count=False)
         self.num_updates += 1
         self.num_skipped_in_a_row = 0
         return norm
 
-    def skip(self) -> None:
-        """Give up this update: nothing of it may reach the next one."""
+    def skip(self, count: bool = True) -> None:
+        """Give up this update: nothing of it may reach the next one.
+
+        Raises FloatingPointError after train.max_nonfinite_updates in a row that count.
+        """
+        self.accelerator.gradient_state._set_sync_gradients(True)  # or zero_grad() does nothing
         self.optimizer.zero_grad()
         if self.uses_deepspeed:
+            # Nor here, and no call of DeepSpeed's forgets what earlier backward passes summed up.
             sharded = self.model.optimizer
             sharded.zero_grad()
-            for group in getattr(sharded, "averaged_gradients", {}):
-                sharded.averaged_gradients[group] = None
+            for name in ("averaged_gradients", "all_grad_tensors"):
+                sums = getattr(sharded, name, {})
+                sums.update(dict.fromkeys(sums))
         self.num_skipped += 1
-        self.num_skipped_in_a_row += 1
+        self.num_skipped_in_a_row += count
         if self.num_skipped_in_a_row >= self.train.max_nonfinite_updates:
             raise FloatingPointError(
                 f"{self.num_skipped_in_a_row} updates in a row had a non-finite loss or gradient. "

@@ -54,12 +54,11 @@ NOT_NEGATIVE = (
     "train.lr_warmup_steps",
     "train.max_grad_norm",
     "train.clip_range",
-    "train.adv_clip_max",
     "train.beta",
     "train.ema_decay",
-    "nft.beta",
     "nft.kl_beta",
 )
+POSITIVE = ("train.adv_clip_max", "nft.beta")
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,18 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     for key in NOT_NEGATIVE:
         if not 0 <= (value := _get(config, key)) < math.inf:
             raise ValueError(f"config.{key}={value}: a number of at least 0 is needed.")
+    for key in POSITIVE:
+        if not 0 < (value := _get(config, key)) < math.inf:
+            raise ValueError(f"config.{key}={value}: a number above 0 is needed.")
 
 
 def _check_rewards(config: ml_collections.ConfigDict) -> None:
-    for name in config.reward_fn:
+    for name, weight in config.reward_fn.items():
+        if not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ValueError(
+                f"config.reward_fn={dict(config.reward_fn)}: the weight of {name!r} must be a "
+                f"finite number."
+            )
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -160,7 +167,7 @@ def _plan(config: ml_collections.ConfigDict, world_size: int) -> Plan:
             f"sample.num_batches_per_epoch {sample.num_batches_per_epoch} = {total} pictures, not "
             f"a multiple of sample.num_image_per_prompt {group_size}. Change one of the four."
         )
-    micro_batch_size = train.batch_size or sample.train_batch_size
+    micro_batch_size = _micro_batch_size(config)
     if micro_batch_size < 1 or rows % micro_batch_size:
         raise ValueError(
             f"config.train.batch_size={micro_batch_size} does not divide the {rows} pictures of a "
@@ -190,8 +197,11 @@ def _plan(config: ml_collections.ConfigDict, world_size: int) -> Plan:
 
 def _check_buckets(config: ml_collections.ConfigDict, train_prompts: list[Prompt]) -> None:
     sizes = {prompt.image_sizes for prompt in train_prompts}
-    for key in ("sample.train_batch_size", "train.batch_size"):
-        batch_size = _get(config, key) or config.sample.train_batch_size
+    calls = {
+        "sample.train_batch_size": config.sample.train_batch_size,
+        "train.batch_size": _micro_batch_size(config),
+    }
+    for key, batch_size in calls.items():
         if len(sizes) > 1 and config.sample.num_image_per_prompt % batch_size:
             raise ValueError(
                 f"config.{key}={batch_size}: the reference pictures have {len(sizes)} sizes, so a "
@@ -207,6 +217,11 @@ def _check_folder(config: ml_collections.ConfigDict) -> None:
             f"config.run_name={config.run_name!r}: {folder} holds a run. Continue it with "
             f"--config.resume_from=latest, choose another name, or delete the folder."
         )
+
+
+def _micro_batch_size(config: ml_collections.ConfigDict) -> int:
+    chosen = config.train.batch_size
+    return config.sample.train_batch_size if chosen is None else chosen
 
 
 def _get(config: ml_collections.ConfigDict, key: str):

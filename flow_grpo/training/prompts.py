@@ -41,7 +41,10 @@ def read(folder: str, split: str) -> list[Prompt]:
             f"this folder; there is {found}."
         )
     path = text if text.is_file() else rows
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at other Unicode line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}).") from None
     parse = _parse_text if path is text else _parse_row
     prompts = [parse(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
@@ -61,9 +64,10 @@ def _parse_row(line: str, path: Path, number: int) -> Prompt:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ValueError(f'{path}, line {number}: an object with a "prompt" text is needed.')
     named = row.get("image", [])
-    images = tuple(
-        str(path.parent / name) for name in ([named] if isinstance(named, str) else named)
-    )
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}, line {number}: "image" must be a path or a list of paths.')
+    images = tuple(str(path.parent / name) for name in names)
     return Prompt(row["prompt"], row, images, tuple(_image_size(i, path, number) for i in images))
 
 

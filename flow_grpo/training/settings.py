@@ -27,6 +27,7 @@ def load(argv: list[str], default: str) -> tuple[ml_collections.ConfigDict, str]
             f"--config={target}: there is no file {path!r} below {os.getcwd()}. Run from the "
             f"project's folder, with --config=config/grpo.py:general_ocr_sd3 for example."
         )
+    argv = _last_of_each(argv)
     config = _run_config(path, name)
     _known_keys(argv, config)
     values = flags.FlagValues()
@@ -49,6 +50,15 @@ def _target(argv: list[str]) -> str | None:
         elif match := re.fullmatch(r"--?config=(.*)", argument):
             found = match.group(1)
     return found
+
+
+def _last_of_each(argv: list[str]) -> list[str]:
+    """Let the last of repeated overrides win; absl would join tuples."""
+    kept = {}
+    for position, argument in enumerate(argv):
+        key, equals, _ = argument.partition("=")
+        kept[key if equals and key.startswith("--config.") else position] = argument
+    return list(kept.values())
 
 
 def _run_config(path: str, name: str) -> ml_collections.ConfigDict:

@@ -65,7 +65,7 @@ class Snapshots:
 
 
 def ema_decay(decay: float, num_updates: int) -> float:
-    """Return the average's decay after `num_updates` of its own updates: it forgets its start."""
+    """Return the average's decay after so many optimizer steps: at first it forgets its start."""
     return min(decay, (1 + num_updates) / (10 + num_updates))
 
 

@@ -1,0 +1,352 @@
+"""Fixture: two rows of four elements step from sigma 0.8 to 0.7; numbers are closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from config.base import base
+from flow_grpo.objectives.grpo import GRPO, clipped_surrogate
+from flow_grpo.rollout import Cond, PromptBatch, Rollout, Size
+from flow_grpo.sampling import Sampler
+
+F64 = torch.float64
+NOISE_LEVEL = {"sde": 0.7, "dance": 0.3, "cps": 0.8}
+X = torch.tensor([[0.5, -1, 0.25, 2], [1, 0, -0.5, 0.75]], dtype=F64)
+V = torch.tensor([[0.1, -0.2, 0.3, -0.4], [0.5, -0.6, 0.7, -0.8]], dtype=F64)
+Z = torch.tensor([[1, -1, 0.5, -0.5], [0.25, -0.75, 1.5, -2]], dtype=F64)
+V_NEW = V + 0.01 * torch.tensor([[1, 2, -1, 0.5], [-2, 1, 0.5, 1]], dtype=F64)
+ADVANTAGES = torch.tensor([1.0, -1.0], dtype=F64)
+# std, d mean / d velocity, and what sampling with V and the noise Z gave
+STD = {"sde": 0.4427188724, "dance": 0.0948683298, "cps": 0.6657395614}
+SLOPE = {"sde": -0.1245, "dance": -0.101125, "cps": -0.1967376208}
+NEXT = {
+    "sde": [
+        [0.8690188724, -1.2953188724, 0.4033844362, 1.5834405638],
+        [0.9259297181, -0.2573391543, 0.1381783086, -0.1277127448],
+    ],
+    "dance": [
+        [0.5819433298, -1.0690183298, 0.2656904149, 1.9817658351],
+        [0.9675295825, -0.0104762474, -0.4256725053, 0.6369445904],
+    ],
+    "cps": [
+        [0.9042217474, -1.1427039333, 0.4029264685, 0.7784490597],
+        [0.5843779760, -0.3812620986, 0.6027370595, -0.7868551041],
+    ],
+}
+LOG_PROB = {
+    "sde": [-0.4166182233, -0.9634932233],
+    "dance": [1.1238268176, 0.5769518176],
+    "cps": [-0.2770057273, -0.7617657500],
+}
+SIGMAS = torch.tensor([1, 0.9, 0.8, 0.7, 0], dtype=F64)
+SD3_SIGMAS = [1, 0.9601293103, 0.9133489461, 0.8576923077, 0.7903682720, 0.7072784810, 0.6021505376]
+SD3_SIGMAS += [0.4648760331, 0.2780487805, 0.0089285714, 0]
+
+
+def settings(**train):
+    config = base()
+    config.train.update(train)
+    return config
+
+
+def objective(kind="sde", sigmas=SIGMAS, **train):
+    sampler = Sampler(sigmas, guidance_scale=1.0, kind=kind, noise_level=NOISE_LEVEL[kind])
+    return GRPO(settings(**train), sampler)
+
+
+def batch(num_rows):
+    rows = torch.arange(num_rows)
+    return PromptBatch(
+        conds=[Cond({})] * num_rows,
+        negatives=None,
+        index=rows,
+        group=rows,
+        member=rows,
+        size=Size(1, 1),
+        prompts=[""] * num_rows,
+        metadata=[{}] * num_rows,
+    )
+
+
+def fixture(kind="sde", advantages=ADVANTAGES):
+    return Rollout(
+        batch=batch(2),
+        steps=torch.full((2, 1), 2),
+        latents=X[:, None].clone(),
+        next_latents=torch.tensor(NEXT[kind], dtype=F64)[:, None],
+        log_probs=torch.tensor(LOG_PROB[kind], dtype=F64)[:, None],
+        final=torch.zeros(2, 4, dtype=F64),
+        advantages=advantages,
+    )
+
+
+def loss_and_gradient(grpo, micro, velocity, reference=None):
+    """The loss of each row, and the gradient of their mean."""
+    velocity = velocity.clone().requires_grad_()
+    (point,) = grpo.points(micro, None)
+    loss = grpo.loss(velocity, {"reference": reference}, micro, point, None)
+    loss.value.mean().backward()
+    return loss, velocity.grad
+
+
+def close(actual, expected, atol=1e-9, rtol=0.0):
+    expected = torch.as_tensor(expected, dtype=actual.dtype)
+    torch.testing.assert_close(actual, expected.broadcast_to(actual.shape), atol=atol, rtol=rtol)
+
+
+def test_the_surrogate_of_four_rows_has_these_losses_and_gradients():
+    log_ratio = torch.tensor([2e-4, -2e-4, 2e-4, -2e-4], dtype=F64, requires_grad=True)
+    advantages = torch.tensor([1.5, 1.5, -0.5, -0.5], dtype=F64)
+    value, stats = clipped_surrogate(log_ratio, advantages, 1e-4)
+    value.mean().backward()
+    close(value.detach(), [-1.50015, -1.4997000300, 0.5001000100, 0.49995])
+    close(value.detach().mean(), -0.4999500050)
+    close(log_ratio.grad, [0, -0.3749250075, 0.1250250025, 0])
+    assert stats["clip_high"].tolist() == [1, 0, 1, 0] and stats["clip_low"].tolist() == [0, 1] * 2
+    close(stats["approx_kl"], 2e-8, atol=1e-20)
+    close(stats["ratio"], [math.exp(2e-4), math.exp(-2e-4)] * 2, atol=1e-15)
+
+
+def test_the_fixture_has_these_losses_and_gradients():
+    loss, gradient = loss_and_gradient(objective(clip_range=1e-4), fixture(), V_NEW)
+    close(loss.value.detach(), [-1.0001, 1.0017529615], atol=3e-10)
+    close(loss.value.detach().mean(), 8.264807545e-4, atol=3e-10)
+    close(gradient[0], 0.0, atol=0)
+    close(gradient[1], [-0.0086053773, 0.0263112666, -0.0528701004, 0.0703284223], atol=3e-10)
+    log_ratio = {"sde": [0.0012241453, 0.0017514269], "dance": [0.0045747664, 0.0065734247]}
+    for kind, expected in log_ratio.items():
+        loss, _ = loss_and_gradient(objective(kind), fixture(kind), V_NEW)
+        close(loss.stats["ratio"].log(), expected)
+
+
+@pytest.mark.parametrize("kind", NOISE_LEVEL)
+def test_at_ratio_one_the_gradient_is_minus_the_advantage_times_that_of_the_log_prob(kind):
+    advantages = torch.tensor([1.5, -0.5], dtype=F64)
+    _, gradient = loss_and_gradient(objective(kind), fixture(kind, advantages), V)
+    slope = 2 * STD[kind] if kind == "cps" else 1 / STD[kind]  # of the log-prob over the noise
+    close(gradient, -advantages[:, None] / 2 * slope * SLOPE[kind] * Z / 4)
+
+
+@pytest.mark.parametrize("kind", NOISE_LEVEL)
+@pytest.mark.parametrize(
+    "advantage, up, is_clipped", [(1, 1, True), (1, 0, False), (-1, 1, False), (-1, 0, True)]
+)
+def test_a_ratio_beyond_the_clip_range_keeps_only_the_gradient_that_leads_back(
+    kind, advantage, up, is_clipped
+):
+    towards_the_sample = SLOPE[kind] * (Z if up else -Z)
+    velocity = V + 0.05 * towards_the_sample
+    micro = fixture(kind, torch.full((2,), float(advantage), dtype=F64))
+    loss, gradient = loss_and_gradient(objective(kind, clip_range=1e-5), micro, velocity)
+    beyond = loss.stats["clip_high" if up else "clip_low"]
+    assert (beyond == 1).all()
+    assert ((gradient == 0) if is_clipped else (gradient != 0)).all()
+    limit = 1 + 1e-5 if up else 1 - 1e-5
+    expected = torch.full((2,), limit, dtype=F64) if is_clipped else loss.stats["ratio"]
+    close(loss.value.detach(), -advantage * expected, atol=1e-15)
+
+
+def test_a_log_ratio_that_would_overflow_stays_finite():
+    micro = fixture()
+    micro.log_probs = micro.log_probs - 2000
+    loss, gradient = loss_and_gradient(objective(), micro, V_NEW)
+    close(loss.stats["ratio"], math.exp(20), rtol=1e-12)
+    assert loss.value.isfinite().all() and gradient.isfinite().all()
+
+
+KL = {
+    ("sde", "kl_true"): 6.1783522003e-06,
+    ("sde", "kl_dt"): 6.1783522003e-07,
+    ("sde", "x"): 2.4219140625e-06,
+    ("sde", "v"): 1.5625e-04,
+    ("dance", "kl_true"): 8.8769666884e-05,
+    ("dance", "kl_dt"): 8.8769666884e-06,
+    ("dance", "x"): 1.5978540039e-06,
+    ("cps", "kl_true"): 6.8226977044e-06,
+    ("cps", "kl_dt"): 6.8226977044e-06,  # its std has no factor sqrt(dt) to take out
+    ("cps", "x"): 6.0477642864e-06,
+    ("cps", "v"): 1.5625e-04,
+}
+
+
+@pytest.mark.parametrize("kind, mode", KL)
+def test_the_kl_to_the_reference_has_this_value_and_gradient(kind, mode):
+    grpo = objective(kind, beta=0.3, kl_mode=mode)
+    micro = fixture(kind, torch.zeros(2, dtype=F64))
+    loss, gradient = loss_and_gradient(grpo, micro, V_NEW, reference=V)
+    close(loss.stats["kl"], KL[kind, mode], atol=0, rtol=1e-9)
+    close(loss.value.detach(), 0.3 * KL[kind, mode], atol=0, rtol=1e-9)
+    # Each is a constant times mean((v - v_ref)^2), so its gradient is 2 KL (v - v_ref) / sum of
+    # squares; /2 for the mean over rows.
+    away = V_NEW - V
+    close(gradient, 0.3 * KL[kind, mode] * away / (away**2).sum(1, keepdim=True), rtol=1e-8)
+
+
+@pytest.mark.parametrize("mode", ["kl_true", "kl_dt", "x", "v"])
+@pytest.mark.parametrize("kind", NOISE_LEVEL)
+def test_the_kl_is_zero_without_a_gradient_at_the_reference(kind, mode):
+    micro = fixture(kind, torch.zeros(2, dtype=F64))
+    grpo = objective(kind, beta=1.0, kl_mode=mode)
+    loss, gradient = loss_and_gradient(grpo, micro, V_NEW, reference=V_NEW)
+    assert (loss.value == 0).all() and (gradient == 0).all()
+
+
+def test_no_gradient_reaches_the_state_that_a_step_went_to_or_the_statistics():
+    micro = fixture()
+    micro.next_latents.requires_grad_()
+    loss, _ = loss_and_gradient(objective(beta=1.0), micro, V_NEW, reference=V)
+    assert micro.next_latents.grad is None
+    assert not any(stat.requires_grad for stat in loss.stats.values())
+
+
+def test_only_a_kl_needs_the_reference():
+    assert objective().anchors == () and objective().snapshots == ()
+    assert objective(beta=0.1).anchors == objective(beta=0.1).snapshots == ("reference",)
+
+
+def test_std_weights_are_each_steps_std_over_their_mean():
+    sigmas = torch.tensor(SD3_SIGMAS, dtype=F64)
+    weights = objective(sigmas=sigmas, step_weight="std").step_weight
+    published = [1.5766, 1.6733, 1.2075, 1.0043, 0.8824, 0.7946, 0.7186, 0.6351, 0.5076]
+    close(weights, published, atol=6e-5)
+    guarded = [SD3_SIGMAS[1], *SD3_SIGMAS[1:-2]]
+    std = [
+        0.7 * math.sqrt(sigma / (1 - safe) * (sigma - after))
+        for sigma, safe, after in zip(SD3_SIGMAS[:-2], guarded, SD3_SIGMAS[1:-1], strict=True)
+    ]
+    assert sum(std) / 9 == pytest.approx(0.4440046737, abs=1e-9)
+    close(weights, [9 * s / sum(std) for s in std], atol=1e-6)  # fp32
+
+
+def test_std_weights_multiply_the_surrogate_and_not_the_kl():
+    plain, weighted = objective(beta=0.1), objective(beta=0.1, step_weight="std")
+    one, _ = loss_and_gradient(plain, fixture(), V_NEW, reference=V)
+    other, _ = loss_and_gradient(weighted, fixture(), V_NEW, reference=V)
+    kl = 0.1 * KL["sde", "kl_dt"]
+    std = [0.7, 0.7 * math.sqrt(0.9), STD["sde"]]  # of the steps 1 -> .9 -> .8 -> .7
+    close(other.value.detach() - kl, (one.value.detach() - kl) * 3 * std[2] / sum(std), atol=1e-6)
+
+
+def random_rollout(steps):
+    generator = torch.Generator().manual_seed(0)
+    shape = (*steps.shape, 6)
+    draw = [torch.randn(shape, generator=generator, dtype=F64) for _ in range(3)]
+    micro = Rollout(
+        batch=batch(len(steps)),
+        steps=steps,
+        latents=draw[0],
+        next_latents=draw[0] + 0.1 * draw[1],
+        log_probs=torch.zeros(steps.shape, dtype=F64),
+        final=draw[0][:, 0],
+        advantages=torch.linspace(-1, 1, len(steps), dtype=F64),
+    )
+    return micro, draw[2]
+
+
+@pytest.mark.parametrize("kind", NOISE_LEVEL)
+def test_rows_at_different_steps_have_the_loss_that_they_have_alone(kind):
+    steps = torch.tensor([[0, 2], [1, 2], [0, 1], [2, 3]])
+    sigmas = torch.tensor(SD3_SIGMAS, dtype=F64)
+    keys = {"beta": 1.0, "kl_mode": "kl_dt", "step_weight": "std", "clip_range": 0.1}
+    grpo = objective(kind, sigmas, old_log_prob="replay", **keys)
+    micro, velocity = random_rollout(steps)
+    grpo.prepare(micro, lambda point: velocity[:, point.column])
+    for k, point in enumerate(grpo.points(micro, None)):
+        assert (grpo.mismatch(velocity[:, k], micro, point) == 0).all()
+    together = [
+        grpo.loss(velocity[:, k] * 1.01, {"reference": velocity[:, k]}, micro, point, None).value
+        for k, point in enumerate(grpo.points(micro, None))
+    ]
+    for row in range(4):
+        alone = micro.rows(slice(row, row + 1))
+        mine = velocity[row : row + 1]
+        for k, point in enumerate(grpo.points(alone, None)):
+            assert point.sigma.tolist() == [SD3_SIGMAS[steps[row, k]]]
+            assert point.bins.tolist() == [steps[row, k]] and point.column == k
+            anchors = {"reference": mine[:, k]}
+            value = grpo.loss(mine[:, k] * 1.01, anchors, alone, point, None).value
+            close(together[k][row : row + 1], value, atol=0, rtol=1e-14)
+
+
+def test_replay_scores_the_rollout_again_and_rollout_keeps_its_log_probs():
+    micro = fixture()
+    objective().prepare(micro, lambda point: V_NEW)
+    close(micro.log_probs[:, 0], LOG_PROB["sde"], atol=0)
+    replaying = objective(old_log_prob="replay")
+    replaying.prepare(micro, lambda point: V_NEW)
+    close(micro.log_probs[:, 0], [-0.4166182233 + 0.0012241453, -0.9634932233 + 0.0017514269])
+    loss, _ = loss_and_gradient(replaying, micro, V_NEW)
+    assert loss.stats["ratio"].tolist() == [1.0, 1.0]
+
+
+def test_the_mismatch_is_the_log_ratio_and_may_reach_a_tenth_of_the_clip_range():
+    grpo = objective(clip_range=1e-4)
+    (point,) = grpo.points(fixture(), None)
+    close(grpo.mismatch(V_NEW, fixture(), point), [0.0012241453, 0.0017514269])
+    lower = fixture()
+    lower.log_probs = lower.log_probs + 1
+    close(grpo.mismatch(V_NEW, lower, point), [1 - 0.0012241453, 1 - 0.0017514269])
+    assert grpo.tolerance == pytest.approx(1e-5)
+
+
+SCORES = torch.tensor([0.2, 0.4, 0.9, 0.5, 0.3, 0.3, 0.3, 0.3, 0, 1, 0, 0], dtype=F64)
+GROUP = torch.arange(3).repeat_interleave(4)
+GROUP_STD = [-1.1762354533, -0.3920784844, 1.5683139378, 0] + [0] * 4
+GROUP_STD += [-0.5772169666, 1.7316508999, -0.5772169666, -0.5772169666]
+GLOBAL_STD = [-0.9687744813, -0.3229248271, 1.2916993084, 0] + [0] * 4
+GLOBAL_STD += [-0.8073120678, 2.4219362033, -0.8073120678, -0.8073120678]
+
+
+@pytest.mark.parametrize("global_std, expected", [(True, GLOBAL_STD), (False, GROUP_STD)])
+@pytest.mark.parametrize("limit", [5.0, 1.0])
+def test_targets_are_clamped_group_advantages(global_std, expected, limit):
+    config = settings(adv_clip_max=limit)
+    config.sample.global_std = global_std
+    advantages, weights = GRPO(config, Sampler(SIGMAS, 1.0)).targets(SCORES, GROUP)
+    close(advantages, [max(-limit, min(limit, a)) for a in expected])
+    assert advantages.dtype == weights.dtype == F64 and (weights == 1).all()
+
+
+def test_a_missing_score_has_weight_and_advantage_zero_and_leaves_its_group():
+    scores = torch.tensor([0.2, math.nan, 0.4, 0.9, 0.5], dtype=F64)
+    config = settings()
+    config.sample.global_std = False
+    grpo = GRPO(config, Sampler(SIGMAS, 1.0))
+    advantages, weights = grpo.targets(scores, torch.zeros(5, dtype=torch.int64))
+    assert weights.tolist() == [1, 0, 1, 1, 1] and advantages[1] == 0
+    close(advantages[[0, 2, 3, 4]], GROUP_STD[:4])
+
+
+@pytest.mark.parametrize(
+    "key, value, others, remedy",
+    [
+        ("train.batch_size", 4, {}, "Set config.train.old_log_prob=replay"),
+        ("train.cfg", False, {"sample.guidance_scale": 4.5}, "Set config.train.cfg=True"),
+        ("sample.noise_level", 0.0, {}, "A positive number is needed"),
+        ("sample.noise_level", 1.2, {"sample.sde_type": "cps"}, "values in (0, 1]"),
+    ],
+)
+def test_what_grpo_cannot_run_is_refused_with_key_value_and_remedy(key, value, others, remedy):
+    config = base()
+    GRPO.check(config)
+    config.update_from_flattened_dict(others | {key: value})
+    with pytest.raises(ValueError) as error:
+        GRPO.check(config)
+    assert f"config.{key}={value}" in str(error.value) and remedy in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    [
+        {"train.batch_size": 8, "sample.train_batch_size": 8},
+        {"train.batch_size": 4, "train.old_log_prob": "replay"},
+        {"train.cfg": False, "sample.guidance_scale": 1.0},
+        {"sample.noise_level": 1.2, "sample.sde_type": "sde"},
+        {"sample.noise_level": 1.0, "sample.sde_type": "cps"},
+    ],
+)
+def test_what_grpo_can_run_passes_the_check(allowed):
+    config = base()
+    config.update_from_flattened_dict(allowed)
+    GRPO.check(config)

@@ -1,0 +1,89 @@
+"""Facts about the code base itself: layers, sizes, names that stand in two places."""
+
+from __future__ import annotations
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from flow_grpo import sde
+from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.rewards import REWARDS
+from flow_grpo.training import preflight
+from flow_grpo.training.build import DTYPES
+
+ROOT = Path(__file__).parent.parent
+LAYERS = (  # a module imports only from its own line or from a line above
+    ("draws", "sde"),
+    ("window",),
+    ("advantages",),
+    ("rollout",),
+    ("diffusers_patch",),
+    ("conditioning",),
+    ("sampling",),
+    ("rewards",),
+    ("objectives",),
+    ("training",),
+)
+RANK = {name: number for number, line in enumerate(LAYERS) for name in line}
+
+
+def imports(path: Path) -> list[str]:
+    """The modules of flow_grpo that a file imports, as dotted names after the package's."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flow_grpo"):
+            module = node.module.removeprefix("flow_grpo").strip(".")
+            found += [f"{module}.{a.name}".strip(".") for a in node.names]
+        elif isinstance(node, ast.Import):
+            found += [a.name[10:] for a in node.names if a.name.startswith("flow_grpo.")]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flow_grpo").rglob("*.py")), ids=str)
+def test_imports_point_one_way(path):
+    here = path.relative_to(ROOT / "flow_grpo").with_suffix("").parts[0]
+    if here == "__init__":
+        return
+    for name in imports(path):
+        assert RANK[name.split(".")[0]] <= RANK[here], f"{path} imports {name}"
+
+
+def test_every_name_in_a_registry_resolves():
+    for path in (*OBJECTIVES.values(), *REWARDS.values()):
+        module, attribute = path.split(":")
+        assert callable(getattr(import_module(module), attribute))
+
+
+def test_the_choices_of_a_config_are_those_of_the_code():
+    assert set(preflight.CHOICES["sample.sde_type"]) == set(sde.KINDS) - {"ode"}
+    assert set(preflight.CHOICES["mixed_precision"]) == set(DTYPES)
+    assert set(preflight.CHOICES["objective"]) == set(OBJECTIVES)
+
+
+def test_the_loop_names_no_model_and_no_objective():
+    source = (ROOT / "flow_grpo" / "training" / "loop.py").read_text().lower()
+    for name in ("sd3", "flux", "qwen", "wan", *OBJECTIVES):
+        assert not re.search(rf"\b{name}\b", source), name
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("folder", ["flow_grpo", "scripts"])
+def test_files_and_functions_stay_short(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert len(path.read_text().splitlines()) < 300, path
+        for function in functions(path):
+            assert function.end_lineno - function.lineno < 60, (path, function.name)
+
+
+def test_public_functions_of_the_library_have_type_hints():
+    for path in (ROOT / "flow_grpo").rglob("*.py"):
+        for function in functions(path):
+            if not function.name.startswith("_"):
+                assert function.returns is not None, (path, function.name)

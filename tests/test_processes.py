@@ -1,0 +1,275 @@
+"""What needs real processes: several ranks, signals, kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import running
+import torch
+from safetensors.torch import load_file
+
+from flow_grpo.training import checkpoint, folders, launch
+from flow_grpo.training.report import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TIMINGS = ("seconds/", "memory/", "images_per_second")
+SLOW_MACHINE_S = 180  # a launch that hangs must fail, not block
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return running.make_files(tmp_path_factory.mktemp("processes"))
+
+
+def start(
+    files: Path, *launcher: str, env: dict | None = None, script: str = "scripts/train_sd3.py", **kw
+) -> subprocess.Popen:
+    command = [*launcher, script, *running.arguments(files, **kw)[1:]]
+    if not launcher:
+        command = [sys.executable, *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=SLOW_MACHINE_S)
+    assert process.returncode == status, output
+    return output
+
+
+def launcher(config: str, num_processes: int, *more: str) -> list[str]:
+    file = f"scripts/accelerate_configs/{config}.yaml"
+    module = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*module, "--config_file", file, "--num_processes", str(num_processes), *more]
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + SLOW_MACHINE_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def num_rows(folder: Path, kind: str) -> int:
+    return len(read_metrics(folder, kind)) if (folder / "metrics.jsonl").exists() else 0
+
+
+def close(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(
+        one[key] == other[key] or abs(one[key] - other[key]) <= 1e-5 * max(1, abs(one[key]))
+        for key in one
+    )
+
+
+def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files):
+    settings = {"num_epochs": 1, "train__learning_rate": 1e-3, "train__ema": True}
+    one = running.train(
+        running.arguments(
+            files,
+            run_name="one",
+            sample__num_batches_per_epoch=8,
+            train__gradient_accumulation_steps=4,
+            **settings,
+        )
+    )
+    both = start(
+        files,
+        *launcher("multi_gpu", 2),
+        env={"ACCELERATE_USE_CPU": "true"},
+        run_name="two",
+        **settings,
+    )
+    assert "2 rank(s)" in finish(both)
+    rows_one, rows_two = metrics(one.folder), metrics(files / "logs" / "two")
+    exact = ("reward/", "advantage/", "ratio", "eval", "policy_loss")
+    first = rows_one[:2]  # the first evaluation and the first update
+    assert [row["kind"] for row in first] == ["eval", "update"]
+    assert rows_one[0] == rows_two[0]
+    assert close(rows_one[1], rows_two[1])
+    epochs = [row for rows in (rows_one, rows_two) for row in rows if row["kind"] == "epoch"]
+    for key in epochs[0]:
+        if key.startswith(exact):
+            assert epochs[0][key] == epochs[1][key], key
+    name = "checkpoints/checkpoint-2/weights.safetensors"
+    ours, theirs = load_file(one.folder / name), load_file(files / "logs" / "two" / name)
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
+
+
+def test_deepspeed_zero2_trains_and_skips_like_one_process_and_resumes_bit_for_bit(files):
+    settings = {"use_lora": True, "train__lora_path": files / "lora", "train__lora_rank": 4}
+    settings |= {"train__lora_alpha": 8, "train__ema": True, "train__ema_update_every": 1}
+    one = running.prepare(
+        running.arguments(
+            files,
+            run_name="whole",
+            sample__num_batches_per_epoch=8,
+            train__gradient_accumulation_steps=4,
+            num_epochs=1,
+            **settings,
+        )
+    )
+    running.break_losses(one, {0})
+    launch.execute(one)
+    zero2 = launcher("deepspeed_zero2", 2, "--mixed_precision", "no")
+    finish(start(files, *zero2, script="tests/running.py", run_name="zero2", **settings))
+    folder = files / "logs" / "zero2"
+    for ours, theirs in zip(metrics(folder)[:3], metrics(one.folder)[:3], strict=True):
+        assert close(ours, theirs), (ours, theirs)
+    assert read_metrics(folder, "epoch")[0]["skipped_updates"] == 1
+
+    after_first = folder / "checkpoints" / "checkpoint-1"
+    finish(start(files, *zero2, run_name="resumed", resume_from=after_first, **settings))
+    for name in ("weights.safetensors", "lora/pytorch_lora_weights.safetensors"):
+        last = f"checkpoints/checkpoint-3/{name}"
+        ours, theirs = load_file(files / "logs" / "resumed" / last), load_file(folder / last)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_killed_in_its_third_epoch_continues_bit_for_bit(files):
+    whole = running.train(running.arguments(files, run_name="unkilled", num_epochs=4))
+    folder = files / "logs" / "killed"
+    process = start(files, run_name="killed", num_epochs=4)
+    wait_for(lambda: num_rows(folder, "update") == 5, process)  # 2 an epoch
+    process.kill()
+    process.communicate()
+    resumed = running.train(
+        running.arguments(files, run_name="killed", num_epochs=4, resume_from="latest")
+    )
+    assert metrics(folder) == metrics(whole.folder)
+    for (name, ours), (_, theirs) in zip(
+        resumed.trained_parameters(), whole.trained_parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_its_status(files, number):
+    name = f"signal{int(number)}"
+    folder = files / "logs" / name
+    process = start(files, run_name=name, num_epochs=1000, save_freq=1000)
+    wait_for(lambda: num_rows(folder, "epoch") >= 1, process)
+    process.send_signal(number)
+    assert f"stopped by {number.name}" in finish(process, 128 + number)
+    (saved,) = folders.checkpoints(folder)
+    assert folders.read(saved)["epoch"] >= 1
+
+
+def test_ranks_save_when_their_launcher_is_killed(files):
+    folder = files / "logs" / "orphans"
+    process = start(
+        files,
+        *launcher("multi_gpu", 2),
+        env={"ACCELERATE_USE_CPU": "true"},
+        run_name="orphans",
+        num_epochs=1000,
+        save_freq=1000,
+    )
+    wait_for(lambda: num_rows(folder, "epoch") >= 1, process)
+    process.kill()
+    deadline = time.monotonic() + 60
+    while not folders.checkpoints(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    rows = num_rows(folder, "epoch")
+    (saved,) = folders.checkpoints(folder)
+    time.sleep(1)
+    assert num_rows(folder, "epoch") == rows == folders.read(saved)["epoch"]  # and they ended
+
+
+def test_a_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(files):
+    argv = running.arguments(files, run_name="torn", num_checkpoint_limit=2, train__ema=True)
+    run = running.prepare(argv)
+    chance, seen = random.Random(0), set()
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:  # save without end, each state recognisable
+            while True:
+                run.epoch += 1
+                run.updater.num_updates += 1
+                for _, param in run.trained_parameters():
+                    param.data.fill_(run.epoch)
+                checkpoint.save(run, 0)
+        time.sleep(chance.uniform(0.005, 0.08))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        run.config.unlock()
+        run.config.resume_from = "auto"
+        found = folders.resume_point(run.config, run.identity)
+        if found is not None:
+            checkpoint.load(run, found)
+            values = {param.unique().item() for _, param in run.trained_parameters()}
+            assert values == {run.epoch}
+            seen.add(run.epoch)
+    assert len(seen) > 10  # the kills did fall between and into writes
+    assert len(folders.checkpoints(run.folder)) <= 3
+
+
+def bad(files: Path, *arguments: str, **kw) -> tuple[str, float]:
+    begun = time.monotonic()
+    command = [sys.executable, "scripts/train_sd3.py", *running.arguments(files, **kw)[1:]]
+    process = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=SLOW_MACHINE_S
+    )
+    assert process.returncode == 1, process
+    assert process.stderr.splitlines()[-1].startswith("ValueError: "), process.stderr
+    return process.stderr.splitlines()[-1], time.monotonic() - begun
+
+
+BAD_INPUT = {
+    "unknown key": ({}, ["--config.sample.num_stps=3"], "sample.num_steps"),
+    "wrong type": ({}, ["--config.seed=x"], "--config.seed=x"),
+    "world size": ({"sample__num_image_per_prompt": 7}, [], "not a multiple"),
+    "no data": ({"dataset": "/nowhere"}, [], "/nowhere"),
+    "unknown reward": ({"reward_fn": {"ocrr": 1.0}}, [], "ocrr"),
+    "window": ({"sample__sde_window_range": (0, 5)}, [], "sde_window_range"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_within_two_seconds_and_leaves_no_run(files, case):
+    settings, arguments, named = BAD_INPUT[case]
+    message, seconds = bad(files, *arguments, run_name="bad", **settings)
+    assert named in message
+    assert seconds < 2
+    assert not (files / "logs" / "bad").exists()
+
+
+def test_a_malformed_line_is_named_by_its_number(files, tmp_path):
+    for split in ("train", "test"):
+        rows = ['{"prompt": "a cat"}', '{"prompt": "a dog"', '{"prompt": "a cow"}']
+        (tmp_path / f"{split}_metadata.jsonl").write_text("\n".join(rows))
+    message, seconds = bad(files, dataset=tmp_path, run_name="bad")
+    assert "train_metadata.jsonl, line 2" in message and seconds < 2
+
+
+def test_a_checkpoint_of_another_model_or_other_weights_is_refused(files):
+    run = running.train(running.arguments(files, run_name="other", num_epochs=1))
+    saved = folders.checkpoints(run.folder)[-1]
+    shutil.copytree(files / "sd3", files / "another")
+    for settings in ({"use_lora": True}, {"pretrained__model": files / "another"}):
+        message, seconds = bad(files, run_name="bad", resume_from=saved, **settings)
+        assert "was written with" in message and seconds < 2
+        assert not (files / "logs" / "bad").exists()
+
+
+def test_what_needs_torch_to_be_seen_ends_before_weights_load(files):
+    for settings in ({"mixed_precision": "fp16"}, {"train__batch_size": 8}):
+        _, seconds = bad(files, run_name="bad", **settings)
+        assert seconds < 15
+        assert not (files / "logs" / "bad").exists()

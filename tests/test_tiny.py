@@ -1,0 +1,77 @@
+"""The tiny pipelines fit their purpose: alike in every process, sensitive to all their inputs."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import LENGTH, picture
+
+from flow_grpo.rollout import Size
+from flow_grpo.sampling import Draw
+
+APPLE, SIGN = "a photo of a red apple", 'a sign that says "Grüße 42"'
+SIZE = Size(64, 64)
+
+
+@pytest.mark.parametrize("name", list(tiny.MODELS))
+def test_the_velocity_responds_to_each_input(name):
+    model = tiny.patched(name)
+    edits, draw = name in tiny.EDITS, Draw(seed=7, coordinates=())
+    images = [(picture(32, 48, seed),) if edits else () for seed in (1, 1, 2)]
+    apple, sign, other = (
+        model.collate(model.encode([text], [reference], LENGTH), LENGTH)
+        for text, reference in zip((APPLE, SIGN, APPLE), images, strict=True)
+    )
+    negative = model.collate([model.negative((), LENGTH)], LENGTH) if "sd3" in name else None
+    first, second = (
+        model.initial_latents(SIZE, draw.normal("init", [row], model.noise_shape(SIZE)))
+        for row in ((0, 0), (1, 0))
+    )
+
+    @torch.no_grad()
+    def velocity(latents=first, sigma=0.7, cond=apple, scale=1.0):
+        sigma = torch.tensor([sigma])
+        return model.velocity(model.transformer, latents, sigma, cond, negative, scale, SIZE)
+
+    changed = {
+        "prompt": velocity(cond=sign),
+        "sigma": velocity(sigma=0.5),
+        "latents": velocity(latents=second),
+        "guidance": velocity(scale=4.5),
+        "reference": velocity(cond=other),
+    }
+    base = velocity()
+    change = {key: ((v - base).norm() / base.norm()).item() for key, v in changed.items()}
+    deaf = {"guidance"} if name == "flux_schnell" else set()
+    deaf |= set() if edits else {"reference"}
+    assert {key for key, value in change.items() if value == 0} == deaf
+    assert min(value for key, value in change.items() if key not in deaf) > 0.01, change
+
+
+def test_two_processes_build_the_same_pipeline():
+    code = "import test_tiny, tiny; print(test_tiny.fingerprint(tiny.sd3()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONHASHSEED": "11"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert done.stdout.strip() == fingerprint(tiny.sd3())
+
+
+def fingerprint(pipe) -> str:
+    """Hash what a prompt becomes and the weights that read it."""
+    ids = [pipe.tokenizer(SIGN).input_ids, pipe.tokenizer_3(SIGN).input_ids]
+    digest = hashlib.sha256(repr(ids).encode())
+    for module in (pipe.text_encoder, pipe.text_encoder_3, pipe.transformer, pipe.vae):
+        for value in module.state_dict().values():
+            digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
