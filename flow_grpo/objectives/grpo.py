@@ -30,12 +30,12 @@ class GRPO(Objective):
                     f"train_batch_size={sample.train_batch_size}: the same rows then give other "
                     f"bits. Set config.train.old_log_prob=replay, or make the two equal."
                 )
-            if sample.guidance_scale > 1 and not train.cfg:
-                raise ValueError(
-                    f"config.train.cfg=False with config.sample.guidance_scale="
-                    f"{sample.guidance_scale}: the trained policy would not be the one that "
-                    f"sampled. Set config.train.cfg=True or config.sample.guidance_scale=1."
-                )
+        if sample.guidance_scale > 1 and not train.cfg:
+            raise ValueError(
+                f"config.train.cfg=False with config.sample.guidance_scale="
+                f"{sample.guidance_scale}: the trained policy would not be the one that "
+                f"sampled. Set config.train.cfg=True or config.sample.guidance_scale=1."
+            )
         if sample.noise_level <= 0:
             raise ValueError(
                 f"config.sample.noise_level={sample.noise_level}: without noise a step has no "

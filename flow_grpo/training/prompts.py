@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,12 @@ class Prompt:
 
     def load_images(self) -> tuple[np.ndarray, ...]:
         """Read the reference pictures, uint8 (H, W, 3) each."""
-        return tuple(np.asarray(Image.open(path).convert("RGB")) for path in self.images)
+        return tuple(_read_image(path) for path in self.images)
+
+
+@lru_cache(maxsize=256)
+def _read_image(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def read(folder: str, split: str) -> list[Prompt]:

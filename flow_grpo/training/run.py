@@ -82,7 +82,9 @@ class Run:
     def predictor(self, micro: Rollout) -> Predict:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
         cond, negative = collate(self.pipeline, micro.batch, self.sampler.pad_to)
-        scale = self.sampler.guidance_scale if self.config.train.cfg else 1.0
+        scale = self.sampler.guidance_scale
+        if self.pipeline.needs_negative(scale) and not self.config.train.cfg:
+            scale = 1.0
 
         def predict(point: Point) -> Tensor:
             return self.pipeline.velocity(

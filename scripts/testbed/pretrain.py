@@ -127,7 +127,10 @@ def save(base: StableDiffusion3Pipeline, averaged: nn.ModuleList, folder: Path) 
 
 def train_flow(args: argparse.Namespace, rng: random.Random) -> None:
     """Train the transformer and the three text encoders together by flow matching."""
-    base = pipeline(AutoencoderKL.from_pretrained(args.out / "vae"))
+    if args.init:
+        base = StableDiffusion3Pipeline.from_pretrained(args.init, torch_dtype=torch.float32)
+    else:
+        base = pipeline(AutoencoderKL.from_pretrained(args.out / "vae"))
     pictures, prompts = draw_pictures(args.num_scenes, rng)
     latents = encode_pictures(base.vae, pictures)
     trained = nn.ModuleList(
@@ -165,6 +168,7 @@ if __name__ == "__main__":
     parser.add_argument("stage", choices=("vae", "flow"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="flow: go on from this saved pipeline")
     parser.add_argument("--steps", type=int, help="stop after so many steps, not by the clock")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--save_minutes", type=float, default=8.0)
