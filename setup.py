@@ -9,7 +9,7 @@ setup(
     packages=find_packages(include=["flow_grpo*", "config*"]),
     install_requires=[
         "torch>=2.11",
-        "diffusers>=0.42",
+        "diffusers>=0.42.1",
         "transformers>=5.17",
         "accelerate>=1.15",
         "peft>=0.21",

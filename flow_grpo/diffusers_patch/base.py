@@ -13,6 +13,18 @@ from torch import Tensor
 from flow_grpo.rollout import Cond, Size
 
 
+JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
+
+
 class PatchedPipeline:
     """A model family. A subclass states the stock class and overrides what differs.
 
@@ -23,7 +35,6 @@ class PatchedPipeline:
 
     stock: type[DiffusionPipeline]
     lora_target_modules: tuple[str, ...]
-    text_encoders: tuple[str, ...]  # component names
     runs_in_fp16: bool = True  # False: its activations overflow
 
     def __init__(self, pipe: DiffusionPipeline):
@@ -80,7 +91,7 @@ class PatchedPipeline:
             "transformer": transformer_dtype or dtype,
             "vae": torch.float32,
         }
-        pipe = cls.stock.from_pretrained(path, revision=revision, torch_dtype=dtypes, **absent)
+        pipe = cls.stock.from_pretrained(path, revision=revision, dtype=dtypes, **absent)
         return cls(pipe.to(device))
 
     @property

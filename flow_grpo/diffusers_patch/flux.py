@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, PatchedPipeline
 from flow_grpo.rollout import Cond, Size
 
 
@@ -16,16 +16,8 @@ class Flux(PatchedPipeline):
     """A token is 2 x 2 latents. Checkpoints without a guidance embedding ignore guidance_scale."""
 
     stock = FluxPipeline
-    text_encoders = ("text_encoder", "text_encoder_2")
     lora_target_modules = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
+        *JOINT_ATTENTION,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",

@@ -6,23 +6,13 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, PatchedPipeline
 from flow_grpo.rollout import Cond, Size
 
 
 class SD3(PatchedPipeline):
     stock = StableDiffusion3Pipeline
-    text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    lora_target_modules = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    )
+    lora_target_modules = JOINT_ATTENTION
 
     @torch.no_grad()
     def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
