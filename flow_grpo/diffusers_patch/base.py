@@ -12,7 +12,6 @@ from torch import Tensor
 
 from flow_grpo.rollout import Cond, Size
 
-
 JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
     "attn.add_k_proj",
     "attn.add_q_proj",
