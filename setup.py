@@ -23,7 +23,6 @@ setup(
         "protobuf>=5",
         "tensorboard>=2.17",
         "tqdm>=4.66",
-        "matplotlib>=3.8",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19"],

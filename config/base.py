@@ -68,7 +68,7 @@ def base() -> ml_collections.ConfigDict:
     train.adam_weight_decay = 1e-4
     train.adam_epsilon = 1e-8
     train.gradient_accumulation_steps = 2  # micro-batches an optimizer step
-    train.max_grad_norm = 1.0
+    train.max_grad_norm = 1.0  # 0: no clipping
     train.max_nonfinite_updates = 5  # skipped updates in a row before the run stops
     train.num_inner_epochs = 1  # passes over an epoch's pictures
     train.cfg = True  # the trained velocity is guided as the rollout's; False: unguided

@@ -14,7 +14,7 @@ def shapes_sd3():
     config.dataset = "dataset/shapes"
     config.reward_fn = {"shapes": 1.0}
     config.resolution = 32
-    config.max_sequence_length = 12
+    config.max_sequence_length = 10
     config.mixed_precision = "no"
     config.use_lora = False
     config.num_epochs = 60

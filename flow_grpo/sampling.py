@@ -81,7 +81,7 @@ def sample(
     cond, negative = collate(pipeline, batch, sampler.pad_to)
     firsts = [(group, 0) for group, _ in owners] if sampler.same_latent else owners
     noise = draw.normal("init", firsts, pipeline.noise_shape(batch.size))
-    latents = pipeline.initial_latents(batch.size, noise.to(pipeline.device))
+    latents = pipeline.initial_latents(batch.size, _send(noise, pipeline.device))
     if steps is None or sampler.kind == "ode" or sampler.noise_level == 0:
         steps = np.empty((len(batch), 0), dtype=np.int64)
     kept = _Kept(latents, steps if keep_steps else steps[:, :0])
@@ -91,14 +91,15 @@ def sample(
         velocity = pipeline.velocity(
             model, latents, sigma, cond, negative, sampler.guidance_scale, batch.size
         )
-        before, now = latents, (velocity, latents, sigma, sigmas[i + 1])
+        before = latents
+        now = (velocity, latents, sigma, sigmas[i + 1])
         latents = sde.step("ode", *now, 0.0, sigma_guard=sigmas[1]).next_latents
         rows = np.flatnonzero((steps == i).any(axis=1))
         if len(rows):
             noise = torch.zeros_like(latents)
             on_rows = _to(latents.device, rows)
             drawn = draw.normal("step", [(*owners[row], i) for row in rows], latents.shape[1:])
-            noise[on_rows] = drawn.to(latents.device)
+            noise[on_rows] = _send(drawn, latents.device)
             taken = sde.step(
                 sampler.kind, *now, sampler.noise_level, sigma_guard=sigmas[1], noise=noise
             )
@@ -155,4 +156,11 @@ def to_uint8(images: Tensor) -> list[np.ndarray]:
 
 
 def _to(device: torch.device, array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    return _send(torch.from_numpy(np.ascontiguousarray(array)), device)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it, which pageable memory would."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -92,6 +92,5 @@ def test_a_call_that_would_mix_reference_sizes_is_refused_before_weights_load(fi
 def test_a_row_without_a_reference_is_named(files, tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.txt").write_text("\n".join(running.PROMPTS))
-    run = running.prepare(arguments(files, dataset=tmp_path), FAMILY)
     with pytest.raises(ValueError, match="0 reference pictures"):
-        run.prompt_batch(run.plan.train_prompts[:1], [(0, 0)], 2.5)
+        running.prepare(arguments(files, dataset=tmp_path), FAMILY)

@@ -16,6 +16,7 @@ from flow_grpo.diffusers_patch.flux_kontext import MAX_REFERENCE_AREA, FluxKonte
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.rollout import Size
 from flow_grpo.sampling import Draw, Sampler, sample
+from flow_grpo.training.prompts import Prompt
 
 EVERY_MODEL = pytest.mark.parametrize("name", list(tiny.MODELS))
 APPLE, SIGN = "a photo of a red apple", 'a sign that says "Grüße 42"'
@@ -184,8 +185,9 @@ def test_references_of_two_sizes_can_not_share_a_call(models, sizes):
 
 @pytest.mark.parametrize("num_images", [0, 2])
 def test_kontext_wants_one_reference_a_row(models, num_images):
+    prompt = Prompt(APPLE, images=("a.png",) * num_images)
     with pytest.raises(ValueError, match=f"{APPLE}.* has {num_images} reference"):
-        models["flux_kontext"].encode([APPLE], [(picture(32, 32),) * num_images], LENGTH)
+        models["flux_kontext"].check_prompts([prompt])
 
 
 @pytest.mark.parametrize(

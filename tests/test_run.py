@@ -90,7 +90,7 @@ def test_the_gate_stops_a_run_that_scores_something_else(files):
         return lambda point: 1.01 * predict(point)
 
     run.predictor = slightly_off
-    with pytest.raises(RuntimeError, match="log-ratio reaches"):
+    with pytest.raises(RuntimeError, match="before the first update"):
         launch.execute(run)
     assert run.updater.num_updates == 0 and not (run.folder / "checkpoints").exists()
 
@@ -316,15 +316,14 @@ def test_a_non_finite_loss_skips_its_update_and_is_counted(files):
     assert all(torch.isfinite(param).all() for _, param in run.trained_parameters())
 
 
-def test_updates_that_stay_non_finite_stop_the_run_after_saving(files):
-    argv = running.arguments(
-        files, run_name="nans", num_epochs=9, save_freq=100, train__max_nonfinite_updates=3
-    )
+def test_updates_that_stay_non_finite_stop_the_run(files):
+    argv = running.arguments(files, run_name="nans", num_epochs=9, train__max_nonfinite_updates=3)
     run = running.prepare(argv)
     running.break_losses(run, set(range(2, 99)))
     with pytest.raises(FloatingPointError, match="3 updates in a row"):
         launch.execute(run)
-    assert (run.folder / "checkpoints" / "checkpoint-2" / "trainer.json").exists()
+    left = [path.name for path in (run.folder / "checkpoints").iterdir()]
+    assert left == ["checkpoint-2"]  # of the first epoch, the only one that was finished
 
 
 def test_shuffled_advantages_keep_their_values_and_lose_their_rows(files):

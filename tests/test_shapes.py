@@ -204,7 +204,7 @@ def test_the_base_is_a_whole_small_pipeline():
         t("a red circle").input_ids == build.clip_tokenizer()("a red circle").input_ids
         for t in saved
     )
-    rows = [entry for entry in ROWS["dev"] if entry["tag"] == "single"][:16]
+    rows = ROWS["dev"][:100]
     images = pipeline(
         [entry["prompt"] for entry in rows],
         num_inference_steps=10,
@@ -214,4 +214,4 @@ def test_the_base_is_a_whole_small_pipeline():
         output_type="np",
     ).images
     scores = shapes(list((images * 255).round().astype(np.uint8)), [], rows)
-    assert scores["shapes_strict"].mean() > 0.25  # far above the 0.01 of a random picture
+    assert scores["shapes_strict"].mean() > 0.2  # 0.34 on all of dev; 0.004 by chance

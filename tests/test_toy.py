@@ -87,7 +87,7 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         pipeline.transformer, optimizer_class(pipeline.transformer.parameters())
     )
     names = (*objective.snapshots, *(["ema"] if train.ema else []))
-    return Run(
+    run = Run(
         config=config,
         plan=plan,
         identity={},
@@ -103,9 +103,11 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         snapshots=Snapshots(model, names, use_lora=False),
         conditioner=None,
         scorer=None,
-        tracker=Tracker(accelerator, Path(folder), config),
+        tracker=Tracker(accelerator, Path(folder)),
         stop=None,
     )
+    run.tracker.start(config)
+    return run
 
 
 def plan_of(num_groups, group_size, num_micro_batches=1, num_updates=1):

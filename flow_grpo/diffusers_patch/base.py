@@ -93,6 +93,13 @@ class PatchedPipeline:
         pipe = cls.stock.from_pretrained(path, revision=revision, dtype=dtypes, **absent)
         return cls(pipe.to(device))
 
+    @classmethod
+    def check_prompts(cls, prompts: list) -> None:
+        """Raise ValueError, before weights load, if a prompt's pictures don't suit the model.
+
+        prompts: training.prompts.Prompt, of training and evaluation.
+        """
+
     @property
     def device(self) -> torch.device:
         return self.transformer.device

@@ -20,14 +20,17 @@ class FluxKontext(Flux):
     stock = FluxKontextPipeline
     lora_target_modules = (*Flux.lora_target_modules, "proj_mlp")
 
+    @classmethod
+    def check_prompts(cls, prompts: list) -> None:
+        for prompt in prompts:
+            if len(prompt.images) != 1:
+                raise ValueError(
+                    f"the prompt {prompt.text!r} has {len(prompt.images)} reference pictures; "
+                    f'FLUX.1 Kontext edits exactly one. Name it under "image" in the data set.'
+                )
+
     @torch.no_grad()
     def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        for prompt, references in zip(prompts, images, strict=True):
-            if len(references) != 1:
-                raise ValueError(
-                    f"the prompt {prompt!r} has {len(references)} reference pictures; FLUX.1 "
-                    f'Kontext edits exactly one. Name it under "image" in the row of the data set.'
-                )
         conds = super().encode(prompts, images, max_length)
         for cond, references in zip(conds, images, strict=True):
             # Not packed: its shape tells the positions, and tells apart 32x64 from 64x32.

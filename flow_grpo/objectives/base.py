@@ -28,7 +28,6 @@ class Objective:
 
     samples_with: ClassVar[str] = "policy"  # whose weights roll out: policy | old | ema | reference
     keeps: ClassVar[str] = "steps"  # of a rollout: "steps" (states and log-probs) | "final"
-    whole_groups: ClassVar[bool] = False  # each group must lie on one rank
     snapshots: tuple[str, ...] = ()  # frozen copies to hold: "old", "reference"
     anchors: tuple[str, ...] = ()  # those whose velocity loss() needs at every point
 

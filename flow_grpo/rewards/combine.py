@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from importlib import import_module
+from pkgutil import resolve_name
 
 import numpy as np
 
@@ -20,7 +20,7 @@ class Scorer:
 
     def __init__(self, weights: Mapping[str, float]):
         self.weights = dict(weights)
-        self._scorers = {name: _load(name) for name in self.weights}
+        self._scorers = {name: resolve_name(REWARDS[name]) for name in self.weights}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
 
     def submit(self, images, prompts, metadata, references=None, group=None) -> Future:
@@ -50,8 +50,3 @@ class Scorer:
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
-
-
-def _load(name: str):
-    module, attribute = REWARDS[name].split(":")
-    return getattr(import_module(module), attribute)

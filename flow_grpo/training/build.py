@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
 import ml_collections
 import torch
@@ -44,8 +44,9 @@ def build(
     """
     identity = folders.identity(config, family.__name__, plan.world_size)
     resume_from = folders.resume_point(config, identity)
-    objective_class = load_object(OBJECTIVES[config.objective])
+    objective_class = resolve_name(OBJECTIVES[config.objective])
     objective_class.check(config)
+    family.check_prompts(plan.train_prompts + plan.eval_prompts)
     accelerator = _accelerator(config)
     pipeline = _pipeline(config, family, accelerator)
     size = Size(config.height or config.resolution, config.width or config.resolution)
@@ -79,22 +80,19 @@ def build(
         snapshots=Snapshots(pipeline.transformer, names, config.use_lora),
         conditioner=Conditioner(pipeline, config.max_sequence_length),
         scorer=scorer,
-        tracker=Tracker(accelerator, folder, config),
+        tracker=Tracker(accelerator, folder),
         stop=Stop(accelerator),
     )
-    if resume_from is not None:
+    if resume_from is None:
+        run.tracker.cut(0)  # of a run that ended before its first checkpoint
+    else:
         checkpoint.load(run, resume_from)
+    run.tracker.start(config)
     return run
 
 
-def load_object(path: str) -> Any:
-    """Import "module:attribute"."""
-    module, attribute = path.split(":")
-    return getattr(import_module(module), attribute)
-
-
 def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
-    """Add a LoRA in fp32, or let the whole transformer train."""
+    """Add a LoRA, or let the whole transformer train; in fp32, unless DeepSpeed casts it."""
     transformer, train = pipeline.transformer, config.train
     if config.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -121,18 +119,19 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.Config
 
 
 def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
-    """Start from a LoRA in diffusers' format. Raises ValueError if its rank is another."""
-    path, wanted = config.train.lora_path, config.train.lora_rank
+    """Start from a LoRA in diffusers' format. Raises ValueError if the config says otherwise."""
+    path = config.train.lora_path
     weights, metadata = pipeline.stock.lora_state_dict(path, return_lora_metadata=True)
     pipeline.stock.load_lora_into_transformer(
         weights, pipeline.transformer, adapter_name="default", metadata=metadata
     )
-    rank = pipeline.transformer.peft_config["default"].r
-    if rank != wanted:
-        raise ValueError(
-            f"config.train.lora_rank={wanted}, but {path!r} holds a LoRA of rank {rank}. Set "
-            f"config.train.lora_rank={rank}."
-        )
+    found = pipeline.transformer.peft_config["default"]
+    for key, value in (("lora_rank", found.r), ("lora_alpha", found.lora_alpha)):
+        if config.train[key] != value:
+            raise ValueError(
+                f"config.train.{key}={config.train[key]}, but that of the LoRA in {path!r} is "
+                f"{value}. Set config.train.{key}={value}."
+            )
 
 
 def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
@@ -150,10 +149,11 @@ def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
                 "config.train.use_8bit_adam=True needs the package bitsandbytes: "
                 "pip install bitsandbytes, or set it to False."
             ) from None
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    if deepspeed and not on_gpu:
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    # A rank may wait this long for another one's rewards.
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), group]
+    if folders.uses_deepspeed() and not on_gpu:
+        group.backend = "gloo"
         # Without this DeepSpeed compiles a kernel that gloo does not need.
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)

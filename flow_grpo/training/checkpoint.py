@@ -29,10 +29,11 @@ def save(run: Run, metrics_bytes: int) -> Path:
     checkpoint or none. metrics_bytes: how much of metrics.jsonl belongs to the finished epochs.
     """
     final = run.folder / "checkpoints" / f"checkpoint-{run.updater.num_updates}"
-    if (final / folders.STATE).exists() and folders.read(final)["epoch"] == run.epoch:
-        return final
-    with run.timer("save"):
-        _write(run, final, metrics_bytes)
+    state = (run.epoch, run.updater.num_updates)
+    if run.saved != state:
+        with run.timer("save"):
+            _write(run, final, metrics_bytes)
+        run.saved = state
     return final
 
 
@@ -43,13 +44,12 @@ def _write(run: Run, final: Path, metrics_bytes: int) -> None:
         aside.mkdir(parents=True)
     run.accelerator.wait_for_everyone()
     _write_state(run, aside)
-    with run.snapshots.using("ema" if run.config.train.ema else "policy"):
-        export(run, aside)
+    export(run, aside, "ema" if run.config.train.ema else "policy")
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         _write_trainer(run, aside, metrics_bytes)
-        if final.exists():
-            _remove(final)
+        if final.exists():  # all updates of an epoch were skipped
+            os.rename(final, _aside(final))
         os.rename(aside, final)
         _sync(final.parent)
         _prune(run.folder, run.config.num_checkpoint_limit)
@@ -57,8 +57,11 @@ def _write(run: Run, final: Path, metrics_bytes: int) -> None:
 
 
 def load(run: Run, folder: Path) -> None:
-    """Continue from a checkpoint that folders.resume_point() accepted."""
-    weights = load_file(folder / "weights.safetensors", device=str(run.accelerator.device))
+    """Continue from a checkpoint that folders.resume_point() accepted.
+
+    In the run that wrote it, what came after it is forgotten: rows of metrics and checkpoints.
+    """
+    weights = load_file(folder / "weights.safetensors")
     run.snapshots.load_state_dict(weights)
     if run.updater.uses_deepspeed:
         run.model.load_checkpoint(
@@ -69,7 +72,7 @@ def load(run: Run, folder: Path) -> None:
             for name, param in run.trained_parameters():
                 param.copy_(weights[f"policy/{name}"])
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        run.updater.optimizer.load_state_dict(state["optimizer"])
+        run.updater.load_optimizer(state["optimizer"])
         if run.accelerator.scaler is not None:
             run.accelerator.scaler.load_state_dict(state["scaler"])
     state = folders.read(folder)
@@ -78,22 +81,29 @@ def load(run: Run, folder: Path) -> None:
     run.updater.num_skipped = state["num_skipped"]
     if folder.resolve().parent.parent == run.folder.resolve():
         run.tracker.cut(state["metrics_bytes"])
+        if run.accelerator.is_main_process:
+            found = folders.checkpoints(run.folder)
+            for later in found[found.index(run.folder / "checkpoints" / folder.name) + 1 :]:
+                _remove(later)
+    run.saved = (run.epoch, run.updater.num_updates)
+    run.accelerator.wait_for_everyone()
 
 
-def export(run: Run, folder: Path) -> None:
-    """Write weights that a stock diffusers pipeline loads: lora/ or transformer/."""
-    if not run.accelerator.is_main_process:
-        return
-    transformer = run.pipeline.transformer
+def export(run: Run, folder: Path, name: str) -> None:
+    """Write snapshot `name` as a stock diffusers pipeline loads it: lora/ or transformer/."""
+    transformer, main = run.pipeline.transformer, run.accelerator.is_main_process
     if run.config.use_lora:
-        layers = {k: v.float() for k, v in get_peft_model_state_dict(transformer).items()}
-        run.pipeline.stock.save_lora_weights(
-            folder / "lora",
-            transformer_lora_layers=layers,
-            **_collate_lora_metadata({"transformer": transformer}),
-        )
-    else:
-        transformer.save_pretrained(folder / "transformer")
+        values = run.snapshots.values(name)  # fp32, whatever DeepSpeed made of the weights
+        if main:
+            run.pipeline.stock.save_lora_weights(
+                folder / "lora",
+                transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=values),
+                **_collate_lora_metadata({"transformer": transformer}),
+            )
+        return
+    with run.snapshots.using(name):
+        if main:
+            transformer.save_pretrained(folder / "transformer")
 
 
 def _write_state(run: Run, folder: Path) -> None:
@@ -143,10 +153,16 @@ def _prune(run_folder: Path, limit: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that a kill midway leaves nothing that looks like one."""
-    aside = folder.with_name(f".removing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = _aside(folder)
     os.rename(folder, aside)
     shutil.rmtree(aside)
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint goes to be deleted."""
+    aside = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def _sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def _check(folder: Path, identity: dict) -> None:
     if not (folder / STATE).is_file():
         raise ValueError(
             f"config.resume_from={str(folder)!r}: no complete checkpoint ({STATE} is missing). A "
-            f"folder logs/<run_name>/checkpoints/checkpoint-<step> is needed."
+            f"folder logs/<run_name>/checkpoints/checkpoint-<step> is needed, or latest, or auto."
         )
     state = read(folder)
     for name, size in state["files"].items():
@@ -79,6 +80,11 @@ def read(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
+def uses_deepspeed() -> bool:
+    """Whether accelerate's launcher was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:
     """Return what a checkpoint and the run that resumes it must have in common."""
     train, lora = config.train, config.use_lora
@@ -91,6 +97,8 @@ def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) 
         "config.train.lora_alpha": train.lora_alpha if lora else None,
         "config.train.lora_targets": list(train.lora_targets) if lora else None,
         "config.train.ema": train.ema,
+        "config.train.use_8bit_adam": train.use_8bit_adam,
+        "ranks under DeepSpeed (0: without)": world_size if uses_deepspeed() else 0,
         "config.seed": config.seed,
         "pictures an epoch": world_size
         * config.sample.train_batch_size

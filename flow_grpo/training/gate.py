@@ -25,12 +25,11 @@ def gate(run: Run, rollout: Rollout) -> None:
         mismatch = objective.mismatch(predict(point), micro, point)
         if mismatch is not None:
             largest[point.column] = run.accelerator.gather(mismatch.max()).max().item()
-    worst = max(largest.values(), default=0.0)
-    if not worst <= objective.tolerance:
+    if not all(value <= objective.tolerance for value in largest.values()):  # NaN is not
         raise RuntimeError(
-            f"before the first update the log-ratio reaches {worst:.3g} (per trained step: "
-            f"{largest}), but at most {objective.tolerance:.3g} (a tenth of train.clip_range) is "
-            f"needed: training does not score what was sampled. Usual causes: low precision "
+            f"before the first update the largest |log-ratio| of each trained step is {largest}; "
+            f"at most {objective.tolerance:.3g} (a tenth of train.clip_range) is needed: training "
+            f"does not score what was sampled. Usual causes: low precision "
             f"(config.mixed_precision), another batch size or padding in training, another "
             f"attention kernel, dropout. config.train.old_log_prob=replay removes most of them."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def prepare(argv: list[str], family: str, default_config: str) -> Run:
     plan = preflight.check(config, world_size)
     folders.resume_point(config, folders.identity(config, family.split(":")[1], world_size))
 
-    from flow_grpo.training.build import build, load_object
+    from flow_grpo.training.build import build
 
-    return build(config, name, plan, load_object(family))
+    return build(config, name, plan, resolve_name(family))
 
 
 def execute(run: Run) -> int:

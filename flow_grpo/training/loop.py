@@ -21,7 +21,7 @@ from flow_grpo.training.tracking import Statistics, memory, progress
 def train(run: Run) -> None:
     """Train up to config.num_epochs.
 
-    Raises Stopped after SIGTERM or SIGINT, and whatever ended the run, both after saving.
+    Raises Stopped after SIGTERM or SIGINT, once the finished epochs are saved.
     """
     config = run.config
     finished = run.tracker.num_bytes  # of metrics.jsonl
@@ -47,7 +47,7 @@ def train(run: Run) -> None:
             if run.accelerator.is_main_process:
                 tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
         evaluate(run)
-    except (Stopped, FloatingPointError):
+    except Stopped:
         save(run, finished)
         raise
 
@@ -82,7 +82,11 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
             )
             pending.append(
                 run.scorer.submit(
-                    part.images, batch.prompts, batch.metadata, batch.references, batch.group
+                    part.images,
+                    batch.prompts,
+                    batch.metadata,
+                    batch.references,
+                    batch.group.numpy(),
                 )
             )
             parts.append(part)

@@ -85,17 +85,19 @@ class Updater:
 
     def step(self) -> float | None:
         """Clip, step and reset the gradients. Returns the gradient's norm; None: skipped."""
+        in_fp16 = self.accelerator.mixed_precision == "fp16"  # it still looks for its scale
         if self.uses_deepspeed:  # its engine clipped and stepped inside the last backward
             norm = float(self.model.get_global_grad_norm() or 0.0)
+            if not math.isfinite(norm):
+                return self.skip(count=not in_fp16)
         else:
             limit = self.train.max_grad_norm or math.inf
             norm = self.accelerator.clip_grad_norm_(self.params, limit).item()
-            if not math.isfinite(norm) and self.accelerator.scaler is None:
-                return self.skip()
-            self.optimizer.step()
+            if math.isfinite(norm) or in_fp16:
+                self.optimizer.step()  # in fp16 the scaler leaves a step out and lowers its scale
+            if not math.isfinite(norm):
+                return self.skip(count=not in_fp16)
             self.optimizer.zero_grad()
-            if self.accelerator.optimizer_step_was_skipped:  # fp16 still looks for its scale
-                return self.skip(count=False)
         self.num_updates += 1
         self.num_skipped_in_a_row = 0
         return norm
@@ -121,6 +123,16 @@ class Updater:
                 f"{self.num_skipped_in_a_row} updates in a row had a non-finite loss or gradient. "
                 f"Lower config.train.learning_rate, or use config.mixed_precision=bf16 or no."
             )
+
+    def load_optimizer(self, state: dict) -> None:
+        """Restore the moments; the settings (betas, weight decay ...) stay the config's."""
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state)
+        for group, chosen in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(chosen)
 
     def _set_learning_rate(self) -> None:
         rate = learning_rate(self.train, self.num_updates, self.total_updates)

@@ -96,6 +96,8 @@ def check(config: ml_collections.ConfigDict, world_size: int) -> Plan:
     )
     _check_rewards(config)
     _check_model(config)
+    if config.train.lora_path:
+        _check_lora_path(config.train.lora_path)
     plan = _plan(config, world_size)
     _check_folder(config)
     return plan
@@ -155,6 +157,16 @@ def _check_model(config: ml_collections.ConfigDict) -> None:
             f"config.pretrained.model={path!r}: there is no such folder, and it is no hub id "
             f"(owner/name). Correct the path; it is relative to {os.getcwd()}."
         )
+
+
+def _check_lora_path(path: str) -> None:
+    if os.path.isdir(path) and not list(Path(path).glob("*.safetensors")):
+        raise ValueError(
+            f"config.train.lora_path={path!r}: the folder has no .safetensors file. A LoRA in "
+            f"diffusers' format is needed, such as checkpoints/checkpoint-<step>/lora of a run."
+        )
+    if path.startswith((".", "/")) and not os.path.exists(path):
+        raise ValueError(f"config.train.lora_path={path!r}: there is no such file or folder.")
 
 
 def _plan(config: ml_collections.ConfigDict, world_size: int) -> Plan:

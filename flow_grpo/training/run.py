@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import ml_collections
@@ -30,7 +31,7 @@ from flow_grpo.training.tracking import Timer, Tracker
 
 @dataclass
 class Run:
-    """Built once (build.py); `epoch` is the only field that changes."""
+    """Built once (build.py); only the last fields change."""
 
     config: ml_collections.ConfigDict
     plan: Plan
@@ -50,6 +51,7 @@ class Run:
     tracker: Tracker
     stop: Stop
     epoch: int = 0  # finished epochs
+    saved: tuple[int, int] | None = None  # epoch and update of the last checkpoint
     timer: Timer = field(default_factory=Timer)
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -81,14 +83,14 @@ class Run:
 
     def predictor(self, micro: Rollout) -> Predict:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
-        cond, negative = collate(self.pipeline, micro.batch, self.sampler.pad_to)
+        rows = cache(lambda: collate(self.pipeline, micro.batch, self.sampler.pad_to))
         scale = self.sampler.guidance_scale
         if self.pipeline.needs_negative(scale) and not self.config.train.cfg:
             scale = 1.0
 
         def predict(point: Point) -> Tensor:
             return self.pipeline.velocity(
-                self.model, point.latents, point.sigma, cond, negative, scale, self.size
+                self.model, point.latents, point.sigma, *rows(), scale, self.size
             )
 
         return predict

@@ -20,6 +20,7 @@ class Snapshots:
         self._params = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._without_adapter = use_lora
         self._held: dict[str, dict[str, Tensor]] = {}
+        self._in_use = False
         for name in names:
             if name != "reference" or not use_lora:
                 self._held[name] = {n: _master(p).clone() for n, p in self._params.items()}
@@ -30,9 +31,23 @@ class Snapshots:
         for key, param in self._params.items():
             self._held[name][key].lerp_(_master(param), 1 - decay)
 
+    def values(self, name: str) -> dict[str, Tensor]:
+        """Return the fp32 weights of `name` ("policy": its own). Every rank must call it."""
+        if name in self._held:
+            return self._held[name]
+        return {key: _master(param) for key, param in self._params.items()}
+
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
         """Run the module with the weights of `name` ("policy": its own). Not to be nested."""
+        assert not self._in_use, "a snapshot is in use already"
+        self._in_use = name != "policy"
+        try:
+            yield from self._swapped(name)
+        finally:
+            self._in_use = False
+
+    def _swapped(self, name: str) -> Iterator[None]:
         if name == "policy":
             yield
         elif name == "reference" and name not in self._held:

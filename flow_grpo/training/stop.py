@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import torch
 from accelerate import Accelerator
+
+PATIENCE_S = 5.0
 
 
 class Stopped(Exception):
@@ -20,22 +23,23 @@ class Stopped(Exception):
 class Stop:
     """Remembers a request to end until check(), where all ranks learn of it together.
 
-    A second signal ends the process at once.
+    A second signal after PATIENCE_S ends the process at once; launchers repeat the first one.
     """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self._number = 0
+        self._number, self._since = 0, 0.0
         # Only a launcher's death counts: a run under nohup outlives its shell.
-        launched = any(name.startswith("ACCELERATE_") for name in os.environ)
+        launched = any(n.startswith(("ACCELERATE_", "TORCHELASTIC_")) for n in os.environ)
         self._parent = os.getppid() if launched else None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
-        if self._number:
+        if not self._number:
+            self._number, self._since = number, time.monotonic()
+        elif time.monotonic() - self._since > PATIENCE_S:
             os._exit(128 + number)
-        self._number = number
 
     def check(self) -> None:
         """Raise Stopped on every rank if any rank was asked to end. All ranks must call it."""

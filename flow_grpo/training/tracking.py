@@ -23,15 +23,18 @@ from tqdm import tqdm
 class Tracker:
     """Writes a run's metrics, on the main process only; every method may be called on all ranks."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, config: ml_collections.ConfigDict):
+    def __init__(self, accelerator: Accelerator, folder: Path):
         self._main = accelerator.is_main_process
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._remote = None
+
+    def start(self, config: ml_collections.ConfigDict) -> None:
+        """Make the run's folder and open the tracker."""
         if not self._main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "images").mkdir(exist_ok=True)
+        folder = self._folder
+        (folder / "images").mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
         if config.tracker == "tensorboard":
             self._remote = TensorBoardTracker("tensorboard", folder)

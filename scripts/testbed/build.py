@@ -118,9 +118,8 @@ def clip_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     )
     model = CLIPTextModelWithProjection(config)
     for name, parameter in model.named_parameters():
-        if (
-            "embedding" in name
-        ):  # CLIP's own 0.02 suits 400 million captions, not some thousand steps
+        if "embedding" in name:
+            # CLIP's own 0.02 suits 400 million captions, not some thousand steps.
             torch.nn.init.normal_(parameter, std=0.5)
     return model
 
