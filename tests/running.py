@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from flow_grpo.diffusers_patch.sd3 import SD3
-from flow_grpo.training import launch
+from flow_grpo.training import launch, loop
 from flow_grpo.training.run import Run
 
 SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
@@ -116,7 +118,27 @@ def break_losses(run: Run, broken: set[int]) -> None:
     run.updater.step, run.updater.skip = counted(run.updater.step), counted(run.updater.skip)
 
 
-if __name__ == "__main__":  # train_sd3.py, with a NaN in its first update
+def record_rollouts(folder: Path, rank: int) -> None:
+    """Save what each rank holds of every epoch, once it has its advantages."""
+    honest = loop.weigh
+
+    def weigh(run, rollout, scores):
+        metrics = honest(run, rollout, scores)
+        names = ("steps", "latents", "next_latents", "log_probs", "final", "advantages")
+        held = {name: getattr(rollout, name) for name in names}
+        held |= {"group": rollout.batch.group, "member": rollout.batch.member}
+        held |= {f"score/{key}": torch.from_numpy(value) for key, value in scores.items()}
+        save_file({k: v.contiguous() for k, v in held.items()}, folder / f"{rank}-{run.epoch}")
+        return metrics
+
+    loop.weigh = weigh
+
+
+if __name__ == "__main__":  # train_sd3.py with something done to it: MODE is break or a folder
     trained = launch.prepare(sys.argv, SD3_FAMILY, DEFAULT)
-    break_losses(trained, {0})
-    sys.exit(launch.execute(trained))
+    rank = trained.accelerator.process_index
+    if os.environ["MODE"] != "break":
+        record_rollouts(Path(os.environ["MODE"]), rank)
+    elif rank == trained.accelerator.num_processes - 1:  # the others must learn of it
+        break_losses(trained, {0})
+    launch.leave(launch.execute(trained))

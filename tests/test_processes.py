@@ -17,7 +17,7 @@ import running
 import torch
 from safetensors.torch import load_file
 
-from flow_grpo.training import checkpoint, folders, launch
+from flow_grpo.training import checkpoint, folders, launch, loop
 from flow_grpo.training.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def start(
         command = [sys.executable, *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
@@ -77,35 +77,38 @@ def close(one: dict, other: dict) -> bool:
     )
 
 
-def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files):
-    settings = {"num_epochs": 1, "train__learning_rate": 1e-3, "train__ema": True}
-    one = running.train(
-        running.arguments(
-            files,
-            run_name="one",
-            sample__num_batches_per_epoch=8,
-            train__gradient_accumulation_steps=4,
-            **settings,
-        )
-    )
+def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path, monkeypatch):
+    settings = {"num_epochs": 1, "train__learning_rate": 1e-3, "train__beta": 0.1}
+    settings |= {"use_lora": True, "train__lora_path": files / "lora", "train__lora_rank": 4}
+    settings |= {"train__lora_alpha": 8, "train__ema": True, "train__ema_update_every": 1}
+    settings |= {"sample__num_image_per_prompt": 32, "sample__global_std": True}  # over both ranks
+    folders_of = {name: tmp_path / name for name in ("one", "two")}
+    for folder in folders_of.values():
+        folder.mkdir()
+    more = {"sample__num_batches_per_epoch": 8, "train__gradient_accumulation_steps": 4}
+    one = running.prepare(running.arguments(files, run_name="one", **settings, **more))
+    monkeypatch.setattr(loop, "weigh", loop.weigh)  # recording ends with this test
+    running.record_rollouts(folders_of["one"], 0)
+    launch.execute(one)
     both = start(
         files,
         *launcher("multi_gpu", 2),
-        env={"ACCELERATE_USE_CPU": "true"},
+        env={"ACCELERATE_USE_CPU": "true", "MODE": str(folders_of["two"])},
+        script="tests/running.py",
         run_name="two",
         **settings,
     )
     assert "2 rank(s)" in finish(both)
-    rows_one, rows_two = metrics(one.folder), metrics(files / "logs" / "two")
-    exact = ("reward/", "advantage/", "ratio", "eval", "policy_loss")
-    first = rows_one[:2]  # the first evaluation and the first update
+
+    whole = load_file(folders_of["one"] / "0-0")
+    halves = [load_file(folders_of["two"] / f"{rank}-0") for rank in (0, 1)]
+    for key, value in whole.items():
+        assert torch.equal(torch.cat([half[key] for half in halves]), value), key
+    assert whole["advantages"].unique().numel() > 8
+    first, second = (metrics(files / "logs" / name)[:2] for name in ("one", "two"))
     assert [row["kind"] for row in first] == ["eval", "update"]
-    assert rows_one[0] == rows_two[0]
-    assert close(rows_one[1], rows_two[1])
-    epochs = [row for rows in (rows_one, rows_two) for row in rows if row["kind"] == "epoch"]
-    for key in epochs[0]:
-        if key.startswith(exact):
-            assert epochs[0][key] == epochs[1][key], key
+    assert first[0] == second[0] and close(first[1], second[1])
+    assert first[1]["kl"] > 0
     name = "checkpoints/checkpoint-2/weights.safetensors"
     ours, theirs = load_file(one.folder / name), load_file(files / "logs" / "two" / name)
     for key in ours:
@@ -128,7 +131,8 @@ def test_deepspeed_zero2_trains_and_skips_like_one_process_and_resumes_bit_for_b
     running.break_losses(one, {0})
     launch.execute(one)
     zero2 = launcher("deepspeed_zero2", 2, "--mixed_precision", "no")
-    finish(start(files, *zero2, script="tests/running.py", run_name="zero2", **settings))
+    broken = {"script": "tests/running.py", "env": {"MODE": "break"}}
+    finish(start(files, *zero2, **broken, run_name="zero2", **settings))
     folder = files / "logs" / "zero2"
     for ours, theirs in zip(metrics(folder)[:3], metrics(one.folder)[:3], strict=True):
         assert close(ours, theirs), (ours, theirs)
@@ -171,18 +175,23 @@ def test_a_signal_saves_and_leaves_with_its_status(files, number):
     assert folders.read(saved)["epoch"] >= 1
 
 
-def test_ranks_save_when_their_launcher_is_killed(files):
-    folder = files / "logs" / "orphans"
+@pytest.mark.parametrize("signalled", ["launcher killed", "all told to end"])
+def test_ranks_save_when_their_launcher_ends_or_all_are_signalled(files, signalled):
+    name = signalled.replace(" ", "-")
+    folder = files / "logs" / name
     process = start(
         files,
         *launcher("multi_gpu", 2),
         env={"ACCELERATE_USE_CPU": "true"},
-        run_name="orphans",
+        run_name=name,
         num_epochs=1000,
         save_freq=1000,
     )
     wait_for(lambda: num_rows(folder, "epoch") >= 1, process)
-    process.kill()
+    if signalled == "launcher killed":
+        process.kill()
+    else:  # as a cluster's scheduler does; the launcher passes the signal on once more
+        os.killpg(process.pid, signal.SIGTERM)
     deadline = time.monotonic() + 60
     while not folders.checkpoints(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -246,7 +255,7 @@ def test_bad_input_ends_within_two_seconds_and_leaves_no_run(files, case):
     settings, arguments, named = BAD_INPUT[case]
     message, seconds = bad(files, *arguments, run_name="bad", **settings)
     assert named in message
-    assert seconds < 2
+    assert seconds < 2, "torch takes longer to import"
     assert not (files / "logs" / "bad").exists()
 
 

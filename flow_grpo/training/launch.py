@@ -25,7 +25,14 @@ def main(family: str, default_config: str) -> None:
         if os.environ.get("FLOW_GRPO_TRACEBACK"):
             raise
         sys.exit(f"ValueError: {error}")
-    sys.exit(execute(run))
+    leave(execute(run))
+
+
+def leave(status: int) -> None:
+    """End the process. The interpreter's own way out aborts in gloo's threads, now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def prepare(argv: list[str], family: str, default_config: str) -> Run:
