@@ -1,0 +1,51 @@
+"""Gradients that overflow: fp16 looks for its loss scale, anything else is a fault."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import running
+import torch
+
+from flow_grpo.training import launch
+from flow_grpo.training.report import read_metrics
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return running.make_files(tmp_path_factory.mktemp("overflow"))
+
+
+def test_an_fp16_overflow_is_no_update_and_lowers_the_scale(files):
+    argv = running.arguments(
+        files, run_name="fp16", num_epochs=6, train__max_nonfinite_updates=1, train__ema=True
+    )
+    run = running.prepare(argv)
+    # What accelerate sets up for fp16, and gradients that overflow until the scale is low enough.
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    run.accelerator.scaler = run.updater.optimizer.scaler = scaler
+    run.accelerator.state._mixed_precision = "fp16"
+    _, param = next(iter(run.trained_parameters()))
+    param.register_hook(lambda g: g * float("inf") if scaler.get_scale() > 2**14 else g)
+    launch.execute(run)
+    assert (run.updater.num_skipped, run.updater.num_updates) == (2, 10)
+    assert scaler.get_scale() == 2**14
+    rows = read_metrics(run.folder, "update")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert all(row["grad_norm"] < float("inf") for row in rows)
+
+
+def test_an_infinite_gradient_behind_a_finite_loss_is_skipped(files):
+    run = running.prepare(running.arguments(files, run_name="inf"))
+    _, param = next(iter(run.trained_parameters()))
+    calls = []
+
+    def overflow(gradient):
+        calls.append(1)
+        return gradient * float("inf") if len(calls) == 1 else gradient
+
+    param.register_hook(overflow)
+    launch.execute(run)
+    assert run.updater.num_skipped == 1 and run.updater.num_updates == 3
+    assert all(torch.isfinite(p).all() for _, p in run.trained_parameters())

@@ -1,0 +1,69 @@
+"""Where a resumed run starts from, and what it forgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import running
+from safetensors.torch import load_file
+
+from flow_grpo.training import folders, launch
+from flow_grpo.training.report import read_metrics
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return running.make_files(tmp_path_factory.mktemp("resume"))
+
+
+def steps(folder: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(folder, "update")]
+
+
+def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
+    old = running.train(running.arguments(files, run_name="branch", num_epochs=3))
+    names = [path.name for path in folders.checkpoints(old.folder)]
+    assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    first = folders.checkpoints(old.folder)[0]
+    before = load_file(old.folder / "checkpoints/checkpoint-6/weights.safetensors")
+
+    argv = running.arguments(
+        files, run_name="branch", num_epochs=3, resume_from=first, train__learning_rate=1e-2
+    )
+    new = running.prepare(argv)
+    assert folders.checkpoints(new.folder) == [first]
+    launch.execute(new)
+    assert [path.name for path in folders.checkpoints(new.folder)] == names
+    assert steps(new.folder) == [1, 2, 3, 4, 5, 6]
+    after = load_file(new.folder / "checkpoints/checkpoint-6/weights.safetensors")
+    name, param = next(iter(new.trained_parameters()))
+    assert after[f"policy/{name}"].equal(param) and not before[f"policy/{name}"].equal(param)
+
+
+def test_auto_starts_anew_where_a_run_died_before_its_first_checkpoint(files):
+    run = running.prepare(running.arguments(files, run_name="early", save_freq=100))
+    run.objective.after_epoch = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        launch.execute(run)
+    assert steps(run.folder) == [1, 2]
+    again = running.train(running.arguments(files, run_name="early", resume_from="auto"))
+    assert steps(again.folder) == [1, 2, 3, 4]
+
+
+def test_settings_of_the_optimizer_come_from_the_config_and_moments_from_the_checkpoint(files):
+    running.train(running.arguments(files, run_name="settings"))
+    argv = running.arguments(
+        files, run_name="settings", resume_from="latest", train__adam_weight_decay=0.5
+    )
+    optimizer = running.prepare(argv).updater.optimizer
+    assert optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert all(state["step"] == 4 for state in optimizer.state.values())
+
+
+def test_a_lora_of_other_settings_is_refused(files):
+    for key in ("train__lora_rank", "train__lora_alpha"):
+        settings = {"train__lora_rank": 4, "train__lora_alpha": 8} | {key: 16}
+        argv = running.arguments(files, use_lora=True, train__lora_path=files / "lora", **settings)
+        with pytest.raises(ValueError, match=key.replace("__", ".")):
+            running.prepare(argv)
