@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import running
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from flow_grpo.training import launch
 from flow_grpo.training.report import read_metrics
@@ -24,7 +25,8 @@ def test_an_fp16_overflow_is_no_update_and_lowers_the_scale(files):
     run = running.prepare(argv)
     # What accelerate sets up for fp16, and gradients that overflow until the scale is low enough.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    run.accelerator.scaler = run.updater.optimizer.scaler = scaler
+    run.accelerator.scaler = scaler
+    run.updater.optimizer = AcceleratedOptimizer(run.updater.optimizer.optimizer, scaler=scaler)
     run.accelerator.state._mixed_precision = "fp16"
     _, param = next(iter(run.trained_parameters()))
     param.register_hook(lambda g: g * float("inf") if scaler.get_scale() > 2**14 else g)
