@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.training import launch, loop
@@ -22,6 +23,7 @@ from flow_grpo.training.run import Run
 SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
 DEFAULT = "config/testbed.py:shapes_sd3"
 PROMPTS = ["a red apple", "two green cubes", "a cat", "three cats", "a sign that says two", "cube"]
+TIMINGS = ("seconds/", "memory/", "images_per_second")
 SMALL = {
     "dataset": "",  # see arguments()
     "reward_fn": {"jpeg_incompressibility": 1.0},
@@ -62,6 +64,16 @@ def make_files(folder: Path) -> Path:
     return folder
 
 
+def lora(folder: Path) -> dict:
+    """Return the overrides that train the random LoRA of make_files()."""
+    return {
+        "use_lora": True,
+        "train__lora_path": folder / "lora",
+        "train__lora_rank": 4,
+        "train__lora_alpha": 8,
+    }
+
+
 def save_random_lora(pipeline: Path, folder: Path, rank: int = 4) -> None:
     """Write a LoRA whose B is not zero, so that nothing passes because the adapter does nothing."""
     pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
@@ -96,6 +108,23 @@ def train(argv: list[str], family: str = SD3_FAMILY) -> Run:
     run = prepare(argv, family)
     assert launch.execute(run) == 0
     return run
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Return all rows of a run's metrics.jsonl without what differs from run to run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the trained weights of a run's last checkpoint."""
+    last = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    return load_file(last / "weights.safetensors")
+
+
+def gate(folder: Path) -> dict[str, float]:
+    """Return the largest log-ratio of each step before the first update."""
+    return json.loads((folder / "gate.json").read_text())["log_ratio"]
 
 
 def break_losses(run: Run, broken: set[int]) -> None:

@@ -3,11 +3,19 @@ import math
 import pytest
 import torch
 
+from config.base import base
 from flow_grpo.advantages import gdpo_advantages, group_advantages, win_rates, zero_std_fraction
+from flow_grpo.objectives.grpo import GRPO
+from flow_grpo.sampling import Sampler
 
 NAN = math.nan
 SCORES = torch.tensor([0.2, 0.4, 0.9, 0.5, 0.3, 0.3, 0.3, 0.3, 0, 1, 0, 0], dtype=torch.float64)
 GROUP = torch.tensor([7] * 4 + [3] * 4 + [2**40] * 4)
+# Their advantages, by which standard deviation they are divided
+GROUP_STD = [-1.1762354533, -0.3920784844, 1.5683139378, 0] + [0] * 4
+GROUP_STD += [-0.5772169666, 1.7316508999, -0.5772169666, -0.5772169666]
+GLOBAL_STD = [-0.9687744813, -0.3229248271, 1.2916993084, 0] + [0] * 4
+GLOBAL_STD += [-0.8073120678, 2.4219362033, -0.8073120678, -0.8073120678]
 TOTAL = {
     "a": torch.tensor([0.2, 0.4, 0.9, 0.5, 0, 1, 0, 0], dtype=torch.float64),
     "b": torch.tensor([21, 22.5, 20, 22.5, 20.5, 20.5, 23, 20], dtype=torch.float64),
@@ -31,8 +39,8 @@ def random_scores(num_groups=30, size=8, seed=0):
 @pytest.mark.parametrize(
     "std, first, last",
     [
-        ("group", [-1.1762354533, -0.3920784844, 1.5683139378, 0], [-0.5772169666, 1.7316508999]),
-        ("global", [-0.9687744813, -0.3229248271, 1.2916993084, 0], [-0.8073120678, 2.4219362033]),
+        ("group", GROUP_STD[:4], GROUP_STD[8:10]),
+        ("global", GLOBAL_STD[:4], GLOBAL_STD[8:10]),
         ("none", [-0.3, -0.1, 0.4, 0], [-0.25, 0.75]),
     ],
 )
@@ -217,3 +225,29 @@ def test_win_rates_sum_to_half_the_group():
     close(win_rates(results).sum(), 4.5)
     with pytest.raises(AssertionError, match="add up to 1"):
         win_rates(upper)
+
+
+# GRPO's targets
+
+
+def targets(scores, group, **keys):
+    config = base()
+    config.update_from_flattened_dict({key.replace("__", "."): keys[key] for key in keys})
+    return GRPO(config, Sampler(torch.linspace(1, 0, 5), 1.0)).targets(scores, group)
+
+
+@pytest.mark.parametrize("global_std, expected", [(True, GLOBAL_STD), (False, GROUP_STD)])
+@pytest.mark.parametrize("limit", [5.0, 1.0])
+def test_targets_are_clamped_group_advantages(global_std, expected, limit):
+    keys = {"train__adv_clip_max": limit, "sample__global_std": global_std}
+    advantages, weights = targets(SCORES, GROUP, **keys)
+    close(advantages, [max(-limit, min(limit, a)) for a in expected])
+    assert advantages.dtype == weights.dtype == torch.float64 and (weights == 1).all()
+
+
+def test_a_missing_score_has_weight_and_advantage_zero_and_leaves_its_group():
+    scores = torch.tensor([0.2, NAN, 0.4, 0.9, 0.5], dtype=torch.float64)
+    group = torch.zeros(5, dtype=torch.int64)
+    advantages, weights = targets(scores, group, sample__global_std=False)
+    assert weights.tolist() == [1, 0, 1, 1, 1] and advantages[1] == 0
+    close(advantages[[0, 2, 3, 4]], GROUP_STD[:4])

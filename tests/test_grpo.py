@@ -1,81 +1,35 @@
-"""Fixture: two rows of four elements step from sigma 0.8 to 0.7; numbers are closed forms."""
+"""GRPO's loss on the worked step of fixtures.py, and what it can run."""
 
 import math
 
 import pytest
 import torch
+from fixtures import F64, FIXTURE, NOISE_LEVEL, SD3_SIGMAS, V_NEW, V, X, Z, blank_batch, close
 
 from config.base import base
 from flow_grpo.objectives.grpo import GRPO, clipped_surrogate
-from flow_grpo.rollout import Cond, PromptBatch, Rollout, Size
+from flow_grpo.rollout import Rollout
 from flow_grpo.sampling import Sampler
 
-F64 = torch.float64
-NOISE_LEVEL = {"sde": 0.7, "dance": 0.3, "cps": 0.8}
-X = torch.tensor([[0.5, -1, 0.25, 2], [1, 0, -0.5, 0.75]], dtype=F64)
-V = torch.tensor([[0.1, -0.2, 0.3, -0.4], [0.5, -0.6, 0.7, -0.8]], dtype=F64)
-Z = torch.tensor([[1, -1, 0.5, -0.5], [0.25, -0.75, 1.5, -2]], dtype=F64)
-V_NEW = V + 0.01 * torch.tensor([[1, 2, -1, 0.5], [-2, 1, 0.5, 1]], dtype=F64)
 ADVANTAGES = torch.tensor([1.0, -1.0], dtype=F64)
-# std, d mean / d velocity, and what sampling with V and the noise Z gave
-STD = {"sde": 0.4427188724, "dance": 0.0948683298, "cps": 0.6657395614}
-SLOPE = {"sde": -0.1245, "dance": -0.101125, "cps": -0.1967376208}
-NEXT = {
-    "sde": [
-        [0.8690188724, -1.2953188724, 0.4033844362, 1.5834405638],
-        [0.9259297181, -0.2573391543, 0.1381783086, -0.1277127448],
-    ],
-    "dance": [
-        [0.5819433298, -1.0690183298, 0.2656904149, 1.9817658351],
-        [0.9675295825, -0.0104762474, -0.4256725053, 0.6369445904],
-    ],
-    "cps": [
-        [0.9042217474, -1.1427039333, 0.4029264685, 0.7784490597],
-        [0.5843779760, -0.3812620986, 0.6027370595, -0.7868551041],
-    ],
-}
-LOG_PROB = {
-    "sde": [-0.4166182233, -0.9634932233],
-    "dance": [1.1238268176, 0.5769518176],
-    "cps": [-0.2770057273, -0.7617657500],
-}
 SIGMAS = torch.tensor([1, 0.9, 0.8, 0.7, 0], dtype=F64)
-SD3_SIGMAS = [1, 0.9601293103, 0.9133489461, 0.8576923077, 0.7903682720, 0.7072784810, 0.6021505376]
-SD3_SIGMAS += [0.4648760331, 0.2780487805, 0.0089285714, 0]
-
-
-def settings(**train):
-    config = base()
-    config.train.update(train)
-    return config
 
 
 def objective(kind="sde", sigmas=SIGMAS, **train):
+    config = base()
+    config.train.update(train)
     sampler = Sampler(sigmas, guidance_scale=1.0, kind=kind, noise_level=NOISE_LEVEL[kind])
-    return GRPO(settings(**train), sampler)
-
-
-def batch(num_rows):
-    rows = torch.arange(num_rows)
-    return PromptBatch(
-        conds=[Cond({})] * num_rows,
-        negatives=None,
-        index=rows,
-        group=rows,
-        member=rows,
-        size=Size(1, 1),
-        prompts=[""] * num_rows,
-        metadata=[{}] * num_rows,
-    )
+    return GRPO(config, sampler)
 
 
 def fixture(kind="sde", advantages=ADVANTAGES):
+    rows, truth = torch.arange(2), FIXTURE[kind]
     return Rollout(
-        batch=batch(2),
+        batch=blank_batch(rows, rows),
         steps=torch.full((2, 1), 2),
         latents=X[:, None].clone(),
-        next_latents=torch.tensor(NEXT[kind], dtype=F64)[:, None],
-        log_probs=torch.tensor(LOG_PROB[kind], dtype=F64)[:, None],
+        next_latents=torch.tensor(truth["next_latents"], dtype=F64)[:, None],
+        log_probs=torch.tensor(truth["log_prob"], dtype=F64)[:, None],
         final=torch.zeros(2, 4, dtype=F64),
         advantages=advantages,
     )
@@ -88,11 +42,6 @@ def loss_and_gradient(grpo, micro, velocity, reference=None):
     loss = grpo.loss(velocity, {"reference": reference}, micro, point, None)
     loss.value.mean().backward()
     return loss, velocity.grad
-
-
-def close(actual, expected, atol=1e-9, rtol=0.0):
-    expected = torch.as_tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected.broadcast_to(actual.shape), atol=atol, rtol=rtol)
 
 
 def test_the_surrogate_of_four_rows_has_these_losses_and_gradients():
@@ -114,18 +63,18 @@ def test_the_fixture_has_these_losses_and_gradients():
     close(loss.value.detach().mean(), 8.264807545e-4, atol=3e-10)
     close(gradient[0], 0.0, atol=0)
     close(gradient[1], [-0.0086053773, 0.0263112666, -0.0528701004, 0.0703284223], atol=3e-10)
-    log_ratio = {"sde": [0.0012241453, 0.0017514269], "dance": [0.0045747664, 0.0065734247]}
-    for kind, expected in log_ratio.items():
+    for kind in ("sde", "dance"):
         loss, _ = loss_and_gradient(objective(kind), fixture(kind), V_NEW)
-        close(loss.stats["ratio"].log(), expected)
+        close(loss.stats["ratio"].log(), FIXTURE[kind]["log_ratio"])
 
 
 @pytest.mark.parametrize("kind", NOISE_LEVEL)
 def test_at_ratio_one_the_gradient_is_minus_the_advantage_times_that_of_the_log_prob(kind):
     advantages = torch.tensor([1.5, -0.5], dtype=F64)
     _, gradient = loss_and_gradient(objective(kind), fixture(kind, advantages), V)
-    slope = 2 * STD[kind] if kind == "cps" else 1 / STD[kind]  # of the log-prob over the noise
-    close(gradient, -advantages[:, None] / 2 * slope * SLOPE[kind] * Z / 4)
+    std = FIXTURE[kind]["std"]
+    slope = 2 * std if kind == "cps" else 1 / std  # of the log-prob over the noise
+    close(gradient, -advantages[:, None] / 2 * slope * FIXTURE[kind]["slope"] * Z / 4)
 
 
 @pytest.mark.parametrize("kind", NOISE_LEVEL)
@@ -135,7 +84,7 @@ def test_at_ratio_one_the_gradient_is_minus_the_advantage_times_that_of_the_log_
 def test_a_ratio_beyond_the_clip_range_keeps_only_the_gradient_that_leads_back(
     kind, advantage, up, is_clipped
 ):
-    towards_the_sample = SLOPE[kind] * (Z if up else -Z)
+    towards_the_sample = FIXTURE[kind]["slope"] * (Z if up else -Z)
     velocity = V + 0.05 * towards_the_sample
     micro = fixture(kind, torch.full((2,), float(advantage), dtype=F64))
     loss, gradient = loss_and_gradient(objective(kind, clip_range=1e-5), micro, velocity)
@@ -156,15 +105,15 @@ def test_a_log_ratio_that_would_overflow_stays_finite():
 
 
 KL = {
-    ("sde", "kl_true"): 6.1783522003e-06,
+    ("sde", "kl_true"): FIXTURE["sde"]["kl"],
     ("sde", "kl_dt"): 6.1783522003e-07,
     ("sde", "x"): 2.4219140625e-06,
     ("sde", "v"): 1.5625e-04,
-    ("dance", "kl_true"): 8.8769666884e-05,
+    ("dance", "kl_true"): FIXTURE["dance"]["kl"],
     ("dance", "kl_dt"): 8.8769666884e-06,
     ("dance", "x"): 1.5978540039e-06,
-    ("cps", "kl_true"): 6.8226977044e-06,
-    ("cps", "kl_dt"): 6.8226977044e-06,  # its std has no factor sqrt(dt) to take out
+    ("cps", "kl_true"): FIXTURE["cps"]["kl"],
+    ("cps", "kl_dt"): FIXTURE["cps"]["kl"],  # its std has no factor sqrt(dt) to take out
     ("cps", "x"): 6.0477642864e-06,
     ("cps", "v"): 1.5625e-04,
 }
@@ -224,16 +173,16 @@ def test_std_weights_multiply_the_surrogate_and_not_the_kl():
     one, _ = loss_and_gradient(plain, fixture(), V_NEW, reference=V)
     other, _ = loss_and_gradient(weighted, fixture(), V_NEW, reference=V)
     kl = 0.1 * KL["sde", "kl_dt"]
-    std = [0.7, 0.7 * math.sqrt(0.9), STD["sde"]]  # of the steps 1 -> .9 -> .8 -> .7
+    std = [0.7, 0.7 * math.sqrt(0.9), FIXTURE["sde"]["std"]]  # of the steps 1 -> .9 -> .8 -> .7
     close(other.value.detach() - kl, (one.value.detach() - kl) * 3 * std[2] / sum(std), atol=1e-6)
 
 
 def random_rollout(steps):
     generator = torch.Generator().manual_seed(0)
-    shape = (*steps.shape, 6)
+    rows, shape = torch.arange(len(steps)), (*steps.shape, 6)
     draw = [torch.randn(shape, generator=generator, dtype=F64) for _ in range(3)]
     micro = Rollout(
-        batch=batch(len(steps)),
+        batch=blank_batch(rows, rows),
         steps=steps,
         latents=draw[0],
         next_latents=draw[0] + 0.1 * draw[1],
@@ -270,52 +219,25 @@ def test_rows_at_different_steps_have_the_loss_that_they_have_alone(kind):
 
 
 def test_replay_scores_the_rollout_again_and_rollout_keeps_its_log_probs():
-    micro = fixture()
+    micro, truth = fixture(), FIXTURE["sde"]
     objective().prepare(micro, lambda point: V_NEW)
-    close(micro.log_probs[:, 0], LOG_PROB["sde"], atol=0)
+    close(micro.log_probs[:, 0], truth["log_prob"], atol=0)
     replaying = objective(old_log_prob="replay")
     replaying.prepare(micro, lambda point: V_NEW)
-    close(micro.log_probs[:, 0], [-0.4166182233 + 0.0012241453, -0.9634932233 + 0.0017514269])
+    expected = [a + b for a, b in zip(truth["log_prob"], truth["log_ratio"], strict=True)]
+    close(micro.log_probs[:, 0], expected)
     loss, _ = loss_and_gradient(replaying, micro, V_NEW)
     assert loss.stats["ratio"].tolist() == [1.0, 1.0]
 
 
 def test_the_mismatch_is_the_log_ratio_and_may_reach_a_tenth_of_the_clip_range():
-    grpo = objective(clip_range=1e-4)
+    grpo, log_ratio = objective(clip_range=1e-4), FIXTURE["sde"]["log_ratio"]
     (point,) = grpo.points(fixture(), None)
-    close(grpo.mismatch(V_NEW, fixture(), point), [0.0012241453, 0.0017514269])
+    close(grpo.mismatch(V_NEW, fixture(), point), log_ratio)
     lower = fixture()
     lower.log_probs = lower.log_probs + 1
-    close(grpo.mismatch(V_NEW, lower, point), [1 - 0.0012241453, 1 - 0.0017514269])
+    close(grpo.mismatch(V_NEW, lower, point), [1 - value for value in log_ratio])
     assert grpo.tolerance == pytest.approx(1e-5)
-
-
-SCORES = torch.tensor([0.2, 0.4, 0.9, 0.5, 0.3, 0.3, 0.3, 0.3, 0, 1, 0, 0], dtype=F64)
-GROUP = torch.arange(3).repeat_interleave(4)
-GROUP_STD = [-1.1762354533, -0.3920784844, 1.5683139378, 0] + [0] * 4
-GROUP_STD += [-0.5772169666, 1.7316508999, -0.5772169666, -0.5772169666]
-GLOBAL_STD = [-0.9687744813, -0.3229248271, 1.2916993084, 0] + [0] * 4
-GLOBAL_STD += [-0.8073120678, 2.4219362033, -0.8073120678, -0.8073120678]
-
-
-@pytest.mark.parametrize("global_std, expected", [(True, GLOBAL_STD), (False, GROUP_STD)])
-@pytest.mark.parametrize("limit", [5.0, 1.0])
-def test_targets_are_clamped_group_advantages(global_std, expected, limit):
-    config = settings(adv_clip_max=limit)
-    config.sample.global_std = global_std
-    advantages, weights = GRPO(config, Sampler(SIGMAS, 1.0)).targets(SCORES, GROUP)
-    close(advantages, [max(-limit, min(limit, a)) for a in expected])
-    assert advantages.dtype == weights.dtype == F64 and (weights == 1).all()
-
-
-def test_a_missing_score_has_weight_and_advantage_zero_and_leaves_its_group():
-    scores = torch.tensor([0.2, math.nan, 0.4, 0.9, 0.5], dtype=F64)
-    config = settings()
-    config.sample.global_std = False
-    grpo = GRPO(config, Sampler(SIGMAS, 1.0))
-    advantages, weights = grpo.targets(scores, torch.zeros(5, dtype=torch.int64))
-    assert weights.tolist() == [1, 0, 1, 1, 1] and advantages[1] == 0
-    close(advantages[[0, 2, 3, 4]], GROUP_STD[:4])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -50,6 +52,12 @@ def test_imports_point_one_way(path):
         return
     for name in imports(path):
         assert RANK[name.split(".")[0]] <= RANK[here], f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("module", ["preflight", "settings", "folders", "prompts"])
+def test_what_runs_before_torch_does_not_import_it(module):
+    code = f"import sys, flow_grpo.training.{module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_every_name_in_a_registry_resolves():

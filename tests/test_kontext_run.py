@@ -55,7 +55,7 @@ def arguments(files: Path, **overrides) -> list[str]:
 def test_kontext_trains_and_its_lora_loads_into_the_stock_pipeline(files, kind):
     argv = arguments(files, run_name=f"kontext-{kind}", sample__sde_type=kind, train__beta=0.01)
     run = running.train(argv, FAMILY)
-    found = json.loads((run.folder / "gate.json").read_text())["log_ratio"]
+    found = running.gate(run.folder)
     assert len(found) == 2 and set(found.values()) == {0.0}
     assert read_metrics(run.folder, "update")[-1]["kl"] > 0
     assert "avg/edit" in read_metrics(run.folder, "eval")[0]

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
+from fixtures import F64, blank_batch, close
 
 from config.base import base
 from flow_grpo.objectives.nft import NFT, old_decay
-from flow_grpo.rollout import Cond, Point, PromptBatch, Rollout, Size
+from flow_grpo.rollout import Point, Rollout
 from flow_grpo.sampling import Draw, Sampler
 from flow_grpo.training.snapshots import Snapshots
 
-F64 = torch.float64
 FINAL = torch.tensor([[0.3, -0.7, 1.1, 0.2], [-0.4, 0.9, 0, -1.2]], dtype=F64)
 NOISE = torch.tensor([[0.5, 1.5, -1, 0.25]] * 2, dtype=F64)
 SIGMA = 0.6
@@ -33,15 +33,9 @@ def rollout(final=FINAL, advantages=(1.5, -0.5), group=None, member=None):
     rows = torch.arange(len(final))
     none = final.new_zeros(len(final), 0)
     return Rollout(
-        batch=PromptBatch(
-            conds=[Cond({})] * len(final),
-            negatives=None,
-            index=rows,
+        batch=blank_batch(
             group=rows if group is None else torch.tensor(group),
             member=rows if member is None else torch.tensor(member),
-            size=Size(1, 1),
-            prompts=[""] * len(final),
-            metadata=[{}] * len(final),
         ),
         steps=none.long(),
         latents=none,
@@ -61,11 +55,6 @@ def loss_and_gradient(nft, velocity=V, old=V_OLD, advantages=(1.5, -0.5)):
     loss = nft.loss(velocity, anchors, rollout(advantages=advantages), point, None)
     loss.value.mean().backward()
     return loss.value.detach(), velocity.grad
-
-
-def close(actual, expected, atol=1e-9):
-    expected = torch.as_tensor(expected, dtype=actual.dtype)
-    torch.testing.assert_close(actual, expected.broadcast_to(actual.shape), atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize(

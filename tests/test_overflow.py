@@ -1,8 +1,6 @@
-"""Gradients that overflow: fp16 looks for its loss scale, anything else is a fault."""
+"""Losses and gradients that overflow: fp16 looks for its loss scale, anything else is a fault."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import running
@@ -13,9 +11,23 @@ from flow_grpo.training import launch
 from flow_grpo.training.report import read_metrics
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return running.make_files(tmp_path_factory.mktemp("overflow"))
+def test_a_non_finite_loss_skips_its_update_and_is_counted(files):
+    run = running.prepare(running.arguments(files, run_name="nan", num_epochs=2))
+    running.break_losses(run, {1})
+    launch.execute(run)
+    assert run.updater.num_updates == 3 and run.updater.num_skipped == 1
+    assert read_metrics(run.folder, "epoch")[-1]["skipped_updates"] == 1
+    assert all(torch.isfinite(param).all() for _, param in run.trained_parameters())
+
+
+def test_updates_that_stay_non_finite_stop_the_run(files):
+    argv = running.arguments(files, run_name="nans", num_epochs=9, train__max_nonfinite_updates=3)
+    run = running.prepare(argv)
+    running.break_losses(run, set(range(2, 99)))
+    with pytest.raises(FloatingPointError, match="3 updates in a row"):
+        launch.execute(run)
+    left = [path.name for path in (run.folder / "checkpoints").iterdir()]
+    assert left == ["checkpoint-2"]  # of the first epoch, the only one that was finished
 
 
 def test_an_fp16_overflow_is_no_update_and_lowers_the_scale(files):

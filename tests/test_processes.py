@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -21,13 +20,7 @@ from flow_grpo.training import checkpoint, folders, launch, loop
 from flow_grpo.training.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
-TIMINGS = ("seconds/", "memory/", "images_per_second")
 SLOW_MACHINE_S = 180  # a launch that hangs must fail, not block
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return running.make_files(tmp_path_factory.mktemp("processes"))
 
 
 def start(
@@ -53,11 +46,6 @@ def launcher(config: str, num_processes: int, *more: str) -> list[str]:
     return [*module, "--config_file", file, "--num_processes", str(num_processes), *more]
 
 
-def metrics(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMINGS)} for row in rows]
-
-
 def wait_for(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + SLOW_MACHINE_S
     while not condition():
@@ -79,8 +67,7 @@ def close(one: dict, other: dict) -> bool:
 
 def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path, monkeypatch):
     settings = {"num_epochs": 1, "train__learning_rate": 1e-3, "train__beta": 0.1}
-    settings |= {"use_lora": True, "train__lora_path": files / "lora", "train__lora_rank": 4}
-    settings |= {"train__lora_alpha": 8, "train__ema": True, "train__ema_update_every": 1}
+    settings |= running.lora(files) | {"train__ema": True, "train__ema_update_every": 1}
     settings |= {"sample__num_image_per_prompt": 32, "sample__global_std": True}  # over both ranks
     folders_of = {name: tmp_path / name for name in ("one", "two")}
     for folder in folders_of.values():
@@ -105,7 +92,7 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
     for key, value in whole.items():
         assert torch.equal(torch.cat([half[key] for half in halves]), value), key
     assert whole["advantages"].unique().numel() > 8
-    first, second = (metrics(files / "logs" / name)[:2] for name in ("one", "two"))
+    first, second = (running.metrics(files / "logs" / name)[:2] for name in ("one", "two"))
     assert [row["kind"] for row in first] == ["eval", "update"]
     assert first[0] == second[0] and close(first[1], second[1])
     assert first[1]["kl"] > 0
@@ -116,8 +103,7 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
 
 
 def test_deepspeed_zero2_trains_and_skips_like_one_process_and_resumes_bit_for_bit(files):
-    settings = {"use_lora": True, "train__lora_path": files / "lora", "train__lora_rank": 4}
-    settings |= {"train__lora_alpha": 8, "train__ema": True, "train__ema_update_every": 1}
+    settings = running.lora(files) | {"train__ema": True, "train__ema_update_every": 1}
     one = running.prepare(
         running.arguments(
             files,
@@ -134,7 +120,8 @@ def test_deepspeed_zero2_trains_and_skips_like_one_process_and_resumes_bit_for_b
     broken = {"script": "tests/running.py", "env": {"MODE": "break"}}
     finish(start(files, *zero2, **broken, run_name="zero2", **settings))
     folder = files / "logs" / "zero2"
-    for ours, theirs in zip(metrics(folder)[:3], metrics(one.folder)[:3], strict=True):
+    rows = (running.metrics(each)[:3] for each in (folder, one.folder))
+    for ours, theirs in zip(*rows, strict=True):
         assert close(ours, theirs), (ours, theirs)
     assert read_metrics(folder, "epoch")[0]["skipped_updates"] == 1
 
@@ -156,7 +143,7 @@ def test_a_run_killed_in_its_third_epoch_continues_bit_for_bit(files):
     resumed = running.train(
         running.arguments(files, run_name="killed", num_epochs=4, resume_from="latest")
     )
-    assert metrics(folder) == metrics(whole.folder)
+    assert running.metrics(folder) == running.metrics(whole.folder)
     for (name, ours), (_, theirs) in zip(
         resumed.trained_parameters(), whole.trained_parameters(), strict=True
     ):

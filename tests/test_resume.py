@@ -1,4 +1,4 @@
-"""Where a resumed run starts from, and what it forgets."""
+"""Where a resumed run starts from, what it continues and what it forgets."""
 
 from __future__ import annotations
 
@@ -6,19 +6,53 @@ from pathlib import Path
 
 import pytest
 import running
+import torch
 from safetensors.torch import load_file
 
 from flow_grpo.training import folders, launch
 from flow_grpo.training.report import read_metrics
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> Path:
-    return running.make_files(tmp_path_factory.mktemp("resume"))
-
-
 def steps(folder: Path) -> list[int]:
     return [row["step"] for row in read_metrics(folder, "update")]
+
+
+def test_four_epochs_equal_two_and_a_resume_and_two(files):
+    settings = running.lora(files) | {
+        "num_epochs": 4,
+        "train__ema": True,
+        "train__ema_update_every": 1,
+    }
+    whole = running.train(running.arguments(files, run_name="whole", **settings))
+
+    part = running.prepare(running.arguments(files, run_name="part", **settings))
+    finished, taken = part.objective.after_epoch, []
+
+    def die_in_the_third(*a):
+        taken.append(1)
+        if len(taken) == 3:  # after the updates, before the epoch is written
+            raise KeyboardInterrupt
+        finished(*a)
+
+    part.objective.after_epoch = die_in_the_third
+    with pytest.raises(KeyboardInterrupt):
+        launch.execute(part)
+    resumed = running.train(
+        running.arguments(files, run_name="part", resume_from="latest", **settings)
+    )
+    assert running.metrics(resumed.folder) == running.metrics(whole.folder)
+    ours, theirs = running.weights(resumed.folder), running.weights(whole.folder)
+    assert set(ours) == set(theirs) and any(key.startswith("ema/") for key in ours)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_resumed_run_may_be_made_longer(files):
+    running.train(running.arguments(files, run_name="short"))
+    run = running.train(
+        running.arguments(files, run_name="short", resume_from="latest", num_epochs=3)
+    )
+    assert [row["epoch"] for row in read_metrics(run.folder, "epoch")] == [0, 1, 2]
+    assert [row["epoch"] for row in read_metrics(run.folder, "eval")] == [0, 3]
 
 
 def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
@@ -63,7 +97,6 @@ def test_settings_of_the_optimizer_come_from_the_config_and_moments_from_the_che
 
 def test_a_lora_of_other_settings_is_refused(files):
     for key in ("train__lora_rank", "train__lora_alpha"):
-        settings = {"train__lora_rank": 4, "train__lora_alpha": 8} | {key: 16}
-        argv = running.arguments(files, use_lora=True, train__lora_path=files / "lora", **settings)
+        argv = running.arguments(files, **running.lora(files) | {key: 16})
         with pytest.raises(ValueError, match=key.replace("__", ".")):
             running.prepare(argv)

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from fixtures import NOISE_LEVEL
 from tiny import LENGTH, picture, prompt_batch
 
 from flow_grpo.conditioning import collate
 from flow_grpo.rollout import Size
 from flow_grpo.sampling import Draw, Sampler, replay, sample
 
-NOISE_LEVEL = {"sde": 0.7, "cps": 0.8, "dance": 0.3}
 SIZE = Size(48, 64)
 NUM_STEPS = 6
 TEXTS = ("a red apple", "a green cube", "two blue cats")

@@ -69,7 +69,7 @@ class Flux(PatchedPipeline):
         embeds = cond["embeds"].to(self.input_dtype)
         velocity = model(
             hidden_states=tokens.to(self.input_dtype),
-            timestep=sigma * 1000 / 1000,  # the stock arithmetic: not always sigma's last bit
+            timestep=sigma * 1000 / 1000,  # as stock does in fp32; in bf16 it rounds before
             guidance=guidance,
             pooled_projections=cond["pooled"].to(self.input_dtype),
             encoder_hidden_states=embeds,

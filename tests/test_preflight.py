@@ -1,0 +1,223 @@
+"""From a config to the plan of a run, or a refusal; where a run resumes."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from config.base import base
+from flow_grpo.training import folders, preflight
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config that passes: 2 rank(s) x 4 pictures x 6 calls are 6 groups of 8."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.txt").write_text("a\nb\nc\n")
+    (tmp_path / "data" / "test.txt").write_text("d\ne\n")
+    config = base()
+    config.pretrained.model = str(tmp_path / "model")
+    config.dataset = str(tmp_path / "data")
+    config.logdir = str(tmp_path / "logs")
+    config.sample.train_batch_size = 4
+    config.sample.num_batches_per_epoch = 6
+    config.sample.num_image_per_prompt = 8
+    config.train.gradient_accumulation_steps = 3
+    return config
+
+
+def test_the_plan_is_the_epochs_arithmetic(config):
+    config.eval_max_samples = 1
+    plan = preflight.check(config, 2)
+    assert (plan.num_groups, plan.group_size) == (6, 8)
+    assert (plan.num_micro_batches, plan.micro_batch_size, plan.num_updates) == (6, 4, 2)
+    assert [prompt.text for prompt in plan.train_prompts] == ["a", "b", "c"]
+    assert [prompt.text for prompt in plan.eval_prompts] == ["d"]
+    assert "2 rank(s), 3 prompts; an epoch: 6 groups x 8 pictures, 2 optimizer" in str(plan)
+    config.train.batch_size, config.eval_max_samples = 8, 0
+    plan = preflight.check(config, 2)
+    assert (plan.num_micro_batches, plan.micro_batch_size, plan.num_updates) == (3, 8, 1)
+    assert len(plan.eval_prompts) == 2
+
+
+REFUSED = [(key, "other", "is needed") for key in preflight.CHOICES]
+REFUSED += [(key, 0, "at least 1 is needed") for key in preflight.AT_LEAST_ONE]
+REFUSED += [(key, -1, "at least 0 is needed") for key in preflight.NOT_NEGATIVE]
+REFUSED += [("train.clip_range", x, "at least 0 is needed") for x in (math.nan, math.inf)]
+REFUSED += [(key, x, "above 0 is needed") for key in preflight.POSITIVE for x in (0.0, math.inf)]
+REFUSED += [
+    ("train.batch_size", 5, "does not divide the 24 pictures"),
+    ("train.batch_size", -4, "does not divide the 24 pictures"),
+    ("train.gradient_accumulation_steps", 4, "config.sample.num_batches_per_epoch"),
+    ("pretrained.model", "a/b/c", "no such folder, and it is no hub id (owner/name)"),
+    ("pretrained.model", "./model", "no such folder"),
+    ("dataset", "/nowhere", "exactly one of train.txt and train_metadata.jsonl"),
+]
+
+
+@pytest.mark.parametrize("key, value, remedy", REFUSED)
+def test_a_value_that_cannot_work_is_refused_with_its_key_and_what_is_needed(
+    config, key, value, remedy
+):
+    preflight.check(config, 2)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError) as error:
+        preflight.check(config, 2)
+    assert f"config.{key}={value!r}" in str(error.value) and remedy in str(error.value)
+
+
+def refusal(config, world_size=2):
+    with pytest.raises(ValueError) as error:
+        preflight.check(config, world_size)
+    return str(error.value)
+
+
+def test_groups_that_do_not_fill_an_epoch_are_refused_with_the_arithmetic(config):
+    config.sample.num_image_per_prompt = 7
+    message = refusal(config)
+    assert "2 rank(s) x sample.train_batch_size 4 x sample.num_batches_per_epoch 6 = 48" in message
+    assert "not a multiple of sample.num_image_per_prompt 7" in message
+
+
+def test_an_impossible_window_is_refused(config):
+    config.sample.sde_window_size = 6
+    assert "config.sample.sde_window_range" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    "rewards, complaint",
+    [
+        ({"jpeg_compresibility": 1.0}, "Did you mean 'jpeg_compressibility'?"),
+        ({"beauty": 1.0}, "no reward 'beauty'; there are jpeg_compressibility, jpeg_"),
+        ({"shapes": 0.0}, "non-zero weight is needed, for example --config.reward_fn="),
+        ({"shapes": "1"}, "the weight of 'shapes' must be a finite number"),
+        ({"shapes": math.nan}, "the weight of 'shapes' must be a finite number"),
+    ],
+)
+def test_a_wrong_reward_is_refused(config, rewards, complaint):
+    with config.unlocked():
+        config.reward_fn = rewards
+    message = refusal(config)
+    assert f"config.reward_fn={rewards}" in message and complaint in message
+
+
+def test_a_model_that_is_no_pipeline_folder_is_refused(config):
+    config.pretrained.model = config.dataset
+    assert "has no model_index.json" in refusal(config)
+    config.pretrained.model = ""
+    assert "config.pretrained.model is empty" in refusal(config)
+    config.pretrained.model = "owner/name"  # on the hub, or not: only the download can tell
+    preflight.check(config, 2)
+
+
+def test_calls_that_would_mix_sizes_of_reference_pictures_are_refused(config):
+    data = Path(config.dataset)
+    (data / "train.txt").unlink()
+    for size in (16, 32):
+        Image.new("RGB", (size, size)).save(data / f"{size}.png")
+    rows = [{"prompt": "p", "image": f"{size}.png"} for size in (16, 32)]
+    (data / "train_metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    preflight.check(config, 2)
+    config.train.batch_size = 12
+    config.train.gradient_accumulation_steps = 1
+    message = refusal(config)
+    assert "config.train.batch_size=12: the reference pictures have 2 sizes" in message
+    assert "A divisor of sample.num_image_per_prompt 8 is needed" in message
+
+
+def test_a_run_is_not_written_over(config):
+    config.run_name = "mine"
+    preflight.check(config, 2)
+    folder = Path(config.logdir) / "mine"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    message = refusal(config)
+    assert "config.run_name='mine'" in message and "--config.resume_from=latest" in message
+    config.resume_from = "latest"
+    preflight.check(config, 2)
+
+
+def make_checkpoint(config, step, identity=None, *, complete=True):
+    folder = Path(config.logdir) / config.run_name / "checkpoints" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights.safetensors").write_bytes(b"x" * 100)
+    state = {"files": {"weights.safetensors": 100}, "identity": identity or {"config.seed": 42}}
+    if complete:
+        (folder / folders.STATE).write_text(json.dumps(state))
+    return folder
+
+
+@pytest.fixture
+def resuming(config):
+    config.run_name, config.resume_from = "mine", "latest"
+    return config
+
+
+def test_latest_is_the_complete_checkpoint_of_the_most_steps(resuming):
+    made = [make_checkpoint(resuming, step) for step in (9, 100, 20)]
+    make_checkpoint(resuming, 300, complete=False)
+    assert folders.resume_point(resuming, {"config.seed": 42}) == made[1]
+    assert folders.checkpoints(made[0].parents[1]) == [made[0], made[2], made[1]]
+    resuming.resume_from = "auto"
+    assert folders.resume_point(resuming, {}) == made[1]
+    resuming.resume_from = str(made[0])
+    assert folders.resume_point(resuming, {}) == made[0]
+
+
+def test_where_there_is_no_checkpoint_auto_starts_anew_and_latest_is_refused(resuming):
+    with pytest.raises(ValueError, match="has no checkpoint. Give a .* path, or 'auto' to start"):
+        folders.resume_point(resuming, {})
+    resuming.resume_from = "auto"
+    assert folders.resume_point(resuming, {}) is None
+    resuming.run_name = ""
+    with pytest.raises(ValueError, match="config.run_name must name the run to continue"):
+        folders.resume_point(resuming, {})
+    resuming.resume_from = ""
+    assert folders.resume_point(resuming, {}) is None
+    resuming.resume_from = str(make_checkpoint(resuming, 3, complete=False))
+    with pytest.raises(ValueError, match="no complete checkpoint .trainer.json is missing"):
+        folders.resume_point(resuming, {})
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(b"x" * 99), Path.unlink])
+def test_a_damaged_checkpoint_is_refused(resuming, damage):
+    damage(make_checkpoint(resuming, 3) / "weights.safetensors")
+    with pytest.raises(ValueError, match="weights.safetensors is missing or cut short. Resume fro"):
+        folders.resume_point(resuming, {})
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("pretrained.model", "elsewhere/other"),
+        ("objective", "nft"),
+        ("use_lora", False),
+        ("train.lora_rank", 8),
+        ("train.lora_alpha", 8),
+        ("train.lora_targets", ("to_q",)),
+        ("train.ema", True),
+        ("seed", 1),
+        ("sample.train_batch_size", 2),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_both_values(resuming, key, value):
+    identity = folders.identity(resuming, "SD3", 2)
+    make_checkpoint(resuming, 3, json.loads(json.dumps(identity)))
+    assert folders.resume_point(resuming, identity) is not None
+    resuming.update_from_flattened_dict({key: value})
+    other = folders.identity(resuming, "SD3", 2)
+    name = "pictures an epoch" if key.startswith("sample") else f"config.{key}"
+    with pytest.raises(ValueError, match=f"with {name}=.* this run has .*start a new run"):
+        folders.resume_point(resuming, other)
+
+
+def test_a_checkpoint_of_another_script_is_refused_and_other_world_sizes_may_make_up(resuming):
+    make_checkpoint(resuming, 3, folders.identity(resuming, "SD3", 2))
+    with pytest.raises(ValueError, match="with script's pipeline='SD3', this run has 'Flux'"):
+        folders.resume_point(resuming, folders.identity(resuming, "Flux", 2))
+    resuming.sample.num_batches_per_epoch *= 2
+    assert folders.resume_point(resuming, folders.identity(resuming, "SD3", 1)) is not None
