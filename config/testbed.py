@@ -17,7 +17,7 @@ def shapes_sd3():
     config.max_sequence_length = 10
     config.mixed_precision = "no"
     config.use_lora = False
-    config.num_epochs = 120
+    config.num_epochs = 160
     config.save_freq = 20
     config.eval_freq = 40
 
@@ -33,13 +33,13 @@ def shapes_sd3():
     config.sample.global_std = False
 
     config.train.cfg = False
-    config.train.learning_rate = 6e-5  # more learns faster, but random advantages then harm too
+    config.train.learning_rate = 8e-5  # more learns faster, but random advantages then harm too
     config.train.gradient_accumulation_steps = 2  # 2 optimizer steps an epoch
     config.train.clip_range = 1e-3
     config.train.adam_beta2 = 0.98
     config.train.step_weight = "std"
     config.train.ema = True
-    config.train.ema_decay = 0.95
+    config.train.ema_decay = 0.97
     config.train.ema_update_every = 1
     return config
 
