@@ -191,6 +191,9 @@ def test_ranks_save_when_their_launcher_ends_or_all_are_signalled(files, signall
 def test_a_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(files):
     argv = running.arguments(files, run_name="torn", num_checkpoint_limit=2, train__ema=True)
     run = running.prepare(argv)
+    begun = time.monotonic()
+    checkpoint.save(run, 0)
+    seconds = time.monotonic() - begun  # kills fall within the first few writes on any machine
     chance, seen = random.Random(0), set()
     for _ in range(50):
         child = os.fork()
@@ -201,7 +204,7 @@ def test_a_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(files):
                 for _, param in run.trained_parameters():
                     param.data.fill_(run.epoch)
                 checkpoint.save(run, 0)
-        time.sleep(chance.uniform(0.005, 0.08))
+        time.sleep(chance.uniform(0.2, 4) * seconds)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         run.config.unlock()
@@ -212,7 +215,7 @@ def test_a_kill_while_a_checkpoint_is_written_never_leaves_a_broken_one(files):
             values = {param.unique().item() for _, param in run.trained_parameters()}
             assert values == {run.epoch}
             seen.add(run.epoch)
-    assert len(seen) > 10  # the kills did fall between and into writes
+    assert len(seen) > 5  # the kills did fall between and into writes
     assert len(folders.checkpoints(run.folder)) <= 3
 
 
