@@ -54,7 +54,7 @@ def test_the_velocity_responds_to_each_input(name):
 
 
 def test_two_processes_build_the_same_pipeline():
-    code = "import test_tiny, tiny; print(test_tiny.fingerprint(tiny.sd3()))"
+    code = "import test_tiny, tiny; print(test_tiny.fingerprint(tiny.sd3.sd3()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parent,
@@ -64,7 +64,7 @@ def test_two_processes_build_the_same_pipeline():
         check=True,
         timeout=120,
     )
-    assert done.stdout.strip() == fingerprint(tiny.sd3())
+    assert done.stdout.strip() == fingerprint(tiny.sd3.sd3())
 
 
 def fingerprint(pipe) -> str:

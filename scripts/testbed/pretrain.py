@@ -10,6 +10,7 @@ OUT/vae and writes a whole fp16 pipeline, of averaged (EMA) weights, to OUT/base
 
 import argparse
 import copy
+import math
 import random
 import runpy
 import time
@@ -56,9 +57,9 @@ def budget(steps: int | None, minutes: float) -> Iterator[float]:
 
 
 def set_learning_rate(optimizer: torch.optim.AdamW, peak: float, step: int, done: float) -> None:
-    """Warm up over 100 steps and decay linearly to 0 over the last half of the run."""
+    """Warm up over 100 steps and decay to 0 along half a cosine."""
     for group in optimizer.param_groups:
-        group["lr"] = peak * min(1.0, (step + 1) / 100, 2 * (1 - done))
+        group["lr"] = peak * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def train_vae(args: argparse.Namespace, rng: random.Random) -> None:

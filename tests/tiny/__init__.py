@@ -1,0 +1,77 @@
+"""Tiny pipelines with random weights: every class is the released model's, only its sizes are not.
+
+Nothing is downloaded. A model is one function in its family's file and one line in MODELS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from flow_grpo.conditioning import Conditioner
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.flux import Flux
+from flow_grpo.diffusers_patch.flux_kontext import FluxKontext
+from flow_grpo.diffusers_patch.sd3 import SD3
+from flow_grpo.rollout import PromptBatch, Size
+from tiny import flux, sd3
+from tiny.parts import LENGTH
+
+MODELS: dict[str, tuple[type[PatchedPipeline], Callable[[], DiffusionPipeline]]] = {
+    "sd3": (SD3, sd3.sd3),
+    "sd3_without_t5": (SD3, sd3.sd3_without_t5),
+    "flux": (Flux, flux.flux),
+    "flux_schnell": (Flux, flux.flux_schnell),
+    "flux_kontext": (FluxKontext, flux.flux_kontext),
+}
+EDITS = {"flux_kontext"}  # those that need a reference picture
+
+
+def patched(name: str) -> PatchedPipeline:
+    family, build = MODELS[name]
+    return family(build())
+
+
+def save(name: str, folder: str | Path) -> Path:
+    """Write a pipeline's folder, as from_pretrained reads it, and return it."""
+    MODELS[name][1]().save_pretrained(folder)
+    return Path(folder)
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Draw noise, uint8 (height, width, 3)."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def prompt_batch(
+    model: PatchedPipeline,
+    size: Size,
+    texts: Sequence[str],
+    references: Sequence[tuple],
+    guidance: float,
+    owners: Sequence[tuple[int, int]] | None = None,
+) -> PromptBatch:
+    """Condition rows on their group's text and references.
+
+    owners: (group, member) of each row; None: one row a group.
+    """
+    conditioner = Conditioner(model, LENGTH)
+    group, member = torch.tensor(owners or [(g, 0) for g in range(len(texts))]).unbind(1)
+    rows = [(text, (f"{g}.png",), references[g]) for g, text in enumerate(texts)]
+    negatives = None
+    if model.needs_negative(guidance):
+        negatives = [conditioner.negative(names, images) for _, names, images in rows]
+    return PromptBatch(
+        conds=[conditioner.cond(*row) for row in rows],
+        negatives=negatives,
+        index=group,
+        group=group,
+        member=member,
+        size=size,
+        prompts=[texts[g] for g in group.tolist()],
+        metadata=[{} for _ in group],
+    )
