@@ -7,7 +7,7 @@ def get_config(name="shapes_sd3"):
     return select(globals(), name)
 
 
-def shapes_sd3():
+def _testbed():
     """A 2.3 M parameter SD3 learns to draw the shapes that it was asked for."""
     config = base()
     config.pretrained.model = "scripts/testbed/base"
@@ -17,9 +17,7 @@ def shapes_sd3():
     config.max_sequence_length = 10
     config.mixed_precision = "no"
     config.use_lora = False
-    config.num_epochs = 160
     config.save_freq = 20
-    config.eval_freq = 40
 
     config.sample.num_steps = 6
     config.sample.eval_num_steps = 10
@@ -28,26 +26,40 @@ def shapes_sd3():
     config.sample.test_batch_size = 100
     config.sample.num_image_per_prompt = 12
     config.sample.num_batches_per_epoch = 4  # x 96 = 384 pictures, 32 groups of 12
-    config.sample.sde_window_size = 3
-    config.sample.sde_window_range = (0, 4)
     config.sample.global_std = False
 
     config.train.cfg = False
     config.train.learning_rate = 8e-5  # more learns faster, but random advantages then harm too
     config.train.gradient_accumulation_steps = 2  # 2 optimizer steps an epoch
-    config.train.clip_range = 1e-3
     config.train.adam_beta2 = 0.98
-    config.train.step_weight = "std"
     config.train.ema = True
     config.train.ema_decay = 0.97
     config.train.ema_update_every = 1
     return config
 
 
-def shapes_sd3_nft():
-    """The same by DiffusionNFT: ODE rollouts, no log-probs."""
-    config = shapes_sd3()
+def shapes_sd3():
+    """DiffusionNFT: ODE rollouts, no log-probs; here it learns most from a picture."""
+    config = _testbed()
     config.objective = "nft"
+    config.num_epochs = 140
+    config.eval_freq = 35
     config.sample.noise_level = 0.0
     config.nft.num_times = 2
+    config.nft.decay = "on_policy"
+    config.nft.kl_beta = 0.0
+    config.train.learning_rate = 6e-5
+    return config
+
+
+def shapes_sd3_grpo():
+    """Flow-GRPO-Fast: SDE rollouts, three trained steps from a random start."""
+    config = _testbed()
+    config.objective = "grpo"
+    config.num_epochs = 160
+    config.eval_freq = 40
+    config.sample.sde_window_size = 3
+    config.sample.sde_window_range = (0, 4)
+    config.train.clip_range = 1e-3
+    config.train.step_weight = "std"
     return config

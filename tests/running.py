@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import tiny
@@ -21,7 +23,7 @@ from flow_grpo.training import launch, loop
 from flow_grpo.training.run import Run
 
 SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
-DEFAULT = "config/testbed.py:shapes_sd3"
+DEFAULT = "config/testbed.py:shapes_sd3_grpo"
 PROMPTS = ["a red apple", "two green cubes", "a cat", "three cats", "a sign that says two", "cube"]
 TIMINGS = ("seconds/", "memory/", "images_per_second")
 SMALL = {
@@ -96,11 +98,18 @@ def save_random_lora(pipeline: Path, folder: Path, rank: int = 4) -> None:
 
 def prepare(argv: list[str], family: str = SD3_FAMILY) -> Run:
     """Build a run; a previous one in this process is forgotten."""
+    with fresh_process():
+        return launch.prepare(argv, family, DEFAULT)
+
+
+@contextmanager
+def fresh_process() -> Iterator[None]:
+    """Forget previous runs of this process, and give back the handlers that a run replaces."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return launch.prepare(argv, family, DEFAULT)
+        yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -28,7 +28,7 @@ def test_without_arguments_the_default_run_is_loaded_and_locked():
         config.train.learning_rat = 1.0
 
 
-@pytest.mark.parametrize("form", [[f"--config={RUN}_nft"], ["--config", f"{RUN}_nft"]])
+@pytest.mark.parametrize("form", [[f"--config={RUN}_grpo"], ["--config", f"{RUN}_grpo"]])
 def test_a_named_run_takes_overrides_of_every_type(form):
     config, name = load(
         *form,
@@ -43,8 +43,8 @@ def test_a_named_run_takes_overrides_of_every_type(form):
         "--config.sample.eval_guidance_scale=2.5",
         "--config.reward_fn={'jpeg_compressibility': 0.5, 'shapes': 0}",
     )
-    expected = testbed.shapes_sd3_nft()
-    assert name == "shapes_sd3_nft" and config.objective == "nft"
+    expected = testbed.shapes_sd3_grpo()
+    assert name == "shapes_sd3_grpo" and config.objective == "grpo"
     changed = {
         "num_epochs": 3,
         "height": 64,

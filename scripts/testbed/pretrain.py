@@ -5,7 +5,7 @@
 
 Both see scenes of dataset/shapes' training prompts only. The flow stage takes the autoencoder from
 OUT/vae and writes a whole fp16 pipeline, of averaged (EMA) weights, to OUT/base every
---save_minutes and at its end. A run ends after --minutes or, where given, after --steps.
+--save_minutes and at its end. Minutes are of CPU time; --steps instead fixes the run's length.
 """
 
 import argparse
@@ -42,12 +42,12 @@ def draw_pictures(num: int, rng: random.Random) -> tuple[Tensor, list[str]]:
 
 
 def budget(steps: int | None, minutes: float) -> Iterator[float]:
-    """Yield, once a step, the share of the run that is done; by the clock if `steps` is None."""
-    start, step = time.monotonic(), 0
+    """Yield, once a step, the share of the run that is done; by CPU time if `steps` is None."""
+    start, step = time.process_time(), 0
     layout = "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     with tqdm(total=1.0, bar_format=layout, mininterval=10) as bar:
         while True:
-            done = step / steps if steps else (time.monotonic() - start) / (60 * minutes)
+            done = step / steps if steps else (time.process_time() - start) / (60 * minutes)
             if done >= 1:
                 return
             bar.update(done - bar.n)
@@ -140,7 +140,7 @@ def train_flow(args: argparse.Namespace, rng: random.Random) -> None:
     averaged = copy.deepcopy(trained).requires_grad_(False)
     weights = list(trained.parameters())
     optimizer = torch.optim.AdamW(weights, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    smooth, num_saved, start = 1.0, 0, time.monotonic()
+    smooth, num_saved, start = 1.0, 0, time.process_time()
     for step, done in enumerate(budget(args.steps, args.minutes)):
         set_learning_rate(optimizer, args.learning_rate, step, done)
         rows = torch.randint(len(latents), (args.batch_size,))
@@ -153,7 +153,7 @@ def train_flow(args: argparse.Namespace, rng: random.Random) -> None:
         decay = min(EMA_DECAY, (step + 1) / (step + 10))
         torch._foreach_lerp_(list(averaged.parameters()), weights, 1 - decay)
         smooth = 0.99 * smooth + 0.01 * loss.item()
-        minutes = (time.monotonic() - start) / 60
+        minutes = (time.process_time() - start) / 60
         if (step + 1) % 500 == 0:
             tqdm.write(f"step {step + 1} {minutes:.1f} min loss {smooth:.4f}")
         if minutes > args.save_minutes * (num_saved + 1):
