@@ -7,6 +7,10 @@ setup(
     license="MIT",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["flow_grpo*", "config*"]),
+    package_data={
+        "flow_grpo.rewards": ["templates/*.txt"],
+        "flow_grpo.training.reporting": ["page.html.j2", "page.css"],
+    },
     install_requires=[
         "torch>=2.11",
         "diffusers>=0.42.1",
@@ -23,11 +27,15 @@ setup(
         "protobuf>=5",
         "tensorboard>=2.17",
         "tqdm>=4.66",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.19"],
         "wandb": ["wandb>=0.20"],
-        "rewards": ["rapidfuzz>=3.9", "requests>=2.32"],
+        "rewards": ["httpx>=0.27"],
+        "ocr": ["rapidocr>=3.2", "onnxruntime>=1.17", "rapidfuzz>=3.9"],
+        "paddleocr": ["paddleocr>=2.9", "paddlepaddle>=2.6", "rapidfuzz>=3.9"],
         "server": ["fastapi>=0.115", "uvicorn>=0.30", "msgpack>=1.0"],
         "8bit": ["bitsandbytes>=0.45"],
         "dev": ["pytest>=8", "ruff>=0.14"],

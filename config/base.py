@@ -30,14 +30,37 @@ def base() -> ml_collections.ConfigDict:
 
     config.dataset = ""  # folder with {train,test}.txt or {train,test}_metadata.jsonl
     config.reward_fn = ml_collections.ConfigDict({"jpeg_compressibility": 1.0})  # name: weight
+    config.reward_aggregation = "sum"  # sum | gdpo: normalised per reward, then added by weight
+    config.eval_reward_fn = ()  # names of held-out rewards, scored in evaluations only
+    config.hacking_alarm = "none"  # none | warn | stop: held-out rewards fall as the trained rises
+    config.on_reward_error = "stop"  # stop (after saving) | mask: the pictures leave their groups
+    config.max_masked_fraction = 0.5  # of an epoch's pictures; more without a score stop the run
+    # Rewards scored by HTTP: {name: [url, ..]}, for example
+    # --config.reward_urls="{'pickscore': ['http://127.0.0.1:18085']}"
+    config.reward_urls = ml_collections.ConfigDict()
+    config.reward_timeout = 600.0  # seconds for a reward to score a call's pictures, with retries
+    config.reward_token_file = ""  # holds the servers' bearer token
+    config.reward_encoding = "raw"  # to servers: raw | png | webp (all exact) | jpeg (quality 95)
+    config.ocr_engine = "rapidocr"  # rapidocr | paddleocr; their scores differ
     config.resolution = 512  # pixels, a square; height and width override it
     config.height = placeholder(int)
     config.width = placeholder(int)
+    # Pixels of a reference picture as the model sees it: FLUX shrinks larger ones (0: to 1024 x
+    # 1024), Qwen-Image-Edit scales each (0: to height x width; its stock pipelines: 1024 x 1024).
+    config.reference_area = 0
+    config.num_frames = 1  # of a video; for Wan a multiple of 4 plus 1
     config.max_sequence_length = 128  # tokens of the longest text encoder
     config.mixed_precision = "fp16"  # no | bf16 | fp16 (GPU only)
     config.allow_tf32 = True
     config.use_lora = True  # False: full fine-tune, fp32 weights
+    # Text encoders: keep (on the device) | offload (to the CPU while pictures are drawn) |
+    # precompute (each prompt once, to disk; once all are there, encoders are not even loaded).
+    config.encoders = "keep"
+    config.encoder_cache = ""  # precompute's folder; empty: logdir/conditionings
     config.activation_checkpointing = False
+    config.attention_backend = ""  # of diffusers, such as _native_cudnn or flash; empty: its own
+    config.vae_tiling = False  # decode a picture in tiles, with faint seams
+    config.vae_slicing = False  # decode one picture after the other
     config.objective = "grpo"  # grpo | nft
 
     config.sample = sample = ml_collections.ConfigDict()
@@ -92,6 +115,29 @@ def base() -> ml_collections.ConfigDict:
     nft.kl_beta = 1e-4  # velocity-space KL to the reference
     nft.decay = "half"  # old policy: on_policy | half | slow (types 0, 1, 2 of the paper's code)
     nft.num_times = 4  # noise levels drawn for each picture
+
+    # Where rewards find what they need: a local path or, for models, a hub id.
+    config.rewards = rewards = ml_collections.ConfigDict()
+    # of clipscore, image_similarity, aesthetic and the colors of geneval
+    rewards.clip = "openai/clip-vit-large-patch14"
+    rewards.pickscore = "yuvalkirstain/PickScore_v1"
+    rewards.pickscore_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    rewards.aesthetic_head = ""  # the MLP's file, sac+logos+ava1-l14-linearMSE.pth
+    rewards.imagereward = ""  # ImageReward.pt
+    rewards.imagereward_tokenizer = "google-bert/bert-base-uncased"
+    rewards.geneval_detector = "facebook/mask2former-swin-small-coco-instance"
+    rewards.geneval_score = "soft"  # what is trained: soft | strict | official | flow_grpo
+    rewards.deqa = "zhiyuanyou/DeQA-Score-Mix3"  # runs the code that comes with it
+    rewards.ocr_processes = 4  # of each rank
+    rewards.ocr_side = 384  # pixels to which rapidocr shrinks a picture's longer side
+    # OpenAI-style endpoints; a key, if one is needed, is read from FLOW_GRPO_JUDGE_KEY.
+    rewards.unifiedreward_url = "http://127.0.0.1:17140/v1"
+    rewards.unifiedreward_model = "UnifiedReward-7b-v1.5"
+    rewards.qwenvl_url = "http://127.0.0.1:17141/v1"
+    rewards.qwenvl_model = "Qwen/Qwen2.5-VL-7B-Instruct"
+    rewards.judge_templates = ""  # a folder whose <reward>.txt replaces that of the reward
+    rewards.judge_concurrency = 16  # requests at a time
+    rewards.judge_timeout_s = 120.0  # of one answer, retries included
 
     config.lock()
     return config

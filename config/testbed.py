@@ -42,13 +42,14 @@ def shapes_sd3():
     """DiffusionNFT: ODE rollouts, no log-probs; here it learns most from a picture."""
     config = _testbed()
     config.objective = "nft"
-    config.num_epochs = 140
-    config.eval_freq = 35
+    config.num_epochs = 70
+    config.eval_freq = 14
     config.sample.noise_level = 0.0
     config.nft.num_times = 2
     config.nft.decay = "on_policy"
-    config.nft.kl_beta = 0.0
-    config.train.learning_rate = 6e-5
+    config.nft.kl_beta = 0.1  # without, it runs away after some 100 epochs
+    config.train.learning_rate = 1e-4
+    config.train.ema_decay = 0.95
     return config
 
 

@@ -1,63 +1,155 @@
-"""Encode each distinct (prompt, reference images) once and keep the result."""
+"""Encode each distinct (prompt, reference images) once; keep the result in memory or on disk."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.rollout import Cond, PromptBatch
 
 
+class Item(NamedTuple):
+    """What is encoded: a prompt, or what guidance subtracts, with its reference pictures."""
+
+    prompt: str | None  # None: what guidance subtracts
+    image_paths: tuple[str, ...] = ()
+
+
+class Store:
+    """Conditionings on disk, one safetensors file each.
+
+    A file's name is a hash of all that it depends on, so that no stale one is found: `identity`
+    (model, revision, precision, length ...), the prompt, and the bytes of its reference pictures.
+    """
+
+    def __init__(self, folder: Path, identity: dict):
+        self.folder = folder
+        self.identity = identity
+
+    def path(self, item: Item) -> Path:
+        whole = self.identity | {
+            "prompt": item.prompt,
+            "images": [_digest(path) for path in item.image_paths],
+        }
+        name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def holds(self, item: Item) -> bool:
+        """Whether the item's file is there and whole: its header must fit its length."""
+        try:
+            with safe_open(self.path(item), "pt"):
+                return True
+        except (FileNotFoundError, SafetensorError):
+            return False
+
+    def load(self, item: Item) -> Cond:
+        """Read what save() wrote. Raises RuntimeError naming the file if it can't be read."""
+        path = self.path(item)
+        try:
+            return Cond(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise RuntimeError(
+                f"{path}, the conditioning of {item.prompt!r}, can't be read ({error}). Delete it: "
+                f"the next start encodes it again."
+            ) from error
+
+    def save(self, item: Item, cond: Cond) -> None:
+        """Write a conditioning so that a kill midway leaves none."""
+        path = self.path(item)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(f".{os.getpid()}")
+        tensors = {name: tensor.contiguous() for name, tensor in cond.tensors.items()}
+        save_file(tensors, aside, metadata={"prompt": repr(item.prompt)})
+        os.replace(aside, path)
+
+
 class Conditioner:
     """Encodes prompts one at a time, so that an embedding depends on nothing beside its prompt.
 
-    The most recently used ones stay on the CPU, up to `cache_bytes`.
+    The most recently used ones stay on the CPU, up to `cache_bytes`. With a store nothing is
+    encoded: all must be in it. offload: the text encoders are on the device only from the first
+    prompt that is new to rest().
     """
 
-    def __init__(self, pipeline: PatchedPipeline, max_length: int, cache_bytes: int = 2**31):
+    def __init__(
+        self,
+        pipeline: PatchedPipeline,
+        max_length: int,
+        cache_bytes: int = 2**31,
+        store: Store | None = None,
+        offload: bool = False,
+    ):
         self.pipeline = pipeline
         self.max_length = max_length
         self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[Hashable, Cond] = OrderedDict()
+        self.store = store
+        self.offload = offload
+        self._cache: OrderedDict[Item, Cond] = OrderedDict()
         self._held_bytes = 0
+        self._awake = True  # the encoders are on the device
         self.num_encoded = 0
 
     def cond(self, prompt: str, image_paths: tuple, images: tuple) -> Cond:
         """Return the conditioning of a prompt. image_paths name `images` in the cache."""
         return self._cached(
-            ("prompt", prompt, image_paths),
+            Item(prompt, image_paths),
             lambda: self.pipeline.encode([prompt], [images], self.max_length)[0],
         )
 
     def negative(self, image_paths: tuple, images: tuple) -> Cond:
         """Return what guidance subtracts for a prompt with these reference images."""
         return self._cached(
-            ("negative", image_paths), lambda: self.pipeline.negative(images, self.max_length)
+            Item(None, image_paths), lambda: self.pipeline.negative(images, self.max_length)
         )
 
-    def _cached(self, key: Hashable, encode) -> Cond:
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        cond = self._cache[key] = encode()
-        self.num_encoded += 1
+    def rest(self) -> None:
+        """Send the encoders back to the CPU if they are to be there while nobody needs them."""
+        if self.offload and self._awake:
+            self.pipeline.move_encoders("cpu")
+            self._awake = False
+
+    def _cached(self, item: Item, encode: Callable[[], Cond]) -> Cond:
+        if item in self._cache:
+            self._cache.move_to_end(item)
+            return self._cache[item]
+        cond = self._cache[item] = self.store.load(item) if self.store else self._encoded(encode)
         self._held_bytes += cond.num_bytes()
         while self._held_bytes > self.cache_bytes and len(self._cache) > 1:
             _, oldest = self._cache.popitem(last=False)
             self._held_bytes -= oldest.num_bytes()
         return cond
 
+    def _encoded(self, encode: Callable[[], Cond]) -> Cond:
+        if not self._awake:
+            self.pipeline.move_encoders(self.pipeline.device)
+            self._awake = True
+        self.num_encoded += 1
+        return encode()
+
 
 def collate(
     pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """Return the conditioning and negative rows (B, ...) of a batch, on the device."""
-    index = batch.index.to(pipeline.device)
 
     def rows(conds: list[Cond]) -> dict[str, Tensor]:
-        return {k: v[index] for k, v in pipeline.collate(conds, pad_to).items()}
+        together = pipeline.collate(conds, pad_to)
+        return {name: value[batch.index.to(value.device)] for name, value in together.items()}
 
     return rows(batch.conds), rows(batch.negatives) if batch.negatives else None
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -9,9 +9,10 @@ all of them are listed in config/base.py.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 2.5, one of the transformer's inputs. There is no second pass, so a rollout costs the same
 at any scale; the policy is trained at the scale that it samples with.
-References: each is encoded at its own size, at most 1024 x 1024 pixels, and every step carries its
-tokens: a 1024 x 1024 reference makes a 512 x 512 picture's sequence five times as long. Rows that
-share a call need references of one size; the size generated is config.resolution.
+References: each is encoded at its own size, at most config.reference_area pixels (1024 x 1024), and
+every step carries its tokens: a 1024 x 1024 reference makes a 512 x 512 picture's sequence five
+times as long. Rows that share a call need references of one size; the size generated is
+config.resolution.
 Memory: 12 B parameters take 24 GB in bf16, the T5 encoder 10 GB more.
 """
 

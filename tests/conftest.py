@@ -1,5 +1,7 @@
-"""Fixtures of the tests that run a training script on a tiny pipeline."""
+"""Fixtures of the tests that run scripts: training on a tiny pipeline, those of the data sets."""
 
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,14 @@ def fresh_logs(files, tmp_path):
     """Each test has its own logs, under the name that running.arguments() gives."""
     (files / "logs").unlink(missing_ok=True)
     (files / "logs").symlink_to(tmp_path, target_is_directory=True)
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """Run a script of dataset/ in this process; a user's mistake is a SystemExit."""
+
+    def run(name: str, *arguments) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(Path(__file__).parents[1] / "dataset" / name), run_name="__main__")
+
+    return run

@@ -56,7 +56,8 @@ def arguments(folder: Path, **overrides) -> list[str]:
     settings = SMALL | {"dataset": folder / "prompts", "logdir": folder / "logs"}
     settings |= {"pretrained.model": folder / "sd3"}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return ["train.py", *(f"--config.{key}={value}" for key, value in settings.items())]
+    keys = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["train.py", f"--config={DEFAULT}", *keys]
 
 
 def make_files(folder: Path) -> Path:

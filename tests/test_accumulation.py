@@ -120,6 +120,11 @@ def test_the_update_is_the_weighted_mean_of_unequal_micro_batches(tmp_path, size
     close(step_taken(run, micros), expected)
 
 
+def test_an_update_forgets_the_gradient_of_the_one_before(tmp_path):
+    run, rollout = exact_run(tmp_path, objective_class=Tilt)
+    close(step_taken(run, [rollout]), step_taken(run, [rollout]), atol=1e-15)
+
+
 def test_a_kl_pulls_towards_a_reference_that_stays(tmp_path):
     run, rollout = exact_run(tmp_path, train__beta=0.3, train__kl_mode="v")
     rollout.advantages = torch.zeros(24, dtype=torch.float64)

@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig
 
 from config.base import base
 from flow_grpo.training import report
@@ -85,6 +87,19 @@ def test_the_reference_of_a_lora_is_the_module_without_it():
         assert calls == ["off"]
         raise KeyError("inside")
     assert calls == ["off", "on"]
+
+
+def test_a_weight_that_did_not_train_does_not_train_after_the_reference_was_asked():
+    """peft lets every adapter train that it switches on again."""
+    module = tiny.patched("qwenimage").transformer
+    module.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q", "attn.add_q_proj"]))
+    for name, param in module.named_parameters():
+        param.requires_grad_("lora_" in name and "add_q_proj" not in name)
+    before = [name for name, param in module.named_parameters() if param.requires_grad]
+    with Snapshots(module, ["reference"], use_lora=True).using("reference"):
+        pass
+    after = [name for name, param in module.named_parameters() if param.requires_grad]
+    assert after == before and 0 < len(before)
 
 
 @pytest.mark.parametrize(

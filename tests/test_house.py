@@ -8,27 +8,32 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
 from flow_grpo import sde
+from flow_grpo.diffusers_patch import FAMILIES
 from flow_grpo.objectives import OBJECTIVES
 from flow_grpo.rewards import REWARDS
 from flow_grpo.training import preflight
-from flow_grpo.training.build import DTYPES
+from flow_grpo.training.encoders import DTYPES
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a module imports only from its own line or from a line above
-    ("draws", "sde"),
-    ("window",),
+    ("bootstrap", "cli", "draws", "sde"),
+    ("summary", "window"),
     ("advantages",),
     ("rollout",),
     ("diffusers_patch",),
     ("conditioning",),
     ("sampling",),
     ("rewards",),
+    ("reward_server",),
     ("objectives",),
     ("training",),
+    ("stock", "tools"),
+    ("verify",),
 )
 RANK = {name: number for number, line in enumerate(LAYERS) for name in line}
 
@@ -54,10 +59,31 @@ def test_imports_point_one_way(path):
         assert RANK[name.split(".")[0]] <= RANK[here], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("module", ["preflight", "settings", "folders", "prompts"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "dataset_files",
+        "folders",
+        "model_files",
+        "plan",
+        "preflight",
+        "prompts",
+        "settings",
+        "weights",
+    ],
+)
 def test_what_runs_before_torch_does_not_import_it(module):
     code = f"import sys, flow_grpo.training.{module}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_model_is_in_the_registry_under_its_stock_class():
+    for name, path in FAMILIES.items():
+        assert name in {family.stock.__name__ for family in resolve_name(path).variants()}
+    named = {path.split(":")[0] for path in FAMILIES.values()}
+    for script in (ROOT / "scripts").glob("train_*.py"):
+        (module,) = set(re.findall(r"flow_grpo\.diffusers_patch\.\w+", script.read_text()))
+        assert module in named, f"{script}: {module} is not in diffusers_patch/__init__.py"
 
 
 def test_every_name_in_a_registry_resolves():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from config.base import base
-from flow_grpo.training import folders, preflight
+from flow_grpo.training import folders, model_files, preflight
 
 
 @pytest.fixture
@@ -37,11 +37,78 @@ def test_the_plan_is_the_epochs_arithmetic(config):
     assert (plan.num_micro_batches, plan.micro_batch_size, plan.num_updates) == (6, 4, 2)
     assert [prompt.text for prompt in plan.train_prompts] == ["a", "b", "c"]
     assert [prompt.text for prompt in plan.eval_prompts] == ["d"]
-    assert "2 rank(s), 3 prompts; an epoch: 6 groups x 8 pictures, 2 optimizer" in str(plan)
+    assert str(plan) == (
+        "2 rank(s), 3 prompts; an epoch: 6 groups x 8 = 48 pictures, 2 optimizer step(s) a pass"
+    )
     config.train.batch_size, config.eval_max_samples = 8, 0
     plan = preflight.check(config, 2)
     assert (plan.num_micro_batches, plan.micro_batch_size, plan.num_updates) == (3, 8, 1)
     assert len(plan.eval_prompts) == 2
+
+
+def test_the_plan_is_compared_with_the_published_48_groups_of_24(config):
+    few = preflight.check(config, 2).beside_published(6)
+    assert "48 groups of 24" in few and "smaller groups" in few
+    assert "sample.num_batches_per_epoch=48 gives 48 on these ranks" in few
+    config.sample.num_batches_per_epoch = 48  # as it was told
+    assert preflight.check(config, 2).num_groups == 48
+    config.sample.num_image_per_prompt, config.sample.num_batches_per_epoch = 24, 144
+    assert preflight.check(config, 2).beside_published(144).startswith("at least the 48 groups")
+
+
+def test_passes_through_the_transformer_are_counted(config):
+    plan = preflight.check(config, 2)  # 48 pictures an epoch
+    assert plan.passes(config, num_trained=9, guided=False, num_anchors=0) == {
+        "sampling": 48 * 10,
+        "forward and backward": 48 * 9,
+        "frozen predictions": 0,
+        "old log-probs": 0,
+    }
+    config.train.num_inner_epochs, config.train.old_log_prob = 3, "replay"
+    assert plan.passes(config, num_trained=9, guided=True, num_anchors=1) == {
+        "sampling": 48 * 10 * 2,
+        "forward and backward": 48 * 9 * 2 * 3,
+        "frozen predictions": 48 * 9 * 2 * 3,
+        "old log-probs": 48 * 9 * 2,
+    }
+    config.train.cfg = False
+    assert plan.passes(config, 9, True, 0)["forward and backward"] == 48 * 9 * 3
+    config.objective = "nft"  # 4 noisings of each picture, whatever the rollout's steps
+    counted = plan.passes(config, 9, False, 2)
+    assert counted["forward and backward"] == 48 * 4 * 3
+    assert counted["frozen predictions"] == 2 * 48 * 4 * 3 and counted["old log-probs"] == 0
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"sample__guidance_scale": 4.0, "train__cfg": True, "train__beta": 0.1},
+        {"train__old_log_prob": "replay", "train__num_inner_epochs": 2},
+        {"objective": "nft"},
+    ],
+)
+def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, changed):
+    import running
+    import torch
+
+    from flow_grpo.training import loop
+
+    run = running.prepare(running.arguments(files, logdir=tmp_path, **changed))
+    rows = {"sampling": 0, "with gradient": 0, "without": 0}
+    phase = "sampling"
+
+    def count(module, inputs, kwargs):
+        kind = "with gradient" if torch.is_grad_enabled() else "without"
+        rows[phase or kind] += len(kwargs["hidden_states"])
+
+    run.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    rollout, _ = loop.collect(run)
+    phase = ""
+    loop.update(run, rollout)
+    counted = run.passes()
+    assert rows["sampling"] == counted["sampling"] > 0
+    assert rows["with gradient"] == counted["forward and backward"] > 0
+    assert rows["without"] == counted["frozen predictions"] + counted["old log-probs"] > 0
 
 
 REFUSED = [(key, "other", "is needed") for key in preflight.CHOICES]
@@ -92,7 +159,7 @@ def test_an_impossible_window_is_refused(config):
     "rewards, complaint",
     [
         ({"jpeg_compresibility": 1.0}, "Did you mean 'jpeg_compressibility'?"),
-        ({"beauty": 1.0}, "no reward 'beauty'; there are jpeg_compressibility, jpeg_"),
+        ({"beauty": 1.0}, "no reward 'beauty'; there are "),
         ({"shapes": 0.0}, "non-zero weight is needed, for example --config.reward_fn="),
         ({"shapes": "1"}, "the weight of 'shapes' must be a finite number"),
         ({"shapes": math.nan}, "the weight of 'shapes' must be a finite number"),
@@ -110,8 +177,67 @@ def test_a_model_that_is_no_pipeline_folder_is_refused(config):
     assert "has no model_index.json" in refusal(config)
     config.pretrained.model = ""
     assert "config.pretrained.model is empty" in refusal(config)
-    config.pretrained.model = "owner/name"  # on the hub, or not: only the download can tell
+
+
+def on_the_hub(config, monkeypatch, tmp_path, *, offline):
+    monkeypatch.setattr(model_files.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    config.pretrained.model = "black-forest-labs/FLUX.1-dev"
+
+
+def test_a_model_of_the_hub_comes_with_the_command_that_downloads_it(config, monkeypatch, tmp_path):
+    on_the_hub(config, monkeypatch, tmp_path, offline=False)
     preflight.check(config, 2)
+    note = model_files.to_download(config)
+    assert "is gated: accept its licence on https://huggingface.co/black-forest-labs/FLUX." in note
+    assert "hf download black-forest-labs/FLUX.1-dev --include model_index.json" in note
+    config.pretrained.model, config.pretrained.revision = "owner/name", "v2"
+    note = model_files.to_download(config)
+    assert "gated" not in note and "hf download owner/name --revision v2 --include" in note
+
+
+def test_offline_a_model_that_is_not_in_the_hubs_cache_is_refused(config, monkeypatch, tmp_path):
+    on_the_hub(config, monkeypatch, tmp_path, offline=True)
+    message = refusal(config)
+    assert "config.pretrained.model='black-forest-labs/FLUX.1-dev' is not on this" in message
+    assert "HF_HUB_OFFLINE forbids" in message
+    cached = tmp_path / "models--black-forest-labs--FLUX.1-dev"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "model_index.json").write_text("{}")
+    preflight.check(config, 2)
+    assert model_files.to_download(config) == ""
+
+
+@pytest.fixture
+def sd3(config):
+    """What a folder of SD3.5 Medium says about sizes."""
+    parts = {
+        "vae": {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512]},
+        "transformer": {"patch_size": 2, "pos_embed_max_size": 384},
+    }
+    for part, values in parts.items():
+        folder = Path(config.pretrained.model) / part
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(values))
+    return config
+
+
+@pytest.mark.parametrize(
+    "key, value, remedy",
+    [
+        ("resolution", 500, "multiples of 16 pixels. The nearest is 496"),
+        ("resolution", 8192, "at most 6144. The nearest is 6144"),
+        ("height", 1000, "multiples of 16 pixels. The nearest is 992"),
+        ("width", 0, "multiples of 16 pixels. The nearest is 16"),
+    ],
+)
+def test_a_size_that_the_models_files_rule_out_is_refused(sd3, key, value, remedy):
+    preflight.check(sd3, 2)
+    sd3[key] = value
+    message = refusal(sd3)
+    assert f"config.{key}={value}: " in message and remedy in message
 
 
 def test_calls_that_would_mix_sizes_of_reference_pictures_are_refused(config):

@@ -83,9 +83,12 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
         env={"ACCELERATE_USE_CPU": "true", "MODE": str(folders_of["two"])},
         script="tests/running.py",
         run_name="two",
+        encoders="precompute",  # each rank its share
+        encoder_cache=tmp_path / "cache",
         **settings,
     )
     assert "2 rank(s)" in finish(both)
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == len(running.PROMPTS)
 
     whole = load_file(folders_of["one"] / "0-0")
     halves = [load_file(folders_of["two"] / f"{rank}-0") for rank in (0, 1)]

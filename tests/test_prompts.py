@@ -1,6 +1,9 @@
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from PIL import Image
 
 from flow_grpo.training.prompts import (
     Prompt,
+    check,
     epoch_prompts,
     eval_batches,
     micro_batch_order,
@@ -15,6 +19,7 @@ from flow_grpo.training.prompts import (
     rollout_rows,
 )
 
+ROOT = Path(__file__).parent.parent
 # (prompts, groups an epoch, epochs until every prompt came equally often)
 LAPS = [(10, 4, 5), (7, 7, 3), (5, 12, 5), (64, 48, 4), (1, 3, 2)]
 
@@ -206,3 +211,53 @@ def test_a_wrong_row_is_refused_with_its_file_and_line(tmp_path, row, complaint)
         read(str(tmp_path), "test")
     message = str(error.value)
     assert message.startswith(f"{tmp_path}/test_metadata.jsonl, line 3: ") and complaint in message
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif"])
+def test_a_picture_that_was_cut_short_is_named_at_the_start(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name)
+    write_rows(tmp_path, {"prompt": "fine"}, {"prompt": "p", "image": name})
+    assert read(str(tmp_path), "test")[1].image_sizes == ((64, 64),)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    if name == "a.gif":  # which has neither checksums nor a length: only check() decodes it
+        with pytest.raises(ValueError, match=f"cannot decode the picture .*{name}"):
+            check(str(tmp_path))
+        return
+    with pytest.raises(ValueError, match=f"line 2: cannot read the picture .*{name}"):
+        read(str(tmp_path), "test")
+
+
+def test_a_flipped_byte_of_a_png_is_found(tmp_path):
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(tmp_path / "a.png")
+    data = bytearray((tmp_path / "a.png").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a.png").write_bytes(data)
+    write_rows(tmp_path, {"prompt": "p", "image": "a.png"})
+    with pytest.raises(ValueError, match="line 1: cannot read the picture .*a.png"):
+        read(str(tmp_path), "test")
+
+
+def test_check_counts_repeated_and_shared_rows(tmp_path):
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    write_rows(tmp_path, {"prompt": "a", "tag": "x"}, {"prompt": "b", "tag": "x"}, split="train")
+    edit = {"prompt": "a", "image": "a.png", "tag": "y"}
+    write_rows(tmp_path, {"prompt": "b", "tag": "x"}, edit, edit, split="test")
+    assert check(str(tmp_path)) == [
+        "train: 2 rows, 0 of them repeated",
+        "train tags: x 2",
+        "test: 3 rows, 1 of them repeated",
+        "test tags: y 2, x 1",
+        "test pictures: 1 files of 1 sizes (6 x 4: 2)",
+        "train and test share 1 rows, such as 'b'",
+    ]
+
+
+def test_the_command_leaves_with_1_and_a_message(tmp_path):
+    command = [sys.executable, "-m", "flow_grpo.training.prompts", "check"]
+    done = subprocess.run([*command, "dataset/shapes"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "train: 2000 rows, " in done.stdout
+    assert "train and test share 0 rows\n" in done.stdout
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and f"{tmp_path}: no train.txt" in done.stderr

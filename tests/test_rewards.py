@@ -1,13 +1,14 @@
+import subprocess
 import sys
 import threading
-from importlib import import_module
 from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from flow_grpo.rewards import REWARDS
+from flow_grpo.rewards import REWARDS, loading
+from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.combine import Scorer
 from flow_grpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 
@@ -37,10 +38,15 @@ def test_the_jpeg_reward_of_a_video_is_the_mean_of_its_frames(tmp_path):
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_every_reward_resolves_to_a_callable(name):
-    module, attribute = REWARDS[name].split(":")
-    assert callable(getattr(import_module(module), attribute))
-    Scorer({name: 1.0}).close()
+def test_every_reward_is_a_function_or_a_class_that_says_what_it_does(name):
+    found = loading.find(name)
+    assert found.__doc__ and (not isinstance(found, type) or issubclass(found, Reward))
+
+
+def test_finding_a_reward_does_not_import_torch():
+    code = "import sys; from flow_grpo.rewards import REWARDS, loading\n"
+    code += "[loading.find(name) for name in REWARDS]; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.fixture
@@ -54,7 +60,7 @@ def scorer(monkeypatch):
         for name, function in functions.items():
             setattr(module, name, function)
             monkeypatch.setitem(REWARDS, name, f"{module.__name__}:{name}")
-        made.append(Scorer(weights))
+        made.append(Scorer(weights, {}))
         return made[-1]
 
     yield make

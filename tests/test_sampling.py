@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from fixtures import NOISE_LEVEL
-from tiny import LENGTH, picture, prompt_batch
+from tiny import LENGTH, prompt_batch
 
 from flow_grpo.conditioning import collate
 from flow_grpo.rollout import Size
@@ -26,14 +26,14 @@ STEPS = {  # of each group
 
 @pytest.fixture(scope="module")
 def models():
-    models = {name: tiny.patched(name) for name in ("sd3", "flux", "flux_kontext")}
+    models = {name: tiny.patched(name) for name in tiny.MODELS}
     for model in models.values():
         model.transformer.requires_grad_(True)
     return models
 
 
 def batch_of(model, name, guidance, owners=OWNERS):
-    references = [(picture(32, 48, g),) if name in tiny.EDITS else () for g in range(3)]
+    references = [tiny.pictures(name, g) for g in range(3)]
     return prompt_batch(model, SIZE, TEXTS, references, guidance, owners)
 
 
@@ -66,7 +66,20 @@ def log_ratios(model, sampler, rollout):
 @pytest.mark.parametrize("steps", list(STEPS))
 @pytest.mark.parametrize("kind", list(NOISE_LEVEL))
 @pytest.mark.parametrize(
-    ("name", "guidance"), [("sd3", 4.5), ("sd3", 1.0), ("flux", 3.5), ("flux_kontext", 2.5)]
+    ("name", "guidance"),
+    [
+        ("sd3", 4.5),
+        ("sd3", 1.0),
+        ("flux", 3.5),
+        ("flux_kontext", 2.5),
+        ("flux2_klein", 4.0),
+        ("flux2_klein_edit", 1.0),
+        ("qwenimage", 4.0),
+        ("qwenimage_edit_2511", 4.0),
+        ("wan", 4.5),
+        ("zimage", 4.0),
+        ("zimage_turbo", 0.0),
+    ],
 )
 def test_replaying_a_rollout_gives_log_ratio_zero(models, name, guidance, kind, steps):
     model = models[name]

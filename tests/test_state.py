@@ -10,12 +10,14 @@ from flow_grpo.training.report import read_metrics
 pytestmark = pytest.mark.usefixtures("fresh_logs")
 
 
-def test_a_learning_rate_of_zero_changes_no_weight(files):
+def test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation(files):
     run = running.prepare(running.arguments(files, run_name="still", train__learning_rate=0.0))
     before = {name: param.clone() for name, param in run.trained_parameters()}
     launch.execute(run)
     assert run.updater.num_updates == 4
     assert all(torch.equal(param, before[name]) for name, param in run.trained_parameters())
+    first, last = read_metrics(run.folder, "eval")
+    assert first["avg"] == last["avg"]
 
 
 def test_the_ema_follows_every_update_by_its_schedule(files):

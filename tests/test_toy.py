@@ -8,6 +8,7 @@ import pytest
 import torch
 from toy import make_run, plan_of, roll_out, score
 
+from flow_grpo.sampling import replay
 from flow_grpo.training import loop
 
 
@@ -53,12 +54,16 @@ def test_the_reward_stays_where_advantages_are_dealt_at_random(tmp_path, seed):
     assert abs(gained) < 0.15
 
 
-def test_the_first_update_of_an_epoch_sees_ratio_one_and_the_second_does_not(tmp_path):
+@pytest.mark.parametrize("old_log_prob", ["rollout", "replay"])
+def test_the_first_update_of_an_epoch_sees_ratio_one_and_the_second_does_not(
+    tmp_path, old_log_prob
+):
     run = make_run(
         tmp_path,
         plan_of(4, 6, num_micro_batches=4, num_updates=2),
         torch.optim.Adam,
         sample__sde_window_size=3,
+        train__old_log_prob=old_log_prob,
     )
     rollout = roll_out(run)
     score(run, rollout)
@@ -66,3 +71,20 @@ def test_the_first_update_of_an_epoch_sees_ratio_one_and_the_second_does_not(tmp
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["ratio"] == 1 and first["approx_kl"] == first["clip_high"] == 0
     assert second["approx_kl"] > 0
+
+
+def test_every_step_of_every_row_draws_its_own_standard_normal_noise(tmp_path):
+    run = make_run(tmp_path, plan_of(num_groups=8, group_size=16), torch.optim.SGD)
+    rollout, noises = roll_out(run), []
+    for column, steps in enumerate(rollout.steps.unbind(1)):
+        latents = rollout.latents[:, column]
+        velocity = run.model(latents, run.sampler.sigmas[steps]).detach()
+        taken = replay(run.sampler, rollout, column, velocity)
+        noises.append((taken.next_latents - taken.mean) / taken.std)
+    noises = torch.stack(noises)  # (steps, rows, elements)
+    count = noises[0].numel()
+    for axis in (0, 1):
+        neighbours = noises.roll(1, axis) * noises
+        assert neighbours.mean((1, 2)).abs().max() < 4.5 / math.sqrt(count)
+    assert (noises.std((1, 2)) - 1).abs().max() < 4.5 / math.sqrt(2 * count)
+    assert noises.mean((1, 2)).abs().max() < 4.5 / math.sqrt(count)

@@ -19,7 +19,7 @@ from flow_grpo.rollout import Size
 from flow_grpo.sampling import Draw, Sampler, sample
 from flow_grpo.training import scoring
 from flow_grpo.training.optimizer import Updater
-from flow_grpo.training.preflight import Plan
+from flow_grpo.training.plan import Plan
 from flow_grpo.training.run import Run
 from flow_grpo.training.snapshots import Snapshots
 from flow_grpo.training.tracking import Tracker

@@ -8,8 +8,11 @@ from collections.abc import Callable
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
+from flow_grpo.diffusers_patch.loading import ENCODERS, Loading
 from flow_grpo.rollout import Cond, Size
 
 JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
@@ -24,7 +27,7 @@ JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
 )
 
 
-class PatchedPipeline:
+class PatchedPipeline(Loading):
     """A model family. A subclass states the stock class and overrides what differs.
 
     `model` in velocity() is the transformer as accelerate wrapped it: sampling and training call
@@ -32,77 +35,31 @@ class PatchedPipeline:
     is fed with.
     """
 
-    stock: type[DiffusionPipeline]
     lora_target_modules: tuple[str, ...]
-    runs_in_fp16: bool = True  # False: its activations overflow
+    unguided_scale: float = 1.0  # the guidance_scale that means a single, conditional pass
+    guides_by_two_passes: bool = True  # False: the scale is one of the transformer's inputs
+    ragged_text: bool = False  # prompts' "embeds" (L, C) differ in L
+    negative_prompt: str = ""  # what guidance subtracts
+    reference_area: int = 1024 * 1024  # pixels; a larger reference is shrunk to it
+    enlarges_references: bool = False  # a smaller one is enlarged to it
 
     def __init__(self, pipe: DiffusionPipeline):
         self.pipe = pipe
         self.transformer = pipe.transformer
         self.input_dtype = pipe.transformer.dtype
-        self.vae_scale = pipe.vae_scale_factor  # pixels a latent, one way
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
                 component.requires_grad_(False).eval()
         pipe.set_progress_bar_config(disable=True)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        transformer_dtype: torch.dtype | None = None,
-        revision: str = "main",
-    ) -> PatchedPipeline:
-        """Load a pipeline folder or hub id: the VAE in fp32, all else in `dtype`.
-
-        transformer_dtype: where the transformer's differs, as in a full fine-tune.
-
-        Components that the folder declares absent (SD3 without its third encoder) stay absent.
-        Raises ValueError if the path holds no such pipeline or it can't run in `dtype`.
-        """
-        if dtype == torch.float16 and not cls.runs_in_fp16:
-            raise ValueError(
-                f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16 and gives invalid "
-                f"pictures. Set config.mixed_precision=bf16."
-            )
-        try:
-            config = cls.stock.load_config(path, revision=revision)
-        except OSError as error:
-            raise ValueError(
-                f"config.pretrained.model={path!r}: no diffusers pipeline can be loaded ({error}). "
-                f"A folder with a model_index.json or a reachable hub id is needed."
-            ) from error
-        if config["_class_name"] != cls.stock.__name__:
-            raise ValueError(
-                f"config.pretrained.model={path!r} is a {config['_class_name']}; this script "
-                f"trains a {cls.stock.__name__}. Change the model or the script."
-            )
-        absent = {
-            name: None
-            for name, value in config.items()
-            if isinstance(value, (list, tuple)) and value[0] is None
-        }
-        dtypes = {
-            "default": dtype,
-            "transformer": transformer_dtype or dtype,
-            "vae": torch.float32,
-        }
-        pipe = cls.stock.from_pretrained(path, revision=revision, dtype=dtypes, **absent)
-        return cls(pipe.to(device))
-
-    @classmethod
-    def check_prompts(cls, prompts: list) -> None:
-        """Raise ValueError, before weights load, if a prompt's pictures don't suit the model.
-
-        prompts: training.prompts.Prompt, of training and evaluation.
-        """
-
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        return self.pipe.vae.device  # the transformer may come later, encoders may be elsewhere
+
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent, one way."""
+        return self.pipe.vae_scale_factor
 
     def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
         """Encode rows of (prompt, reference images) in one call, without guidance or padding.
@@ -112,18 +69,40 @@ class PatchedPipeline:
         raise NotImplementedError
 
     def negative(self, images: tuple, max_length: int) -> Cond:
-        """Encode what guidance subtracts, the empty prompt unless the model says otherwise."""
-        return self.encode([""], [images], max_length)[0]
+        """Encode what guidance subtracts."""
+        return self.encode([self.negative_prompt], [images], max_length)[0]
+
+    def move_encoders(self, device: torch.device | str) -> None:
+        """Bring the text encoders to a device, or to the CPU while nobody needs them."""
+        for name, component in self.pipe.components.items():
+            if name.startswith(ENCODERS) and isinstance(component, torch.nn.Module):
+                component.to(device)
+
+    def drop_encoders(self) -> None:
+        """Forget all that only encode() needs of prompts."""
+        for name in self.pipe.components:
+            if name.startswith(ENCODERS):
+                setattr(self.pipe, name, None)
+
+    @classmethod
+    def may_need_negative(cls, guidance_scale: float) -> bool:
+        """Whether a second, unconditional pass may be made at this scale, before weights load."""
+        return cls.guides_by_two_passes and guidance_scale > cls.unguided_scale
 
     def needs_negative(self, guidance_scale: float) -> bool:
         """Whether a second, unconditional pass is made at this scale."""
-        return guidance_scale > 1
+        return self.may_need_negative(guidance_scale)
 
     def collate(self, conds: list[Cond], pad_to: int) -> dict[str, Tensor]:
         """Stack conditionings, on the device. pad_to: tokens, one number for the whole epoch.
 
+        pad_to 0: to the call's longest. Ragged text is padded with zeros; its "lengths" (B,) stay
+        on the CPU.
         Raises ValueError where the reference images of one call differ in size.
         """
+        if self.ragged_text:
+            lengths = torch.tensor([len(cond.tensors["embeds"]) for cond in conds])
+            conds = [_padded(cond, pad_to or int(lengths.max())) for cond in conds]
         shapes = {tuple(tuple(t.shape) for t in cond.tensors.values()) for cond in conds}
         if len(shapes) > 1:
             raise ValueError(
@@ -131,10 +110,11 @@ class PatchedPipeline:
                 f"images differ in size must not share a call: make sample.train_batch_size a "
                 f"divisor of sample.num_image_per_prompt."
             )
-        return {
+        stacked = {
             name: torch.stack([cond.tensors[name] for cond in conds]).to(self.device)
             for name in conds[0].tensors
         }
+        return stacked | {"lengths": lengths} if self.ragged_text else stacked
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         """Shape of one picture's Gaussian noise, as the stock pipeline draws it."""
@@ -183,13 +163,57 @@ class PatchedPipeline:
         """
         raise NotImplementedError
 
+    def guide(
+        self,
+        predict: Callable[[dict[str, Tensor]], Tensor],
+        cond: dict[str, Tensor],
+        negative: dict[str, Tensor] | None,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Guide by two passes, one after the other. predict: the velocity of a conditioning."""
+        conditional = predict(cond)
+        if not self.needs_negative(guidance_scale):
+            return conditional
+        return self.combine(conditional, predict(negative), guidance_scale)
+
+    def combine(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+        """Guide, given both velocities (B, ...) fp32."""
+        return unconditional + guidance_scale * (conditional - unconditional)
+
+    def reaches_output(self, parameter: str) -> bool:
+        """Whether the velocity depends on the transformer's parameter of this name."""
+        return True
+
     @torch.no_grad()
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         """Return pictures (B, 3, H, W) in [0, 1], fp32; video (B, F, 3, H, W)."""
         vae = self.pipe.vae
-        latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        images = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+        latents = self.vae_latents(latents, size).to(vae.dtype)
+        images = vae.decode(latents, return_dict=False)[0].float()
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        """Return latents as the VAE decodes them: unpacked and at their own scale."""
+        config = self.pipe.vae.config
+        return latents / config.scaling_factor + (config.shift_factor or 0.0)
+
+    def stock_arguments(
+        self, size: Size, guidance_scale: float, noise: Tensor, images: tuple = ()
+    ) -> dict:
+        """Return, beside the prompt, what makes the stock pipeline draw the same pictures.
+
+        noise: (B, *noise_shape). images: the rows' common reference pictures.
+        """
+        arguments = {
+            "height": size.height,
+            "width": size.width,
+            "guidance_scale": guidance_scale,
+            "latents": noise,
+        }
+        if images:
+            pictures = [Image.fromarray(image) for image in images]
+            arguments["image"] = pictures if len(pictures) > 1 else pictures[0]
+        return arguments
 
     def check_size(self, size: Size) -> None:
         """Raise ValueError unless the transformer can produce this size."""
@@ -199,3 +223,18 @@ class PatchedPipeline:
                 f"config.resolution={size.height}x{size.width}: height and width must be multiples "
                 f"of {multiple} for this model."
             )
+
+
+def _padded(cond: Cond, pad_to: int) -> Cond:
+    embeds = cond.tensors["embeds"]
+    assert len(embeds) <= pad_to, f"{len(embeds)} tokens do not fit into {pad_to}"
+    return Cond(cond.tensors | {"embeds": pad(embeds, (0, 0, 0, pad_to - len(embeds)))})
+
+
+def unscale_channels(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """Give latents (B, C, F, h, w) of a VAE for videos each channel's mean and std back."""
+    mean, std = (
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return latents / (1.0 / std) + mean  # the stock pipelines' arithmetic

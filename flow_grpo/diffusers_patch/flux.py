@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, PatchedPipeline
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
+from flow_grpo.diffusers_patch.packed import Packed
 from flow_grpo.rollout import Cond, Size
 
 
-class Flux(PatchedPipeline):
-    """A token is 2 x 2 latents. Checkpoints without a guidance embedding ignore guidance_scale."""
+class Flux(Packed):
+    """Checkpoints without a guidance embedding ignore guidance_scale."""
 
     stock = FluxPipeline
     lora_target_modules = (
@@ -24,6 +23,7 @@ class Flux(PatchedPipeline):
         "ff_context.net.2",
     )
     runs_in_fp16 = False
+    guides_by_two_passes = False
 
     def __init__(self, pipe: DiffusionPipeline):
         super().__init__(pipe)
@@ -39,20 +39,9 @@ class Flux(PatchedPipeline):
             for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
         ]
 
-    def needs_negative(self, guidance_scale: float) -> bool:
-        return False  # the scale is one of the transformer's inputs
-
-    def initial_latents(self, size: Size, noise: Tensor) -> Tensor:
-        return pack(noise)
-
-    def grid(self, size: Size) -> tuple[int, int]:
-        """Return the picture's height and width in tokens."""
-        return size.height // (self.vae_scale * 2), size.width // (self.vae_scale * 2)
-
-    def schedule(self, num_steps: int, size: Size) -> dict:
-        height, width = self.grid(size)
-        mu = self.dynamic_shift(height * width, max_shift=1.15)
-        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
+        latents = self.initial_latents(size, noise)
+        return super().stock_arguments(size, guidance_scale, latents, images)
 
     def image_tokens(
         self, latents: Tensor, cond: dict[str, Tensor], size: Size
@@ -78,20 +67,6 @@ class Flux(PatchedPipeline):
             return_dict=False,
         )[0]
         return velocity[:, : latents.shape[1]].float()
-
-    def decode(self, latents: Tensor, size: Size) -> Tensor:
-        return super().decode(unpack(latents, *self.grid(size)), size)
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Turn latents (B, C, h, w) into tokens (B, h/2 * w/2, 4 C), row after row."""
-    return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).contiguous()
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Undo pack. height, width: in tokens."""
-    grid = tokens.transpose(1, 2).unflatten(2, (height, width))
-    return pixel_shuffle(grid, 2).contiguous()
 
 
 def position_ids(image: int, height: int, width: int, device: torch.device) -> Tensor:

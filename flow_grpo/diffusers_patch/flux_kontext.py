@@ -8,41 +8,28 @@ from diffusers import FluxKontextPipeline
 from PIL import Image
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.flux import Flux, pack, position_ids
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.diffusers_patch.flux import Flux, position_ids
+from flow_grpo.diffusers_patch.packed import Edits, pack
+from flow_grpo.rollout import Size
 
-MAX_REFERENCE_AREA = 1024 * 1024  # pixels, the size that the model was trained at
 
-
-class FluxKontext(Flux):
+class FluxKontext(Edits, Flux):
     """Edits one reference picture a row; its size and the generated one are independent."""
 
     stock = FluxKontextPipeline
     lora_target_modules = (*Flux.lora_target_modules, "proj_mlp")
+    num_references = (1, 1)
 
-    @classmethod
-    def check_prompts(cls, prompts: list) -> None:
-        for prompt in prompts:
-            if len(prompt.images) != 1:
-                raise ValueError(
-                    f"the prompt {prompt.text!r} has {len(prompt.images)} reference pictures; "
-                    f'FLUX.1 Kontext edits exactly one. Name it under "image" in the data set.'
-                )
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        conds = super().encode(prompts, images, max_length)
-        for cond, references in zip(conds, images, strict=True):
-            # Not packed: its shape tells the positions, and tells apart 32x64 from 64x32.
-            cond.tensors["reference_latents"] = self.reference_latents(references[0]).cpu()
-        return conds
+    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
+        stock = super().stock_arguments(size, guidance_scale, noise, images)
+        return stock | {"max_area": size.height * size.width, "_auto_resize": False}
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
         """Encode a picture, uint8 (H, W, 3), to latents (C, h, w), fp32.
 
         As the stock pipeline with _auto_resize=False: at the picture's own size, each side cut to a
         multiple of a token's pixels. The stock pipeline knows no limit; here a picture of more than
-        MAX_REFERENCE_AREA pixels is first shrunk to that area.
+        reference_area pixels is first shrunk to that area.
         """
         height, width = self.reference_size(*image.shape[:2])
         processor = self.pipe.image_processor
@@ -53,7 +40,7 @@ class FluxKontext(Flux):
     def reference_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the height and width in pixels at which a picture of this size is encoded."""
         multiple = self.vae_scale * 2
-        scale = min(1.0, (MAX_REFERENCE_AREA / (height * width)) ** 0.5)
+        scale = min(1.0, (self.reference_area / (height * width)) ** 0.5)
         height, width = (int(side * scale) // multiple for side in (height, width))
         return max(height, 1) * multiple, max(width, 1) * multiple
 
@@ -61,7 +48,7 @@ class FluxKontext(Flux):
         self, latents: Tensor, cond: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, Tensor]:
         tokens, ids = super().image_tokens(latents, cond, size)
-        reference = cond["reference_latents"]
+        reference = cond["reference_0"]
         height, width = (side // 2 for side in reference.shape[2:])
         reference_ids = position_ids(1, height, width, latents.device)
         return torch.cat([tokens, pack(reference)], dim=1), torch.cat([ids, reference_ids])

@@ -13,6 +13,7 @@ from flow_grpo.rollout import Cond, Size
 class SD3(PatchedPipeline):
     stock = StableDiffusion3Pipeline
     lora_target_modules = JOINT_ATTENTION
+    has_attention_backends = False
 
     @torch.no_grad()
     def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
@@ -36,6 +37,14 @@ class SD3(PatchedPipeline):
         tokens = (size.height // patch) * (size.width // patch)
         return {"mu": self.dynamic_shift(tokens, max_shift=1.16)}
 
+    def reaches_output(self, parameter: str) -> bool:
+        """Whether it is no adapter of the last block's text query, which nobody reads.
+
+        The query's own weight may train along in a full fine-tune: its gradient is zero.
+        """
+        last = self.transformer.config.num_layers - 1
+        return not parameter.startswith(f"transformer_blocks.{last}.attn.add_q_proj.lora_")
+
     def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
         guided = self.needs_negative(guidance_scale)
         rows = 2 if guided else 1
@@ -53,4 +62,4 @@ class SD3(PatchedPipeline):
         if not guided:
             return velocity
         unconditional, conditional = velocity.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return self.combine(conditional, unconditional, guidance_scale)

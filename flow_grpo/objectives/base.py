@@ -40,6 +40,8 @@ class Objective:
         self.sampler = sampler
         self.adv_clip_max = config.train.adv_clip_max
         self.std = "global" if config.sample.global_std else "group"
+        if config.reward_aggregation == "gdpo":
+            self.std = "none"  # its scores are normalised already
 
     def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Turn the scores of all ranks into (advantages, weights), by default group-relative.

@@ -2,13 +2,26 @@
 
 Every scorer has the signature (images, prompts, metadata, references=None, group=None) -> dict of
 (B,) arrays. images: uint8 (H, W, 3), or (F, H, W, 3) for video. The value under the reward's own
-name is trained, others are logged, NaN means "could not be scored".
+name is trained, others are logged, NaN means "could not be scored". A function is a scorer; a class
+(base.Reward) becomes one when it is built, with what it needs of config.rewards.
 """
 
 REWARDS = {
+    "aesthetic": "flow_grpo.rewards.aesthetic:Aesthetic",
+    "clipscore": "flow_grpo.rewards.clipscore:ClipScore",
+    "deqa": "flow_grpo.rewards.deqa:DeQA",
+    "geneval": "flow_grpo.rewards.geneval:GenEval",
+    "image_similarity": "flow_grpo.rewards.image_similarity:ImageSimilarity",
+    "imagereward": "flow_grpo.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "flow_grpo.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "flow_grpo.rewards.jpeg:jpeg_incompressibility",
+    "ocr": "flow_grpo.rewards.ocr:OCR",
+    "pickscore": "flow_grpo.rewards.pickscore:PickScore",
+    "qwenvl": "flow_grpo.rewards.qwenvl:QwenVL",
     "shapes": "flow_grpo.rewards.shapes:shapes",
-    "shapes_strict": "flow_grpo.rewards.shapes:shapes_strict",
     "shapes_dense": "flow_grpo.rewards.shapes:shapes_dense",
+    "shapes_strict": "flow_grpo.rewards.shapes:shapes_strict",
+    "unifiedreward": "flow_grpo.rewards.unifiedreward:UnifiedReward",
+    "unifiedreward_pairs": "flow_grpo.rewards.unifiedreward:UnifiedRewardPairs",
+    "video_ocr": "flow_grpo.rewards.ocr:VideoOCR",
 }

@@ -16,23 +16,25 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
 )
-from peft import LoraConfig
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+)
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
-from flow_grpo.conditioning import Conditioner
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives import OBJECTIVES
 from flow_grpo.rewards.combine import Scorer
 from flow_grpo.rollout import Size
 from flow_grpo.sampling import Sampler
-from flow_grpo.training import checkpoint, folders, optimizer
+from flow_grpo.training import checkpoint, encoders, folders, optimizer
 from flow_grpo.training.optimizer import Updater
-from flow_grpo.training.preflight import Plan
+from flow_grpo.training.plan import Plan
+from flow_grpo.training.prompts import Prompt
 from flow_grpo.training.run import Run
 from flow_grpo.training.snapshots import Snapshots
 from flow_grpo.training.stop import Stop
 from flow_grpo.training.tracking import Tracker
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build(
@@ -46,21 +48,17 @@ def build(
     resume_from = folders.resume_point(config, identity)
     objective_class = resolve_name(OBJECTIVES[config.objective])
     objective_class.check(config)
-    family.check_prompts(plan.train_prompts + plan.eval_prompts)
-    accelerator = _accelerator(config)
-    pipeline = _pipeline(config, family, accelerator)
-    size = Size(config.height or config.resolution, config.width or config.resolution)
-    pipeline.check_size(size)
-    sampler, eval_sampler = _samplers(config, pipeline, size)
+    accelerator, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
+    sampler, eval_sampler = samplers(config, pipeline, size)
     objective = objective_class(config, sampler)
-    scorer = Scorer(config.reward_fn)
+    scorer = Scorer.of(config, str(accelerator.device))
 
     add_trained_weights(pipeline, config)
     params = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     model, base_optimizer = accelerator.prepare(
         pipeline.transformer, optimizer.build(params, config.train)
     )
-    pipeline.input_dtype = _input_dtype(config, pipeline)
+    pipeline.input_dtype = pipeline.transformer.dtype  # its frozen weights'; fp32 where all train
     names = (*objective.snapshots, *(["ema"] if config.train.ema else []))
     total_updates = config.num_epochs * config.train.num_inner_epochs * plan.num_updates
     folder = Path(config.logdir) / broadcast_object_list([folders.run_name(config, name)])[0]
@@ -78,7 +76,7 @@ def build(
         objective=objective,
         updater=Updater(accelerator, model, base_optimizer, config.train, total_updates),
         snapshots=Snapshots(pipeline.transformer, names, config.use_lora),
-        conditioner=Conditioner(pipeline, config.max_sequence_length),
+        conditioner=encoders.conditioner(config, pipeline),
         scorer=scorer,
         tracker=Tracker(accelerator, folder),
         stop=Stop(accelerator),
@@ -91,13 +89,39 @@ def build(
     return run
 
 
+def load(
+    config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
+) -> tuple[Accelerator, PatchedPipeline, Size]:
+    """Load the model, as yet without anything that trains; first check that it suits the prompts.
+
+    Raises ValueError if it does not, or can't draw what the config asks for.
+    """
+    family = family.variant(config.pretrained.model, config.pretrained.revision)
+    family.check_prompts(prompts)
+    family.check_num_frames(config.num_frames)
+    _check_attention_backend(config.attention_backend, family)
+    accelerator = _accelerator(config)
+    pipeline = encoders.load_pipeline(config, family, prompts, accelerator)
+    height, width = config.height or config.resolution, config.width or config.resolution
+    size = Size(height, width, config.num_frames)
+    pipeline.check_size(size)
+    if config.attention_backend:
+        pipeline.transformer.set_attention_backend(config.attention_backend)
+    if config.vae_tiling:
+        pipeline.pipe.vae.enable_tiling()
+    if config.vae_slicing:
+        pipeline.pipe.vae.enable_slicing()
+    return accelerator, pipeline, size
+
+
 def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
     """Add a LoRA, or let the whole transformer train; in fp32, unless DeepSpeed casts it."""
     transformer, train = pipeline.transformer, config.train
     if config.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
     if not config.use_lora:
-        transformer.requires_grad_(True)
+        for name, param in transformer.named_parameters():
+            param.requires_grad_(pipeline.reaches_output(name))
         return
     if train.lora_path:
         _load_lora(pipeline, config)
@@ -113,18 +137,15 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.Config
             )
         )
     for name, param in transformer.named_parameters():
-        param.requires_grad_("lora_" in name)
+        param.requires_grad_("lora_" in name and pipeline.reaches_output(name))
         if "lora_" in name:
             param.data = param.data.float()
 
 
 def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
-    """Start from a LoRA in diffusers' format. Raises ValueError if the config says otherwise."""
+    """Start from a LoRA. Raises ValueError if the config says otherwise than its file."""
     path = config.train.lora_path
-    weights, metadata = pipeline.stock.lora_state_dict(path, return_lora_metadata=True)
-    pipeline.stock.load_lora_into_transformer(
-        weights, pipeline.transformer, adapter_name="default", metadata=metadata
-    )
+    add_lora(pipeline, path)
     found = pipeline.transformer.peft_config["default"]
     for key, value in (("lora_rank", found.r), ("lora_alpha", found.lora_alpha)):
         if config.train[key] != value:
@@ -132,6 +153,59 @@ def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> 
                 f"config.train.{key}={config.train[key]}, but that of the LoRA in {path!r} is "
                 f"{value}. Set config.train.{key}={value}."
             )
+
+
+def add_lora(pipeline: PatchedPipeline, path: str) -> None:
+    """Add a LoRA in diffusers' or PEFT's format. Raises ValueError if it does not fit."""
+    if (Path(path) / "adapter_config.json").is_file():
+        _load_peft(path, pipeline.transformer)
+        return
+    weights, metadata = pipeline.stock.lora_state_dict(path, return_lora_metadata=True)
+    pipeline.stock.load_lora_into_transformer(
+        weights, pipeline.transformer, adapter_name="default", metadata=metadata
+    )
+    given = [key for key in weights if key.startswith("transformer.") and ".lora_" in key]
+    added = [name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name]
+    if not given or len(given) > len(added):
+        raise ValueError(
+            f"the LoRA {path!r} does not fit {type(pipeline.transformer).__name__}: of its "
+            f"{len(weights)} weights {len(given)} are a transformer's, and this one took "
+            f"{len(added)}. A LoRA of config.pretrained.model's transformer is needed."
+        )
+
+
+def _load_peft(path: str, transformer: torch.nn.Module) -> None:
+    """Add the adapter that PeftModel.save_pretrained wrote."""
+    transformer.add_adapter(LoraConfig.from_pretrained(path))
+    prefix = "base_model.model."
+    weights = {k.removeprefix(prefix): v for k, v in load_peft_weights(path, "cpu").items()}
+    outcome = set_peft_model_state_dict(transformer, weights, adapter_name="default")
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    if missing or outcome.unexpected_keys:
+        raise ValueError(
+            f"config.train.lora_path={path!r}: its adapter does not fit the model "
+            f"({len(missing)} weights missing, {len(outcome.unexpected_keys)} unknown, such as "
+            f"{(missing + outcome.unexpected_keys)[0]}). A LoRA of config.pretrained.model's "
+            f"transformer is needed."
+        )
+
+
+def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:
+    if name and not family.has_attention_backends:
+        raise ValueError(
+            f"config.attention_backend={name!r}: {family.__name__} has no choice, diffusers gives "
+            f"it torch's attention. Leave it empty."
+        )
+    known = [backend.value for backend in AttentionBackendName]
+    if name and name not in known:
+        raise ValueError(
+            f"config.attention_backend={name!r}: one of diffusers' is needed: {', '.join(known)}; "
+            f"or leave it empty for its default."
+        )
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name or "native"))
+    except RuntimeError as error:
+        raise ValueError(f"config.attention_backend={name!r} can't be used here: {error}") from None
 
 
 def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
@@ -171,22 +245,10 @@ def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
     return accelerator
 
 
-def _pipeline(
-    config: ml_collections.ConfigDict, family: type[PatchedPipeline], accelerator: Accelerator
-) -> PatchedPipeline:
-    dtype = DTYPES[config.mixed_precision]
-    return family.from_pretrained(
-        config.pretrained.model,
-        dtype=dtype,
-        transformer_dtype=dtype if config.use_lora else torch.float32,
-        device=accelerator.device,
-        revision=config.pretrained.revision,
-    )
-
-
-def _samplers(
+def samplers(
     config: ml_collections.ConfigDict, pipeline: PatchedPipeline, size: Size
 ) -> tuple[Sampler, Sampler]:
+    """Return how the training's and the evaluation's pictures are drawn."""
     sample, device = config.sample, pipeline.device
     sampler = Sampler(
         sigmas=pipeline.sigmas(sample.num_steps, size).to(device),
@@ -203,9 +265,3 @@ def _samplers(
         pad_to=config.max_sequence_length,
     )
     return sampler, eval_sampler
-
-
-def _input_dtype(config: ml_collections.ConfigDict, pipeline: PatchedPipeline) -> torch.dtype:
-    """What the transformer is fed with: its frozen weights' type, fp32 where those train."""
-    frozen = [p.dtype for p in pipeline.transformer.parameters() if not p.requires_grad]
-    return frozen[0] if frozen else next(pipeline.transformer.parameters()).dtype

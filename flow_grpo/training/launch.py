@@ -7,6 +7,8 @@ import sys
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
+from flow_grpo.cli import user_errors
+
 if TYPE_CHECKING:
     from flow_grpo.training.run import Run
 
@@ -18,13 +20,8 @@ def main(family: str, default_config: str) -> None:
     Exits with 1 and one message where the config, the data or the checkpoint is at fault, and with
     128 + the signal's number after SIGTERM or SIGINT.
     """
-    try:
+    with user_errors():
         run = prepare(sys.argv, family, default_config)
-    except ValueError as error:
-        # A bad setting is the user's to mend: the message is enough. FLOW_GRPO_TRACEBACK shows all.
-        if os.environ.get("FLOW_GRPO_TRACEBACK"):
-            raise
-        sys.exit(f"ValueError: {error}")
     leave(execute(run))
 
 
@@ -37,16 +34,28 @@ def leave(status: int) -> None:
 
 def prepare(argv: list[str], family: str, default_config: str) -> Run:
     """Check everything, the cheapest first, then load the model. Raises ValueError."""
-    from flow_grpo.training import folders, preflight, settings  # no torch: it takes seconds
+    from flow_grpo.training import folders, model_files, preflight, settings  # no torch: it is slow
 
     config, name = settings.load(argv, default_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = preflight.check(config, world_size)
-    folders.resume_point(config, folders.identity(config, family.split(":")[1], world_size))
+    if os.environ.get("RANK", "0") == "0":
+        notes = (
+            plan,
+            plan.beside_published(config.sample.num_batches_per_epoch),
+            model_files.to_download(config),
+        )
+        print(*filter(None, notes), sep="\n", flush=True)
+    identity = folders.identity(config, family.split(":")[1], world_size)
+    resume_from = folders.resume_point(config, identity)
 
+    from flow_grpo.training import provenance
     from flow_grpo.training.build import build
 
-    return build(config, name, plan, resolve_name(family))
+    run = build(config, name, plan, resolve_name(family))
+    if run.accelerator.is_main_process:
+        provenance.record(run.folder, argv, world_size, resume_from)
+    return run
 
 
 def execute(run: Run) -> int:
@@ -56,14 +65,21 @@ def execute(run: Run) -> int:
 
     main_process = run.accelerator.is_main_process
     if main_process:
-        print(f"{run.folder}: {run.plan}", flush=True)
+        passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)
+        print(f"{run.folder}; passes of a picture an epoch: {passes}", flush=True)
     status = 0
     try:
         loop.train(run)
         if main_process:
-            print(f"\n{report.table(run.folder)}\n\nEverything is in {run.folder}", flush=True)
+            print(
+                f"\n{report.table(run.folder)}\n\nEverything is in {run.folder}; "
+                f"report.html shows it.",
+                flush=True,
+            )
     except Stopped as stopped:
-        print(f"{stopped}; saved in {run.folder}", flush=True)
+        if main_process:
+            remedy = f"--config.run_name={run.folder.name} --config.resume_from=latest"
+            print(f"{stopped}; saved in {run.folder}, {remedy} continues it", file=sys.stderr)
         status = stopped.exit_status
     finally:
         run.scorer.close()

@@ -12,6 +12,7 @@ from flow_grpo.training.checkpoint import save
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
 from flow_grpo.training.prompts import epoch_prompts, micro_batch_order, rollout_rows
+from flow_grpo.training.report import redraw
 from flow_grpo.training.run import Run
 from flow_grpo.training.scoring import weigh
 from flow_grpo.training.stop import Stopped
@@ -21,7 +22,7 @@ from flow_grpo.training.tracking import Statistics, memory, progress
 def train(run: Run) -> None:
     """Train up to config.num_epochs.
 
-    Raises Stopped after SIGTERM or SIGINT, once the finished epochs are saved.
+    Raises Stopped where a signal or failing rewards end it, once the finished epochs are saved.
     """
     config = run.config
     finished = run.tracker.num_bytes  # of metrics.jsonl
@@ -30,7 +31,7 @@ def train(run: Run) -> None:
     try:
         while run.epoch < config.num_epochs:
             if run.epoch % config.eval_freq == 0:
-                evaluate(run)
+                _evaluate(run)
             rollout, metrics = collect(run)
             if not gate_open:
                 gate(run, rollout)
@@ -46,7 +47,7 @@ def train(run: Run) -> None:
             bar.update()
             if run.accelerator.is_main_process:
                 tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
-        evaluate(run)
+        _evaluate(run)
     except Stopped:
         save(run, finished)
         raise
@@ -152,6 +153,13 @@ def take_step(run: Run, micros: list[Rollout], draw: Draw) -> None:
     metrics = {"loss": run.total(loss_sum).item(), "grad_norm": norm}
     metrics |= {"learning_rate": updater.optimizer.param_groups[0]["lr"]}
     run.log("update", metrics | statistics.collect(run.accelerator))
+
+
+def _evaluate(run: Run) -> None:
+    """Evaluate; once there is something to tell, draw report.html anew."""
+    evaluate(run)
+    if run.epoch and run.accelerator.is_main_process:
+        redraw(run.folder)
 
 
 def _epoch_metrics(run: Run) -> dict[str, float]:

@@ -1,17 +1,30 @@
-"""Prompt files, and which prompt each row of an epoch gets. No torch."""
+"""Prompt files, and which prompt each row of an epoch gets. No torch.
+
+    python -m flow_grpo.training.prompts check dataset/mine
+
+reads all files of a data set and says what is in them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from flow_grpo import draws
+from flow_grpo.cli import user_errors
+
+SPLITS = ("train", "dev", "test")
+JPEG_END = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -20,6 +33,11 @@ class Prompt:
     metadata: dict = field(default_factory=dict, hash=False)
     images: tuple[str, ...] = ()  # paths of the reference pictures
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each
+
+    @property
+    def tag(self) -> str:
+        """The kind of prompt that evaluations are broken down by; "" if it has none."""
+        return str(self.metadata.get("tag", ""))
 
     def load_images(self) -> tuple[np.ndarray, ...]:
         """Read the reference pictures, uint8 (H, W, 3) each."""
@@ -42,9 +60,11 @@ def read(folder: str, split: str) -> list[Prompt]:
     text, rows = root / f"{split}.txt", root / f"{split}_metadata.jsonl"
     if text.is_file() == rows.is_file():
         found = "both" if text.is_file() else "neither"
+        makers = [root / name for name in ("generate.py", "convert.py")]
+        hint = "".join(f" {path} makes it; see its README.md." for path in makers if path.is_file())
         raise ValueError(
             f"config.dataset={folder!r}: exactly one of {text.name} and {rows.name} is needed in "
-            f"this folder; there is {found}."
+            f"this folder; there is {found}.{hint if found == 'neither' else ''}"
         )
     path = text if text.is_file() else rows
     try:
@@ -80,11 +100,22 @@ def _parse_row(line: str, path: Path, number: int) -> Prompt:
 def _image_size(image: str, path: Path, number: int) -> tuple[int, int]:
     try:
         with Image.open(image) as opened:
-            return opened.size
-    except OSError as error:
+            size, kind = opened.size, opened.format
+            opened.verify()  # checksums, where the format has some; JPEG has none
+        if kind == "JPEG" and JPEG_END not in _tail(image):
+            raise OSError("its end is missing")
+        return size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path}, line {number}: cannot read the picture {image} ({error})."
         ) from None
+
+
+def _tail(image: str) -> bytes:
+    """The end of a file; some cameras write a little more behind a JPEG's end."""
+    with open(image, "rb") as file:
+        file.seek(max(os.path.getsize(image) - 4096, 0))
+        return file.read()
 
 
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
@@ -151,3 +182,49 @@ def micro_batch_order(
         for offset, update in enumerate(order):
             updates[update].append(run * num_updates + offset)
     return updates
+
+
+def check(folder: str) -> list[str]:
+    """Describe a data set, a line a fact, having decoded every picture.
+
+    Counts, tags, picture sizes, repeated rows, rows that two splits share: these make a test easier
+    than it looks. Raises ValueError naming the file and line that can't be read.
+    """
+    root, lines, seen = Path(folder), [], {}
+    for split in SPLITS:
+        names = (f"{split}.txt", f"{split}_metadata.jsonl")
+        if any((root / name).is_file() for name in names):
+            rows = read(folder, split)
+            seen[split] = {(row.text, row.images) for row in rows}
+            lines += _facts(split, rows, len(seen[split]))
+    if not seen:
+        raise ValueError(f"{folder}: no train.txt, train_metadata.jsonl or other split is there.")
+    lines += [f"there is no {split} split" for split in ("train", "test") if split not in seen]
+    for first, second in combinations(seen, 2):
+        shared = seen[first] & seen[second]
+        example = f", such as {min(shared)[0]!r}" if shared else ""
+        lines.append(f"{first} and {second} share {len(shared)} rows{example}")
+    return lines
+
+
+def _facts(split: str, rows: list[Prompt], num_distinct: int) -> Iterator[str]:
+    pictures = {path for row in rows for path in row.images}
+    for path in sorted(pictures):
+        try:
+            _read_image(path)
+        except OSError as error:
+            raise ValueError(f"{split}: cannot decode the picture {path} ({error}).") from None
+    yield f"{split}: {len(rows)} rows, {len(rows) - num_distinct} of them repeated"
+    if tags := Counter(row.tag for row in rows if row.tag):
+        yield f"{split} tags: {', '.join(f'{tag} {n}' for tag, n in tags.most_common())}"
+    if pictures:
+        sizes = Counter(size for row in rows for size in row.image_sizes)
+        shown = ", ".join(f"{width} x {height}: {n}" for (width, height), n in sizes.most_common(5))
+        yield f"{split} pictures: {len(pictures)} files of {len(sizes)} sizes ({shown})"
+
+
+if __name__ == "__main__":
+    with user_errors():
+        if len(sys.argv) != 3 or sys.argv[1] != "check":
+            raise ValueError("usage: python -m flow_grpo.training.prompts check FOLDER")
+        print(*check(sys.argv[2]), sep="\n")

@@ -1,30 +1,35 @@
-"""What a run achieved, for a person."""
+"""What a run achieved, for a person: a table, and report.html, a page with its curves and pictures.
+
+python -m flow_grpo.training.report logs/RUN [--compare logs/OTHER ...]
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
+import os
+import sys
+import traceback
+import warnings
 from pathlib import Path
 
+from flow_grpo.cli import user_errors
+from flow_grpo.training.reporting import recorded
+from flow_grpo.training.reporting.recorded import read_metrics, score_names, tag_names
 
-def read_metrics(folder: Path, kind: str) -> list[dict]:
-    """Return the rows of one kind (update | epoch | eval) of a run's metrics.jsonl."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+FILE = "report.html"
 
 
 def table(folder: Path) -> str:
     """Compare a run's first evaluation with its last, a line a score and a column a tag."""
     evaluations = read_metrics(folder, "eval")
     before, after = evaluations[0], evaluations[-1]
-    scores = {k: v for k, v in after.items() if k not in ("kind", "epoch", "step")}
-    names = [key for key in scores if "/" not in key and not key.endswith("_missing")]
-    tags = sorted({key.split("/", 1)[1] for key in scores if "/" in key})
+    tags = tag_names(after)
     lines = [
         "".join(
             f"{cell:>18}" for cell in [f"step {before['step']} -> {after['step']}", "all", *tags]
         )
     ]
-    for name in names:
+    for name in score_names(after):
         keys = [name, *(f"{name}/{tag}" for tag in tags)]
         cells = (
             f"{before[key]:.3f} -> {after[key]:.3f}" if key in before and key in after else "-"
@@ -32,3 +37,43 @@ def table(folder: Path) -> str:
         )
         lines.append(f"{name:>18}" + "".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
+
+
+def write(folder: Path, others: list[Path] | None = None) -> Path:
+    """Draw a run's report.html from what is in its folder, and return its path.
+
+    others: runs whose evaluations are drawn over this one's.
+    Raises ValueError if a folder is none of a run.
+    """
+    run, compared = recorded.load(folder), [recorded.load(other) for other in others or []]
+    from flow_grpo.training.reporting import page  # matplotlib takes a second
+
+    text, path = page.render(run, compared), folder / FILE
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+    return path
+
+
+def redraw(folder: Path) -> None:
+    """Write the report of a run in progress; a failure is a warning, for training matters more."""
+    try:
+        write(folder)
+    except Exception:
+        warnings.warn(f"{folder / FILE} was not drawn:\n{traceback.format_exc()}", stacklevel=2)
+
+
+def main(argv: list[str]) -> None:
+    """Draw a report by hand."""
+    parser = argparse.ArgumentParser(description="Draw a run's report.html.")
+    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], help="runs to draw over its evaluations"
+    )
+    given = parser.parse_args(argv)
+    with user_errors():
+        print(write(given.run, given.compare))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

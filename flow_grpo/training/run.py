@@ -1,9 +1,10 @@
-"""Everything that a running training holds, and what its phases share."""
+"""Everything that an evaluation or a running training holds, and what its phases share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import ml_collections
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from flow_grpo import window
@@ -22,41 +24,28 @@ from flow_grpo.rewards.combine import Scorer
 from flow_grpo.rollout import Point, PromptBatch, Rollout, Size
 from flow_grpo.sampling import Sampler
 from flow_grpo.training.optimizer import Updater
-from flow_grpo.training.preflight import Plan
+from flow_grpo.training.plan import Plan
 from flow_grpo.training.prompts import Prompt
 from flow_grpo.training.snapshots import Snapshots, ema_decay
-from flow_grpo.training.stop import Stop
+from flow_grpo.training.stop import Stop, Stopped
 from flow_grpo.training.tracking import Timer, Tracker
+
+PATIENCE_S = 60.0  # for scores, beyond config.reward_timeout for each reward
 
 
 @dataclass
-class Run:
-    """Built once (build.py); only the last fields change."""
+class Evaluator:
+    """What drawing and scoring pictures takes, with or without a training around it."""
 
     config: ml_collections.ConfigDict
-    plan: Plan
-    identity: dict
-    folder: Path
     accelerator: Accelerator
     pipeline: PatchedPipeline
     model: nn.Module  # the transformer as accelerate wrapped it
     size: Size
-    sampler: Sampler
     eval_sampler: Sampler
-    objective: Objective
-    updater: Updater
-    snapshots: Snapshots
     conditioner: Conditioner
     scorer: Scorer
-    tracker: Tracker
     stop: Stop
-    epoch: int = 0  # finished epochs
-    saved: tuple[int, int] | None = None  # epoch and update of the last checkpoint
-    timer: Timer = field(default_factory=Timer)
-
-    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        named = self.pipeline.transformer.named_parameters()
-        return ((name, param) for name, param in named if param.requires_grad)
 
     def prompt_batch(
         self, prompts: list[Prompt], rows: list[tuple[int, int]], guidance_scale: float
@@ -68,6 +57,7 @@ class Run:
         negatives = None
         if self.pipeline.needs_negative(guidance_scale):
             negatives = [self.conditioner.negative(p.images, images[p]) for p in distinct]
+        self.conditioner.rest()
         group, member = torch.tensor(rows).unbind(1)
         return PromptBatch(
             conds=conds,
@@ -81,12 +71,74 @@ class Run:
             references=[images[prompt] for prompt in prompts] if any(images.values()) else None,
         )
 
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over ranks."""
+        return self.accelerator.reduce(value, "sum")
+
+    def scores(self, pending: list[Future]) -> list[dict[str, np.ndarray]]:
+        """Wait for scores, a dict of (B,) for each future, of equal keys on all ranks.
+
+        Raises Stopped, on all ranks, where one failed or more than config.max_masked_fraction of
+        the rows have no score.
+        """
+        failure, scores = "", []
+        patience_s = PATIENCE_S + self.config.reward_timeout * self.scorer.num_rewards
+        for future in pending:
+            try:
+                scores.append(future.result(patience_s))
+            except FutureTimeout:
+                failure = f"the rewards gave no scores for {patience_s:g} s"
+            except RuntimeError as error:
+                failure = str(error)
+            if failure:
+                break
+        names = list(dict.fromkeys(name for part in scores for name in part))
+        world = gather_object([(failure, names)])
+        if failures := [each for each, _ in world if each]:
+            raise Stopped(failures[0])
+        names = dict.fromkeys(name for _, each in world for name in each)
+        scores = [_complete(part, names) for part in scores]
+        self._check_masked(np.concatenate([part["avg"] for part in scores] or [np.empty(0)]))
+        return scores
+
+    def _check_masked(self, average: np.ndarray) -> None:
+        """average: (N,) of this rank."""
+        counts = [float(np.isnan(average).sum()), float(len(average))]
+        masked, total = self.total(torch.tensor(counts, device=self.accelerator.device)).tolist()
+        if masked > self.config.max_masked_fraction * total:
+            raise Stopped(
+                f"{masked:.0f} of {total:.0f} pictures could not be scored, more than "
+                f"config.max_masked_fraction={self.config.max_masked_fraction} of them"
+                + (f"; {self.scorer.last_masked}" if self.scorer.last_masked else "")
+            )
+
+
+@dataclass
+class Run(Evaluator):
+    """Built once (build.py); only the last fields change."""
+
+    plan: Plan
+    identity: dict
+    folder: Path
+    sampler: Sampler
+    objective: Objective
+    updater: Updater
+    snapshots: Snapshots
+    tracker: Tracker
+    epoch: int = 0  # finished epochs
+    saved: tuple[int, int] | None = None  # epoch and update of the last checkpoint
+    timer: Timer = field(default_factory=Timer)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        named = self.pipeline.transformer.named_parameters()
+        return ((name, param) for name, param in named if param.requires_grad)
+
     def predictor(self, micro: Rollout) -> Predict:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
         rows = cache(lambda: collate(self.pipeline, micro.batch, self.sampler.pad_to))
         scale = self.sampler.guidance_scale
         if self.pipeline.needs_negative(scale) and not self.config.train.cfg:
-            scale = 1.0
+            scale = self.pipeline.unguided_scale
 
         def predict(point: Point) -> Tensor:
             return self.pipeline.velocity(
@@ -114,6 +166,15 @@ class Run:
             epoch=self.epoch,
         )
 
+    def passes(self) -> dict[str, int]:
+        """Count an epoch's passes through the transformer, see Plan.passes."""
+        return self.plan.passes(
+            self.config,
+            num_trained=self.trained_steps([0]).shape[1],
+            guided=self.pipeline.needs_negative(self.sampler.guidance_scale),
+            num_anchors=len(self.objective.anchors),
+        )
+
     def move_snapshots(self) -> None:
         """Let the average follow every ema_update_every-th update, and the objective its own."""
         train, done = self.config.train, self.updater.num_updates
@@ -125,19 +186,8 @@ class Run:
         """Write a row of metrics. kind: update | epoch | eval."""
         self.tracker.log(kind, self.epoch, self.updater.num_updates, metrics)
 
-    def total(self, value: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self.accelerator.reduce(value, "sum")
 
-    def scores(self, pending: list[Future]) -> list[dict]:
-        """Wait for scores. A failure on one rank is raised on all, so that none waits for it."""
-        failure, scores = None, []
-        for future in pending:
-            try:
-                scores.append(future.result())
-            except RuntimeError as error:
-                failure = failure or error
-        failed = torch.tensor(float(failure is not None), device=self.accelerator.device)
-        if self.total(failed).item():
-            raise failure or RuntimeError("a reward failed on another rank; its message is there.")
-        return scores
+def _complete(scores: dict[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Add the columns that a reward left out when it failed."""
+    missing = np.full(len(scores["avg"]), np.nan)
+    return {name: scores.get(name, missing) for name in names}

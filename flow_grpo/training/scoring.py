@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
+import ml_collections
 import numpy as np
 import torch
+from torch import Tensor
 
 from flow_grpo import advantages, draws
 from flow_grpo.rollout import Rollout
+from flow_grpo.training import diversity
 from flow_grpo.training.run import Run
 
 
@@ -15,7 +20,7 @@ def weigh(run: Run, rollout: Rollout, scores: dict[str, np.ndarray]) -> dict[str
     gather, device = run.accelerator.gather, run.accelerator.device
     group = gather(rollout.batch.group.to(device)).cpu()
     world = {k: gather(torch.from_numpy(v).to(device)).cpu() for k, v in scores.items()}
-    advantage, weight = run.objective.targets(world["avg"], group)
+    advantage, weight = run.objective.targets(combine(run.config, world, group), group)
     if run.config.train.shuffle_advantages:
         order = list(range(len(advantage)))
         draws.rng(run.config.seed, "shuffle", run.epoch).shuffle(order)
@@ -26,6 +31,10 @@ def weigh(run: Run, rollout: Rollout, scores: dict[str, np.ndarray]) -> dict[str
     rollout.weights = weight[mine].float().to(device)
 
     metrics = {f"reward/{name}": values.nanmean().item() for name, values in world.items()}
+    small = gather(torch.from_numpy(diversity.thumbnails(rollout.images)).to(device)).cpu()
+    spread = diversity.diversity(small.numpy(), group.numpy())
+    if not math.isnan(spread):  # a group has more than one picture
+        metrics["diversity"] = spread
     average = world["avg"]
     present = average[~average.isnan()]
     return metrics | {
@@ -34,3 +43,17 @@ def weigh(run: Run, rollout: Rollout, scores: dict[str, np.ndarray]) -> dict[str
         "reward/zero_std_fraction": advantages.zero_std_fraction(average, group),
         "advantage/abs_mean": advantage.abs().mean().item(),
     }
+
+
+def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group: Tensor) -> Tensor:
+    """Return the one score (N,) that is trained, of all ranks; NaN where a reward is missing.
+
+    config.reward_aggregation "gdpo": each reward normalised in its groups first; the objective then
+    only centres it.
+    """
+    average = scores["avg"]
+    if config.reward_aggregation == "sum":
+        return average
+    weights = {name: weight for name, weight in config.reward_fn.items() if weight}
+    combined = advantages.gdpo_advantages({name: scores[name] for name in weights}, weights, group)
+    return torch.where(average.isnan(), average, combined)

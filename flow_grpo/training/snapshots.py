@@ -55,7 +55,9 @@ class Snapshots:
             try:
                 yield
             finally:
-                self._module.enable_adapters()
+                self._module.enable_adapters()  # which also lets all of them train
+                for key, param in self._module.named_parameters():
+                    param.requires_grad_(key in self._params)
         else:
             own = {key: param.detach().clone() for key, param in self._params.items()}
             self._write(self._held[name])

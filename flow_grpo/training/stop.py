@@ -1,4 +1,7 @@
-"""Leave in order: SIGTERM, SIGINT or the death of the launcher end a run where it can be saved."""
+"""Leave in order: what ends a run before its time ends it where it can be saved.
+
+That is SIGTERM, SIGINT, the death of the launcher, or rewards that fail.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ PATIENCE_S = 5.0
 
 
 class Stopped(Exception):
-    """The run was asked to end; the exit status is 128 plus the signal's number."""
+    """The run ends before its time, on all ranks; the message says why."""
 
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_status = 128 + number
+    def __init__(self, reason: str, exit_status: int = 1):
+        super().__init__(reason)
+        self.exit_status = exit_status
 
 
 class Stop:
@@ -48,4 +51,4 @@ class Stop:
         asked = torch.tensor([self._number], device=self._accelerator.device)
         number = int(self._accelerator.gather(asked).max())
         if number:
-            raise Stopped(number)
+            raise Stopped(f"stopped by {signal.Signals(number).name}", 128 + number)

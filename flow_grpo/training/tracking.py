@@ -15,9 +15,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from flow_grpo.training.sheets import contact_sheet
+
+GIF_FRAMES_PER_SECOND = 16  # as Wan's videos are meant to be played
+MAX_GIF_SIDE = 1600  # pixels of a whole sheet
 
 
 class Tracker:
@@ -80,31 +84,27 @@ class Tracker:
             (self._folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
     def save_images(self, name: str, images: list[np.ndarray], num_columns: int) -> None:
-        """Save a sheet of pictures as images/<name>.png; of a video the first frame."""
-        if self._main and images:
-            frames = [image if image.ndim == 3 else image[0] for image in images]
-            contact_sheet(frames, num_columns).save(self._folder / "images" / f"{name}.png")
+        """Save a sheet of pictures as images/<name>.png; of videos their middle, and a .gif."""
+        if not (self._main and images):
+            return
+        videos = np.stack([image if image.ndim == 4 else image[None] for image in images])
+        sheets = [contact_sheet(list(frames), num_columns) for frames in videos.swapaxes(0, 1)]
+        path = self._folder / "images" / name
+        sheets[len(sheets) // 2].save(f"{path}.png")
+        if len(sheets) > 1:
+            for sheet in sheets:
+                sheet.thumbnail((MAX_GIF_SIDE, MAX_GIF_SIDE))
+            sheets[0].save(
+                f"{path}.gif",
+                save_all=True,
+                append_images=sheets[1:],
+                duration=1000 // GIF_FRAMES_PER_SECOND,
+                loop=0,
+            )
 
     def close(self) -> None:
         if self._remote:
             self._remote.finish()
-
-
-def contact_sheet(images: list[np.ndarray], num_columns: int) -> Image.Image:
-    """Lay uint8 (H, W, 3) pictures of one size out in rows; small ones are magnified."""
-    height, width, _ = images[0].shape
-    num_rows, gap = -(-len(images) // num_columns), 2
-    sheet = np.full(
-        (num_rows * (height + gap) + gap, num_columns * (width + gap) + gap, 3), 128, np.uint8
-    )
-    for number, image in enumerate(images):
-        row, column = divmod(number, num_columns)
-        top, left = gap + row * (height + gap), gap + column * (width + gap)
-        sheet[top : top + height, left : left + width] = image
-    scale = max(1, 96 // width)
-    return Image.fromarray(sheet).resize(
-        (sheet.shape[1] * scale, sheet.shape[0] * scale), Image.Resampling.NEAREST
-    )
 
 
 def progress(accelerator: Accelerator, total: int, desc: str, initial: int = 0) -> tqdm:

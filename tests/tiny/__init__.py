@@ -15,10 +15,15 @@ from diffusers import DiffusionPipeline
 from flow_grpo.conditioning import Conditioner
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.flux import Flux
+from flow_grpo.diffusers_patch.flux2_klein import Flux2Klein
 from flow_grpo.diffusers_patch.flux_kontext import FluxKontext
+from flow_grpo.diffusers_patch.qwenimage import QwenImage
+from flow_grpo.diffusers_patch.qwenimage_edit import QwenImageEdit, QwenImageEditPlus
 from flow_grpo.diffusers_patch.sd3 import SD3
+from flow_grpo.diffusers_patch.wan import Wan
+from flow_grpo.diffusers_patch.zimage import ZImage
 from flow_grpo.rollout import PromptBatch, Size
-from tiny import flux, sd3
+from tiny import flux, flux2, qwen, sd3, wan, zimage
 from tiny.parts import LENGTH
 
 MODELS: dict[str, tuple[type[PatchedPipeline], Callable[[], DiffusionPipeline]]] = {
@@ -27,13 +32,33 @@ MODELS: dict[str, tuple[type[PatchedPipeline], Callable[[], DiffusionPipeline]]]
     "flux": (Flux, flux.flux),
     "flux_schnell": (Flux, flux.flux_schnell),
     "flux_kontext": (FluxKontext, flux.flux_kontext),
+    "flux2_klein": (Flux2Klein, flux2.flux2_klein),
+    "flux2_klein_edit": (Flux2Klein, flux2.flux2_klein),
+    "flux2_klein_distilled": (Flux2Klein, flux2.flux2_klein_distilled),
+    "qwenimage": (QwenImage, qwen.qwenimage),
+    "qwenimage_edit": (QwenImageEdit, qwen.qwenimage_edit),
+    "qwenimage_edit_2509": (QwenImageEditPlus, qwen.qwenimage_edit_2509),
+    "qwenimage_edit_2511": (QwenImageEditPlus, qwen.qwenimage_edit_2511),
+    "wan": (Wan, wan.wan),
+    "wan2_2": (Wan, wan.wan2_2),
+    "zimage": (ZImage, zimage.zimage),
+    "zimage_turbo": (ZImage, zimage.zimage_turbo),
 }
-EDITS = {"flux_kontext"}  # those that need a reference picture
+EDITS = {  # height and width of the reference pictures of those that are given some
+    "flux_kontext": ((32, 48),),
+    "flux2_klein_edit": ((64, 48), (48, 96)),
+    "qwenimage_edit": ((32, 96),),  # scaled to 32 x 96
+    "qwenimage_edit_2509": ((32, 96), (64, 48)),  # and to 64 x 64
+    "qwenimage_edit_2511": ((32, 96), (64, 48)),
+}
 
 
 def patched(name: str) -> PatchedPipeline:
     family, build = MODELS[name]
-    return family(build())
+    model = family(build())
+    if model.enlarges_references:
+        model.reference_area = 64 * 64
+    return model
 
 
 def save(name: str, folder: str | Path) -> Path:
@@ -45,6 +70,11 @@ def save(name: str, folder: str | Path) -> Path:
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     """Draw noise, uint8 (height, width, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def pictures(name: str, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Draw the references that a model is given, none for most."""
+    return tuple(picture(*size, seed + 10 * n) for n, size in enumerate(EDITS.get(name, ())))
 
 
 def prompt_batch(

@@ -1,0 +1,60 @@
+"""95 % intervals by resampling prompts: the rows of one prompt are one piece of evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+NUM_RESAMPLES = 2000
+CHUNK = 2**22  # numbers held at once
+
+
+def interval(
+    values: np.ndarray, clusters: Sequence[str], level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the mean of all rows.
+
+    values: (N,) float; NaN rows are left out. clusters: N names; rows of one name are drawn
+    together (Field and Welsh, J. R. Statist. Soc. B 69, 2007). level: in (0, 1).
+    Deterministic. (nan, nan) for fewer than two clusters, which say nothing of other prompts. Where
+    all values are equal the interval has no width, however few they are.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    present = ~np.isnan(values)
+    names = np.asarray(clusters, dtype=object)[present]
+    _, index = np.unique(names.astype(str), return_inverse=True)
+    counts = np.bincount(index)
+    if len(counts) < 2:
+        return float("nan"), float("nan")
+    # Less the mean of all, so that equal values stay equal to the last bit.
+    centre = values[present].mean()
+    sums = np.bincount(index, weights=values[present] - centre)
+    means = _resampled_means(sums, counts, np.random.default_rng(seed))
+    low, high = centre + np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_interval(
+    first: np.ndarray,
+    second: np.ndarray,
+    clusters: Sequence[str],
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the interval of the mean of second - first, (N,) each, on the same rows and noise.
+
+    A row that lacks either is left out; else as interval().
+    """
+    difference = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    return interval(difference, clusters, level, seed)
+
+
+def _resampled_means(sums: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw C clusters with replacement NUM_RESAMPLES times; sums, counts: (C,)."""
+    means, at_once = [], max(1, CHUNK // len(sums))
+    for start in range(0, NUM_RESAMPLES, at_once):
+        rows = min(at_once, NUM_RESAMPLES - start)
+        drawn = rng.integers(len(sums), size=(rows, len(sums)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(means)

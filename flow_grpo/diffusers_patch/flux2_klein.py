@@ -1,0 +1,114 @@
+"""FLUX.2 klein: text to picture and editing; a token is 2 x 2 latents, (H/16 * W/16, 128)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import Flux2KleinPipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
+from flow_grpo.diffusers_patch.flux import position_ids
+from flow_grpo.diffusers_patch.packed import Packed, references_of, unpack
+from flow_grpo.rollout import Cond, Size
+
+MIN_SIDE, MAX_ASPECT = 64, 8  # of a reference picture, as the stock pipeline checks
+REFERENCE_TIME = 10  # reference i lies at time 10 (i + 1), the picture that is denoised at 0
+
+
+class Flux2Klein(Packed):
+    """Any number of reference pictures a row. Distilled checkpoints ignore guidance_scale."""
+
+    stock = Flux2KleinPipeline
+    lora_target_modules = (
+        *JOINT_ATTENTION,
+        "attn.to_qkv_mlp_proj",
+        "ff.linear_in",
+        "ff.linear_out",
+        "ff_context.linear_in",
+        "ff_context.linear_out",
+    )
+    runs_in_fp16 = False
+
+    @classmethod
+    def check_prompts(cls, prompts: list) -> None:
+        for prompt in prompts:
+            for path, (width, height) in zip(prompt.images, prompt.image_sizes, strict=True):
+                short, long = sorted((width, height))
+                if short < MIN_SIDE or long > MAX_ASPECT * short:
+                    raise ValueError(
+                        f"the reference picture {path!r} of the prompt {prompt.text!r} has "
+                        f"{width} x {height} pixels; FLUX.2 klein takes sides of at least "
+                        f"{MIN_SIDE} whose ratio is at most {MAX_ASPECT}. Replace the picture."
+                    )
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+        embeds, _ = self.pipe.encode_prompt(
+            prompts, device=self.device, max_sequence_length=max_length
+        )
+        conds = [Cond({"embeds": e}) for e in embeds.cpu()]
+        self.keep_references(conds, images)
+        return conds
+
+    def negative(self, images: tuple, max_length: int) -> Cond:
+        return super().negative((), max_length)  # both passes see cond's references
+
+    def needs_negative(self, guidance_scale: float) -> bool:
+        return super().needs_negative(guidance_scale) and not self.pipe.config.is_distilled
+
+    def reference_latents(self, image: np.ndarray) -> Tensor:
+        """Encode a picture, uint8 (H, W, 3), to latents (4 C, H/16, W/16), fp32.
+
+        At its own size, shrunk to reference_area pixels if it is larger, and cut around its
+        middle to multiples of 16.
+        """
+        processor, multiple = self.pipe.image_processor, self.vae_scale * 2
+        picture = processor._resize_if_exceeds_area(Image.fromarray(image), self.reference_area)
+        width, height = (side // multiple * multiple for side in picture.size)
+        pixels = processor.preprocess(picture, height=height, width=width, resize_mode="crop")
+        pixels = pixels.to(self.device, self.pipe.vae.dtype)
+        return self.pipe._encode_vae_image(pixels, generator=None)[0].float()
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        return (self.transformer.config.in_channels, *self.grid(size))
+
+    def initial_latents(self, size: Size, noise: Tensor) -> Tensor:
+        return noise.flatten(2).transpose(1, 2).contiguous()
+
+    def schedule(self, num_steps: int, size: Size) -> dict:
+        height, width = self.grid(size)
+        mu = compute_empirical_mu(height * width, num_steps)
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+
+    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
+        device = latents.device
+        references = references_of(cond)
+        tokens = torch.cat([latents, *(r.flatten(2).transpose(1, 2) for r in references)], dim=1)
+        places = [position_ids(0, *self.grid(size), device)]
+        for number, reference in enumerate(references, start=1):
+            places.append(position_ids(REFERENCE_TIME * number, *reference.shape[2:], device))
+        places = pad(torch.cat(places), (0, 1))  # (T, 4): time, row, column, word
+        words = torch.arange(cond["embeds"].shape[1], device=device)
+
+        def predict(rows: dict[str, Tensor]) -> Tensor:
+            output = model(
+                hidden_states=tokens.to(self.input_dtype),
+                timestep=sigma * 1000 / 1000,  # as stock does in fp32; in bf16 it rounds before
+                guidance=None,
+                encoder_hidden_states=rows["embeds"].to(self.input_dtype),
+                txt_ids=pad(words[:, None], (3, 0)),
+                img_ids=places,
+                return_dict=False,
+            )[0]
+            return output[:, : latents.shape[1]].float()
+
+        return self.guide(predict, cond, negative, guidance_scale)
+
+    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        vae = self.pipe.vae
+        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return unpack(latents * std + vae.bn.running_mean, *self.grid(size))

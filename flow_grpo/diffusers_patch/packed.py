@@ -1,0 +1,67 @@
+"""What models share whose token is 2 x 2 latents: packed states, a shift that grows with them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.rollout import Cond, Size
+
+
+class Packed(PatchedPipeline):
+    """A state is (B, H/16 * W/16, 4 C), row after row of the picture."""
+
+    def initial_latents(self, size: Size, noise: Tensor) -> Tensor:
+        return pack(noise)
+
+    def grid(self, size: Size) -> tuple[int, int]:
+        """Return the picture's height and width in tokens."""
+        return size.height // (self.vae_scale * 2), size.width // (self.vae_scale * 2)
+
+    def schedule(self, num_steps: int, size: Size) -> dict:
+        height, width = self.grid(size)
+        mu = self.dynamic_shift(height * width, max_shift=1.15)
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
+
+    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        return super().vae_latents(unpack(latents, *self.grid(size)), size)
+
+    def keep_references(self, conds: list[Cond], images: list[tuple]) -> None:
+        """Encode each row's reference pictures into its "reference_0", "reference_1" ..."""
+        for cond, references in zip(conds, images, strict=True):
+            for number, image in enumerate(references):
+                # Not packed: its shape tells the positions, and tells apart 32x64 from 64x32.
+                cond.tensors[f"reference_{number}"] = self.reference_latents(image).cpu()
+
+    def reference_latents(self, image: np.ndarray) -> Tensor:
+        """Encode a picture, uint8 (H, W, 3), to latents (C, h, w), fp32."""
+        raise NotImplementedError
+
+
+class Edits(Packed):
+    """Comes before the class of the model that draws from text alone, as in (Edits, Flux)."""
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+        conds = super().encode(prompts, images, max_length)
+        self.keep_references(conds, images)
+        return conds
+
+
+def references_of(cond: dict[str, Tensor]) -> list[Tensor]:
+    """Return the latents (B, C, h, w) of a call's reference pictures, in their order."""
+    return [value for name, value in cond.items() if name.startswith("reference_")]
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Turn latents (B, C, h, w) into tokens (B, h/2 * w/2, 4 C), row after row."""
+    return pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2).contiguous()
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undo pack. height, width: in tokens."""
+    grid = tokens.transpose(1, 2).unflatten(2, (height, width))
+    return pixel_shuffle(grid, 2).contiguous()

@@ -1,0 +1,106 @@
+"""Qwen-Image (arXiv:2508.02324): packed latents (H/16 * W/16, 64), guidance that keeps its norm."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor
+
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, unscale_channels
+from flow_grpo.diffusers_patch.packed import Packed, unpack
+from flow_grpo.rollout import Cond, Size
+
+UNHEARD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
+
+
+class QwenImage(Packed):
+    """Text is masked up to the epoch's common width, so a neighbour changes a row by rounding only.
+
+    A prompt alone in its call and not padded (Sampler.pad_to 0) gives the stock picture to the bit.
+    """
+
+    stock = QwenImagePipeline
+    lora_target_modules = (
+        *JOINT_ATTENTION,
+        "img_mlp.net.0.proj",
+        "img_mlp.net.2",
+        "txt_mlp.net.0.proj",
+        "txt_mlp.net.2",
+    )
+    runs_in_fp16 = False
+    ragged_text = True
+    negative_prompt = " "
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+        rows = zip(prompts, images, strict=True)
+        return [Cond(self.text(prompt, references, max_length)) for prompt, references in rows]
+
+    def text(self, prompt: str, references: tuple, max_length: int) -> dict[str, Tensor]:
+        """Return the tokens "embeds" (L, C) that follow the template's instructions, on the CPU."""
+        embeds, _ = self.pipe.encode_prompt(
+            prompt, device=self.device, max_sequence_length=max_length
+        )
+        return {"embeds": embeds[0].cpu()}
+
+    def collate(self, conds: list[Cond], pad_to: int) -> dict[str, Tensor]:
+        rows = super().collate(conds, pad_to)
+        lengths, width = rows.pop("lengths"), rows["embeds"].shape[1]
+        if lengths.min() < width:  # else without a mask, as the stock pipeline
+            rows["mask"] = (torch.arange(width) < lengths[:, None]).to(self.device)
+        return rows
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        height, width = self.grid(size)
+        return (self.transformer.config.in_channels // 4, 2 * height, 2 * width)
+
+    def image_tokens(
+        self, latents: Tensor, cond: dict[str, Tensor], size: Size
+    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        """Return what the transformer sees, (B, T, C), and each picture's (1, height, width).
+
+        The picture that is denoised comes first; sizes are in tokens.
+        """
+        return latents, [(1, *self.grid(size))]
+
+    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
+        tokens, sizes = self.image_tokens(latents, cond, size)
+
+        def predict(rows: dict[str, Tensor]) -> Tensor:
+            output = model(
+                hidden_states=tokens.to(self.input_dtype),
+                timestep=sigma * 1000 / 1000,  # as stock does in fp32; in bf16 it rounds before
+                encoder_hidden_states=rows["embeds"].to(self.input_dtype),
+                encoder_hidden_states_mask=rows.get("mask"),
+                img_shapes=[sizes] * len(latents),
+                return_dict=False,
+            )[0]
+            return output[:, : latents.shape[1]].float()
+
+        return self.guide(predict, cond, negative, guidance_scale)
+
+    def combine(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+        """Guide, then give each token the norm of its conditional velocity."""
+        guided = super().combine(conditional, unconditional, guidance_scale)
+        wanted, found = (v.norm(dim=-1, keepdim=True) for v in (conditional, guided))
+        return guided * (wanted / found.clamp(min=1e-12))
+
+    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
+        stock = super().stock_arguments(
+            size, guidance_scale, self.initial_latents(size, noise), images
+        )
+        stock["true_cfg_scale"] = stock.pop("guidance_scale")
+        if self.needs_negative(guidance_scale):
+            stock["negative_prompt"] = self.negative_prompt
+        return stock
+
+    def reaches_output(self, parameter: str) -> bool:
+        """Whether it is not among those that shape the last block's text, which nobody reads."""
+        last = f"transformer_blocks.{self.transformer.config.num_layers - 1}."
+        return not parameter.startswith(tuple(last + name for name in UNHEARD))
+
+    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        return unscale_channels(self.pipe.vae, unpack(latents, *self.grid(size)).unsqueeze(2))
+
+    def decode(self, latents: Tensor, size: Size) -> Tensor:
+        return super().decode(latents, size)[:, :, 0]

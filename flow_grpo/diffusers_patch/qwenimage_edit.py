@@ -1,0 +1,121 @@
+"""Qwen-Image-Edit, and its successors for several pictures (2509, 2511): references as tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from diffusers import QwenImageEditPipeline, QwenImageEditPlusPipeline
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import (
+    CONDITION_IMAGE_SIZE,
+    calculate_dimensions,
+)
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+from flow_grpo.diffusers_patch.packed import Edits, pack, references_of
+from flow_grpo.diffusers_patch.qwenimage import QwenImage
+from flow_grpo.rollout import Cond, Size
+
+
+class QwenImageEdit(Edits, QwenImage):
+    """Edits one reference picture a row; its shape and the generated one are independent.
+
+    The text encoder sees the reference and so does the transformer, both at reference_area. Of the
+    text encoder's tokens those of pictures count beside max_sequence_length, not within it.
+    """
+
+    stock = QwenImageEditPipeline
+    num_references = (1, 1)
+    enlarges_references = True
+
+    @classmethod
+    def variants(cls) -> tuple[type[QwenImageEdit], ...]:
+        return (QwenImageEdit, QwenImageEditPlus)
+
+    @classmethod
+    def components(cls, path: str, revision: str) -> dict:
+        load = PictureProcessor.from_pretrained
+        return {"processor": load(path, subfolder="processor", revision=revision)}
+
+    @torch.no_grad()
+    def negative(self, images: tuple, max_length: int) -> Cond:
+        # Both passes see cond's references.
+        return QwenImage.encode(self, [self.negative_prompt], [images], max_length)[0]
+
+    def text(self, prompt: str, references: tuple, max_length: int) -> dict[str, Tensor]:
+        pictures = self.condition_pictures(references)
+        processor = self.pipe.processor.image_processor
+        patches = sum(processor.get_number_of_image_patches(p.height, p.width) for p in pictures)
+        picture_tokens = patches // processor.merge_size**2
+        embeds, _ = self.pipe.encode_prompt(
+            prompt, self.as_stock_takes(pictures), device=self.device
+        )
+        return {  # cut as Qwen-Image's pipeline does; that of the edits never cuts
+            "embeds": embeds[0, : max_length + picture_tokens].cpu(),
+            "picture_tokens": torch.tensor(picture_tokens),
+        }
+
+    def collate(self, conds: list[Cond], pad_to: int) -> dict[str, Tensor]:
+        if pad_to:
+            pad_to += max(int(cond.tensors["picture_tokens"]) for cond in conds)
+        return super().collate(conds, pad_to)
+
+    def condition_pictures(self, references: tuple) -> list[Image.Image]:
+        """Return the references as the text encoder sees them."""
+        return [self.resized(image, self.reference_area) for image in references]
+
+    def as_stock_takes(self, pictures: list[Image.Image]) -> Image.Image | list[Image.Image]:
+        return pictures[0]
+
+    def resized(self, image: np.ndarray, area: int) -> Image.Image:
+        """Scale a picture (H, W, 3) to about `area` pixels, its sides to multiples of 32."""
+        height, width = image.shape[:2]
+        width, height = calculate_dimensions(area, width / height)
+        if not (width and height):
+            raise ValueError(
+                f"config.reference_area={area}: a reference of {image.shape[1]} x "
+                f"{image.shape[0]} pixels would vanish. Raise it, or crop the picture."
+            )
+        return self.pipe.image_processor.resize(Image.fromarray(image), height, width)
+
+    def reference_latents(self, image: np.ndarray) -> Tensor:
+        """Encode a picture, uint8 (H, W, 3), to latents (C, h, w), fp32."""
+        pixels = self.pipe.image_processor.preprocess(self.resized(image, self.reference_area))
+        pixels = pixels.unsqueeze(2).to(self.device, self.pipe.vae.dtype)
+        return self.pipe._encode_vae_image(pixels, generator=None)[0, :, 0].float()
+
+    def image_tokens(
+        self, latents: Tensor, cond: dict[str, Tensor], size: Size
+    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
+        tokens, sizes = super().image_tokens(latents, cond, size)
+        references = references_of(cond)
+        sizes += [(1, r.shape[2] // 2, r.shape[3] // 2) for r in references]
+        return torch.cat([tokens, *map(pack, references)], dim=1), sizes
+
+
+class QwenImageEditPlus(QwenImageEdit):
+    """Takes one or several references; the text encoder sees each at 384 x 384 pixels' area."""
+
+    stock = QwenImageEditPlusPipeline
+    num_references = (1, math.inf)
+
+    def condition_pictures(self, references: tuple) -> list[Image.Image]:
+        return [self.resized(image, CONDITION_IMAGE_SIZE) for image in references]
+
+    def as_stock_takes(self, pictures: list[Image.Image]) -> Image.Image | list[Image.Image]:
+        return pictures
+
+
+class PictureProcessor(Qwen2VLProcessor):
+    """The same without its part for videos, which needs torchvision and which no edit uses."""
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+        # It takes for its parts what this signature names.
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)

@@ -1,0 +1,83 @@
+"""Wan2.1 text to video, and Wan2.2 TI2V 5B (arXiv:2503.20314): latents (16, F/4, H/8, W/8)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+from torch import Tensor
+
+from flow_grpo.diffusers_patch.base import PatchedPipeline, unscale_channels
+from flow_grpo.rollout import Cond, Size
+
+
+class Wan(PatchedPipeline):
+    """Guidance by two passes, one after the other, as the stock pipeline makes them.
+
+    Released folders ship UniPC, whose steps remember earlier ones, so that none of them alone has a
+    log-probability. Here FlowMatchEulerDiscreteScheduler takes its place, with the folder's shift:
+    without noise a video is that of a stock pipeline whose scheduler was replaced alike.
+    """
+
+    stock = WanPipeline
+    lora_target_modules = ("to_k", "to_out.0", "to_q", "to_v")  # of self- and cross-attention
+    runs_in_fp16 = False
+    frames_a_latent = 4
+
+    def __init__(self, pipe: DiffusionPipeline):
+        super().__init__(pipe)
+        if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            shift = pipe.scheduler.config.flow_shift
+            pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+
+    @classmethod
+    def check_index(cls, path: str, index: dict) -> None:
+        if index.get("boundary_ratio") is not None:
+            raise ValueError(
+                f"config.pretrained.model={path!r} has two transformers, of which one would train. "
+                f"A checkpoint with a single one is needed, Wan2.1 T2V or Wan2.2 TI2V 5B."
+            )
+
+    @property
+    def vae_scale(self) -> int:
+        return self.pipe.vae_scale_factor_spatial
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+        embeds, _ = self.pipe.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=max_length,
+            device=self.device,
+        )
+        return [Cond({"embeds": e}) for e in embeds.cpu()]  # zeros up to max_length
+
+    def noise_shape(self, size: Size) -> tuple[int, ...]:
+        frames = (size.num_frames - 1) // self.frames_a_latent + 1
+        height, width = size.height // self.vae_scale, size.width // self.vae_scale
+        return (self.transformer.config.in_channels, frames, height, width)
+
+    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
+        time = sigma * 1000
+        if self.pipe.config.expand_timesteps:  # Wan2.2 TI2V: a time for each of the tokens
+            time = time[:, None].expand(-1, latents[0, 0, :, ::2, ::2].numel())
+
+        def predict(rows: dict[str, Tensor]) -> Tensor:
+            output = model(
+                hidden_states=latents.to(self.input_dtype),
+                timestep=time,
+                encoder_hidden_states=rows["embeds"].to(self.input_dtype),
+                return_dict=False,
+            )[0]
+            return output.float()
+
+        return self.guide(predict, cond, negative, guidance_scale)
+
+    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
+        stock = super().stock_arguments(size, guidance_scale, noise, images)
+        return stock | {"num_frames": size.num_frames}
+
+    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        return unscale_channels(self.pipe.vae, latents)
+
+    def decode(self, latents: Tensor, size: Size) -> Tensor:
+        return super().decode(latents, size).movedim(2, 1)

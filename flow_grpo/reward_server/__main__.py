@@ -1,0 +1,122 @@
+"""Serve one reward over HTTP.
+
+    python -m flow_grpo.reward_server --reward pickscore --port 18085
+
+GET /health and /metrics, POST /score, and /openapi.json, which describes them; docs/rewards.md says
+how a run uses it. Only this machine can reach it unless --host says otherwise, and that needs
+--token-file. SIGTERM lets it finish what it has taken in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import signal
+import sys
+
+import numpy as np
+
+from flow_grpo.cli import user_errors
+from flow_grpo.reward_server.batcher import Batcher
+from flow_grpo.rewards import loading, options, servers
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.combine import Scorer
+
+
+def main(argv: list[str]) -> None:
+    """Load the reward, then serve until SIGTERM or SIGINT; leave with 1 at a mistake."""
+    args = _parser().parse_args(argv)
+    with user_errors():
+        token = servers.read_token(args.token_file, "--token-file") if args.token_file else ""
+        if not token and not _is_loopback(args.host):
+            raise ValueError(
+                f"--host={args.host} lets other machines in, so --token-file is needed: a file "
+                f"with a line of at least {servers.MIN_TOKEN} characters that the clients have too."
+            )
+        serve(args, token)
+    sys.exit(0)
+
+
+def serve(args: argparse.Namespace, token: str) -> None:
+    """Load and serve. Raises ValueError for a reward or a setting that is not there."""
+    try:
+        import uvicorn
+
+        from flow_grpo.reward_server.app import Limits, create_app
+    except ImportError as error:
+        raise ValueError(
+            f"a reward server needs the package {error.name}: pip install 'flow_grpo[server]'."
+        ) from None
+    settings = options.settings(args.set)
+    loading.check(args.reward, settings, [], [])
+    device = args.device or options.device([args.reward])
+    scorer = Scorer({args.reward: 1.0}, settings, device)
+
+    def score(batch: Batch) -> dict[str, np.ndarray]:
+        try:
+            found = scorer.score(
+                batch.images, batch.prompts, batch.metadata, batch.references, batch.group
+            )
+        except RuntimeError as error:  # the scorer's own says more of whose fault it is
+            raise error.__cause__ or error from None
+        return {name: values for name, values in found.items() if name != "avg"}
+
+    mib = 2**20
+    limits = Limits(
+        body_bytes=args.max_body_mib * mib,
+        queue_bytes=max(args.max_queue_mib, args.max_body_mib) * mib,
+        pixels=args.max_pixels,
+        items=args.max_items,
+        queue=args.max_queue,
+        timeout_s=args.timeout,
+    )
+    batcher = Batcher(score, args.batch_size, args.linger_ms / 1000)
+    app = create_app(args.reward, batcher, limits, token)
+    # uvicorn repeats the signal that ended it once it has shut down; that is to change nothing.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(args.timeout) + 1,
+    )
+    scorer.close()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m flow_grpo.reward_server",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--reward", required=True, help="a name, or one's own module:function")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--token-file", help="its line is what clients send as bearer token")
+    parser.add_argument("--device", default="", help="cpu | cuda | cuda:N; default: a GPU if any")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of config.rewards"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures of a scorer's call")
+    parser.add_argument("--linger-ms", type=float, default=5, help="wait for more to merge")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds of a request")
+    parser.add_argument("--max-body-mib", type=int, default=256)
+    parser.add_argument("--max-pixels", type=int, default=2**27, help="of a request")
+    parser.add_argument("--max-items", type=int, default=4096, help="pictures of a request")
+    parser.add_argument("--max-queue", type=int, default=256, help="requests")
+    parser.add_argument("--max-queue-mib", type=int, default=1024, help="of all requests")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,202 @@
+"""The HTTP side: who may ask, for how much at once, and what becomes of a request twice sent."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import time
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+
+from flow_grpo.reward_server.batcher import Batcher, Unscorable
+from flow_grpo.rewards import wire
+from flow_grpo.rewards.batch import Batch
+
+NUM_REMEMBERED = 4096  # answers, for retries of requests that were already scored
+RETRY_AFTER_S = 1
+NUM_DECODERS = 2  # threads
+MAX_KEY = 128  # characters of an idempotency key
+STUCK = "a call of the scorer takes longer than a request may: it is stuck"
+BODY = {"schema": {"type": "string", "format": "binary"}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server takes; beyond it a request is refused with 413, or with 429 for now."""
+
+    body_bytes: int = 2**28
+    queue_bytes: int = 2**30  # of all requests that are being read, wait or are scored
+    pixels: int = 2**27  # of all pictures of a request
+    items: int = 4096  # pictures of a request
+    queue: int = 256  # requests
+    timeout_s: float = 600.0  # of a request, and of one call of the scorer
+
+
+class Service:
+    """The state behind the routes; only the event loop's thread touches it."""
+
+    def __init__(self, reward: str, batcher: Batcher, limits: Limits):
+        self.reward, self.batcher, self.limits = reward, batcher, limits
+        self.num_bytes = self.num_requests = 0  # taken in and not yet answered
+        self.statuses: Counter[int] = Counter()
+        self._running: dict[str, Future] = {}  # by idempotency key
+        self._finished: OrderedDict[str, dict] = OrderedDict()
+        self._decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
+
+    async def health(self) -> JSONResponse:
+        """Say which reward this is, and whether it still scores: 503 once a call is stuck."""
+        found = {"reward": self.reward, "waiting": self.num_requests}
+        if self._stuck():
+            return JSONResponse(found | {"detail": STUCK}, 503)
+        return JSONResponse(found)
+
+    async def metrics(self) -> PlainTextResponse:
+        """Count, in Prometheus' text format."""
+        batcher = self.batcher
+        lines = [
+            f'reward_requests_total{{status="{status}"}} {count}'
+            for status, count in sorted(self.statuses.items())
+        ]
+        lines += [
+            f"reward_pictures_total {batcher.num_scored}",
+            f"reward_picture_errors_total {batcher.num_row_errors}",
+            f"reward_calls_total {batcher.num_calls}",
+            f"reward_call_seconds_total {batcher.seconds:.6f}",
+            f"reward_waiting_requests {self.num_requests}",
+            f"reward_waiting_bytes {self.num_bytes}",
+        ]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
+    async def score(self, request: Request) -> JSONResponse:
+        """Score pictures; flow_grpo/rewards/wire.py describes body and answer."""
+        taken = self._admit(request)
+        self.num_requests += 1
+        self.num_bytes += taken
+        try:
+            kind, key = request.headers["content-type"], request.headers.get("idempotency-key")
+            body = await asyncio.wait_for(request.body(), self.limits.timeout_s)
+            batch = await self._decode(kind, body)
+            del body
+            self.num_bytes += (decoded := batch.num_bytes()) - taken
+            taken = decoded
+            if key in self._finished:
+                return JSONResponse(self._finished[key])
+            if self.num_bytes > max(self.limits.queue_bytes, taken):
+                raise _busy("its pictures do not fit beside those that wait")
+            job = self._running.get(key) or self._submit(key, batch)
+            waiting = asyncio.shield(asyncio.wrap_future(job))
+            return JSONResponse(await asyncio.wait_for(waiting, self.limits.timeout_s))
+        except (asyncio.TimeoutError, TimeoutError):
+            raise HTTPException(504, f"no scores within {self.limits.timeout_s:g} s") from None
+        except Unscorable as error:
+            raise HTTPException(422, str(error)) from None
+        except HTTPException:
+            raise
+        except Exception as error:
+            raise HTTPException(500, f"{type(error).__name__}: {error}"[:500]) from None
+        finally:
+            self.num_requests -= 1
+            self.num_bytes -= taken
+
+    def close(self) -> None:
+        self._decoders.shutdown(wait=False)
+
+    def _stuck(self) -> bool:
+        since = self.batcher.busy_since
+        return since is not None and time.monotonic() - since > self.limits.timeout_s
+
+    def _admit(self, request: Request) -> int:
+        """Return how many bytes a request has, or refuse it before they are read."""
+        limits = self.limits
+        if request.headers.get("content-type") not in (wire.EXACT, wire.PACKED):
+            raise HTTPException(415, f"content-type {wire.EXACT} or {wire.PACKED} is needed")
+        if len(request.headers.get("idempotency-key", "")) > MAX_KEY:
+            raise HTTPException(400, f"an idempotency-key has at most {MAX_KEY} characters")
+        length = request.headers.get("content-length", "")
+        if not length.isdecimal():
+            raise HTTPException(411, "content-length is needed")
+        if int(length) > limits.body_bytes:
+            raise HTTPException(
+                413, f"the body has {length} bytes, at most {limits.body_bytes} are allowed"
+            )
+        if self._stuck():
+            raise HTTPException(503, STUCK)
+        if self.num_requests >= limits.queue:
+            raise _busy(f"{self.num_requests} requests wait")
+        if self.num_bytes + int(length) > limits.queue_bytes:
+            raise _busy(f"{self.num_bytes} bytes wait")
+        return int(length)
+
+    async def _decode(self, kind: str, body: bytes) -> Batch:
+        limits = self.limits
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(
+                self._decoders, wire.decode, kind, body, limits.items, limits.pixels
+            )
+        except wire.Malformed as error:
+            raise HTTPException(400, str(error)) from None
+        except wire.TooLarge as error:
+            raise HTTPException(413, str(error)) from None
+
+    def _submit(self, key: str | None, batch: Batch) -> Future:
+        """Queue a request, and remember its answer for those who ask for it again."""
+        job, loop = self.batcher.submit(batch), asyncio.get_running_loop()
+        if key:
+            self._running[key] = job
+            job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._finish, key, job))
+        return job
+
+    def _finish(self, key: str, job: Future) -> None:
+        self._running.pop(key, None)
+        if job.exception() is None:
+            self._finished[key] = job.result()
+            while len(self._finished) > NUM_REMEMBERED:
+                self._finished.popitem(last=False)
+
+
+def create_app(reward: str, batcher: Batcher, limits: Limits, token: str = "") -> FastAPI:
+    """Return the application. token: what every request must bring; "": nothing."""
+    service = Service(reward, batcher, limits)
+
+    async def authorise(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.get_running_loop().run_in_executor(None, batcher.close, limits.timeout_s)
+        service.close()
+
+    # The pages /docs and /redoc would load scripts from elsewhere.
+    app = FastAPI(
+        title=f"Reward server: {reward}",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        dependencies=[Depends(authorise)],
+    )
+    body = {"content": {wire.EXACT: BODY, wire.PACKED: BODY}, "required": True}
+    app.get("/health")(service.health)
+    app.get("/metrics")(service.metrics)
+    app.post("/score", openapi_extra={"requestBody": body})(service.score)
+
+    @app.middleware("http")
+    async def count(request: Request, call_next) -> JSONResponse:
+        response = await call_next(request)
+        service.statuses[response.status_code] += 1
+        return response
+
+    return app
+
+
+def _busy(why: str) -> HTTPException:
+    return HTTPException(429, f"too much at once: {why}", {"Retry-After": str(RETRY_AFTER_S)})

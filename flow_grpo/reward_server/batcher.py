@@ -1,0 +1,195 @@
+"""One thread that owns the scorer: it merges what waits, scores it, and takes failures apart."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.wire import encode_answer
+
+# What a scorer raises for an input that it can't take; anything else is its own failure.
+OF_INPUT = (ValueError, TypeError, LookupError, AttributeError)
+Score = Callable[[Batch], dict[str, np.ndarray]]  # (B,) columns; raises what the scorer raises
+
+
+class Unscorable(Exception):
+    """No row of a request could be scored, as its input does not suit the reward."""
+
+
+@dataclass
+class _Job:
+    batch: Batch
+    answer: Future = field(default_factory=Future)  # of encode_answer()'s dict
+
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Only requests of one kind are merged."""
+        return self.batch.references is None, self.batch.group is None
+
+
+class Batcher:
+    """Scores requests in the order of arrival, up to max_rows pictures a call.
+
+    Rows of equal group stay in one call. linger_s: how long a call that is not full waits for more.
+    """
+
+    def __init__(self, score: Score, max_rows: int, linger_s: float):
+        self._score, self._max_rows, self._linger_s = score, max_rows, linger_s
+        self._queue: queue.Queue[_Job | None] = queue.Queue()  # None: the end
+        self._held: _Job | None = None  # taken, but for the next call
+        self.busy_since: float | None = None  # on time.monotonic()'s clock
+        self.num_calls = self.num_scored = self.num_row_errors = 0
+        self.seconds = 0.0
+        self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
+        self._thread.start()
+
+    def submit(self, batch: Batch) -> Future:
+        """Queue a request; the result is its answer, or Unscorable, or the scorer's exception."""
+        job = _Job(batch)
+        self._queue.put(job)
+        return job.answer
+
+    def close(self, patience_s: float) -> bool:
+        """Finish what is queued. Returns False if that takes longer."""
+        self._queue.put(None)
+        self._thread.join(patience_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while jobs := self._gather():
+            self.busy_since = start = time.monotonic()
+            try:
+                self._serve(jobs)
+            except BaseException as error:  # a bug here must not leave anyone waiting
+                for job in jobs:
+                    if not job.answer.done():
+                        job.answer.set_exception(error)
+            self.busy_since = None
+            self.seconds += time.monotonic() - start
+
+    def _gather(self) -> list[_Job]:
+        """Wait for a request and take those that may share its call; [] at the end."""
+        first, self._held = self._held or self._queue.get(), None
+        if first is None:
+            return []
+        jobs, num_rows = [first], len(first.batch)
+        deadline = time.monotonic() + self._linger_s
+        while num_rows < self._max_rows:
+            try:
+                job = self._queue.get(timeout=max(deadline - time.monotonic(), 0))
+            except queue.Empty:
+                break
+            if job is None:
+                self._queue.put(None)
+                break
+            if job.kind != first.kind or num_rows + len(job.batch) > self._max_rows:
+                self._held = job
+                break
+            jobs.append(job)
+            num_rows += len(job.batch)
+        return jobs
+
+    def _serve(self, jobs: list[_Job]) -> None:
+        """Score the requests together; if that fails, each by itself, then its rows."""
+        if len(jobs) > 1:
+            merged = _merge([job.batch for job in jobs])
+            try:
+                scores, errors = self._rows(merged)
+            except Exception:
+                for job in jobs:
+                    self._serve([job])
+                return
+            start = 0
+            for job in jobs:
+                rows = slice(start, start + len(job.batch))
+                part = {name: values[rows] for name, values in scores.items()}
+                self._answer(job, part, errors[rows])
+                start = rows.stop
+            return
+        (job,) = jobs
+        try:
+            self._answer(job, *self._rows(job.batch))
+        except OF_INPUT as error:
+            self._take_apart(job, error)
+        except Exception as error:
+            logging.getLogger(__name__).exception("the scorer failed")
+            job.answer.set_exception(error)
+
+    def _take_apart(self, job: _Job, error: Exception) -> None:
+        """Score a request row by row (or group by group), so that only the guilty go without."""
+        columns: dict[str, np.ndarray] = {}
+        errors: list[str | None] = [None] * len(job.batch)
+        units, num_failed = job.batch.units(), 0
+        for unit in units:
+            try:
+                if len(units) == 1:
+                    raise error
+                scores, unit_errors = self._rows(job.batch.rows(unit))
+            except OF_INPUT as reason:
+                num_failed += 1
+                scores, unit_errors = {}, [f"{type(reason).__name__}: {reason}"[:500]] * len(unit)
+            except Exception as reason:
+                job.answer.set_exception(reason)
+                return
+            for name, values in scores.items():
+                columns.setdefault(name, np.full(len(job.batch), np.nan))[unit] = values
+            for row, unit_error in zip(unit, unit_errors, strict=True):
+                errors[row] = unit_error
+        if num_failed == len(units):
+            job.answer.set_exception(Unscorable(errors[0]))
+        else:
+            self._answer(job, columns, errors)
+
+    def _rows(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str | None]]:
+        """Score what can be read, in calls of at most max_rows where groups allow it."""
+        unreadable = batch.errors or {}
+        errors = [unreadable.get(row) for row in range(len(batch))]
+        rows = [row for row in range(len(batch)) if row not in unreadable]
+        if not rows:
+            raise ValueError(errors[0])
+        readable, columns = batch.rows(rows), {}
+        calls: list[list[int]] = [[]]
+        for unit in readable.units():
+            if calls[-1] and len(calls[-1]) + len(unit) > self._max_rows:
+                calls.append([])
+            calls[-1] += unit
+        for call in calls:
+            scores = self._score(readable.rows(call))
+            self.num_calls += 1
+            places = np.array(rows)[call]
+            for name, values in scores.items():
+                columns.setdefault(name, np.full(len(batch), np.nan))[places] = values
+        return columns, errors
+
+    def _answer(self, job: _Job, scores: dict[str, np.ndarray], errors: list) -> None:
+        num_errors = sum(error is not None for error in errors)
+        self.num_scored += len(errors) - num_errors
+        self.num_row_errors += num_errors
+        job.answer.set_result(encode_answer(scores, errors))
+
+
+def _merge(batches: list[Batch]) -> Batch:
+    """Put requests of one kind together; their groups are numbered anew, and stay apart."""
+    first, offset, groups, errors = batches[0], 0, [], {}
+    for batch in batches:
+        errors |= {offset + row: text for row, text in (batch.errors or {}).items()}
+        offset += len(batch)
+        if batch.group is not None:
+            _, index = np.unique(batch.group, return_inverse=True)
+            groups.append(index + (groups[-1].max() + 1 if groups else 0))
+    return Batch(
+        images=[image for batch in batches for image in batch.images],
+        prompts=[prompt for batch in batches for prompt in batch.prompts],
+        metadata=[row for batch in batches for row in batch.metadata],
+        references=first.references and [row for b in batches for row in b.references],
+        group=np.concatenate(groups) if groups else None,
+        errors=errors or None,
+    )

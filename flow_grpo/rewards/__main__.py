@@ -1,0 +1,131 @@
+"""Score pictures that are there already, whoever made them.
+
+python -m flow_grpo.rewards --reward shapes [--reward jpeg_compressibility] FOLDER
+
+FOLDER has pictures and, for rewards that need them, prompts: a metadata.jsonl with an object a
+line, {"file": "a.png", "prompt": "...", "tag": "..."}, as scripts/evaluate.py --write-images
+writes it, or a prompts.txt with a line a picture in the order of their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from flow_grpo import summary
+from flow_grpo.cli import user_errors
+from flow_grpo.rewards import REWARDS, loading, options, pictures
+from flow_grpo.rewards.combine import Scorer
+from flow_grpo.rewards.pictures import Missing, Picture
+
+
+def main(argv: list[str]) -> None:
+    """Print means with 95 % intervals and write a csv; leave with 1 and a message at a mistake."""
+    args = _parse(argv)
+    if args.list:
+        print("\n".join(f"{name:24} {_first_line(path)}" for name, path in REWARDS.items()))
+        return
+    with user_errors():
+        if args.folder is None or not args.reward:
+            raise ValueError("a FOLDER and at least one --reward NAME are needed; see --list.")
+        if args.batch_size < 1:
+            raise ValueError(f"--batch-size={args.batch_size}: at least 1 is needed.")
+        for name in args.reward:
+            if loading.needs_groups(name):
+                raise ValueError(f"--reward={name} compares the pictures of a rollout's group.")
+        settings = options.settings(args.set)
+        found = pictures.read(args.folder)
+        columns = _columns(found, args.folder)
+        for name in args.reward:
+            loading.check(name, settings, *columns)
+        out = args.out or args.folder / "scores.csv"
+        scorer = Scorer(
+            dict.fromkeys(args.reward, 1.0), settings, args.device or options.device(args.reward)
+        )
+        report(found, score(found, scorer, columns, args.batch_size), out)
+
+
+def score(
+    found: list[Picture], scorer: Scorer, columns: tuple, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Return {name: (N,)}. columns: prompts and metadata. Raises ValueError if a reward fails."""
+    parts = []
+    for start in tqdm(range(0, len(found), batch_size), "score", leave=False, disable=None):
+        rows = slice(start, start + batch_size)
+        batch = found[rows]
+        references = [picture.load_references() for picture in batch]
+        try:
+            parts.append(
+                scorer.score(
+                    [picture.load() for picture in batch],
+                    *(column[rows] for column in columns),
+                    references if any(references) else None,
+                )
+            )
+        except RuntimeError as error:  # names the reward
+            raise ValueError(str(error)) from error
+    scorer.close()
+    names = [name for name in parts[0] if name != "avg"]
+    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+
+
+def report(found: list[Picture], scores: dict[str, np.ndarray], out: Path) -> None:
+    """Print a table and write the rows. Pictures without a prompt count as one each."""
+    tags = [str((picture.metadata or {}).get("tag", "")) for picture in found]
+    prompts = [str(picture.file) if picture.prompt is None else picture.prompt for picture in found]
+    print(summary.table(summary.summarise(scores, tags, prompts)))
+    rows = [
+        {"file": picture.file.name, "prompt": picture.prompt or "", "tag": tag}
+        | {name: values[n].item() for name, values in scores.items()}
+        for n, (picture, tag) in enumerate(zip(found, tags, strict=True))
+    ]
+    summary.write_rows(out, rows)
+    print(f"{len(found)} pictures, {len(set(prompts))} prompts; each one's scores: {out}")
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flow_grpo.rewards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--reward", action="append", default=[], help="may be given several times")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of config.rewards in config/base.py, such as clip=/models/clip",
+    )
+    parser.add_argument("--out", type=Path, help="of a line a picture; default: FOLDER/scores.csv")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", help="of rewards that are models; default: cuda, or cpu")
+    parser.add_argument("--list", action="store_true", help="list the rewards and end")
+    return parser.parse_args(argv)
+
+
+def _columns(found: list[Picture], folder: Path) -> tuple:
+    """The prompts and the metadata; if one is not known, what says so to who looks at them."""
+    if any(picture.prompt is None for picture in found):
+        return Missing(folder), Missing(folder)
+    return [picture.prompt for picture in found], [picture.metadata for picture in found]
+
+
+def _first_line(path: str) -> str:
+    """What a reward says of itself, without an import: some load a model's code."""
+    module, name = path.split(":")
+    tree = ast.parse(Path(find_spec(module).origin).read_text())
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    found = [n for n in tree.body if isinstance(n, kinds) and n.name == name]
+    return ((found and ast.get_docstring(found[0])) or "").partition("\n")[0]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,110 @@
+"""Read a folder of pictures and, if they are there, their prompts; numpy and PIL only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+from PIL import Image, ImageSequence
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+@dataclass
+class Picture:
+    file: Path
+    prompt: str | None = None  # None: not known
+    metadata: dict | None = None
+    references: tuple[Path, ...] = ()
+
+    def load(self) -> np.ndarray:
+        """Return uint8 (H, W, 3), or (F, H, W, 3) of a file with several frames."""
+        return _read(self.file)
+
+    def load_references(self) -> tuple[np.ndarray, ...]:
+        return tuple(_read(path) for path in self.references)
+
+
+class Missing:
+    """Stands for prompts that a folder does not have; who looks at it raises ValueError."""
+
+    def __init__(self, folder: Path):
+        self.remedy = (
+            f"it needs the prompts, and {folder} has none. Put a metadata.jsonl with a "
+            f'{{"file": ..., "prompt": ...}} a picture there, or a prompts.txt with a line each.'
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError(self.remedy)
+
+    def __len__(self) -> NoReturn:
+        raise ValueError(self.remedy)
+
+    def __iter__(self) -> NoReturn:
+        raise ValueError(self.remedy)
+
+    def __getitem__(self, index: slice) -> Missing:
+        if isinstance(index, slice):  # a batch's
+            return self
+        raise ValueError(self.remedy)
+
+
+def read(folder: Path) -> list[Picture]:
+    """List a folder's pictures, with what metadata.jsonl or prompts.txt says of them.
+
+    metadata.jsonl: {"file": a path from the folder, "prompt": ..., ...} a line; its rows decide
+    which pictures there are, reach the rewards as metadata, and may name reference pictures under
+    "image". prompts.txt: a line a picture, in the order of their names.
+    Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder; one with pictures is needed.")
+    rows, lines = folder / "metadata.jsonl", folder / "prompts.txt"
+    if rows.is_file() and lines.is_file():
+        raise ValueError(f"{folder} has both {rows.name} and {lines.name}: delete one of them.")
+    if rows.is_file():
+        text = rows.read_text(encoding="utf-8").split("\n")
+        found = [_row(line, rows, n) for n, line in enumerate(text, start=1) if line.strip()]
+    else:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        found = [Picture(file) for file in files]
+    if not found:
+        raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+    if lines.is_file():
+        prompts = [line.strip() for line in lines.read_text(encoding="utf-8").splitlines()]
+        if len(prompts) != len(found):
+            raise ValueError(
+                f"{lines} has {len(prompts)} lines and {folder} {len(found)} pictures: a line a "
+                f"picture is needed, in the order of their names."
+            )
+        found = [Picture(each.file, p, {}) for each, p in zip(found, prompts, strict=True)]
+    return found
+
+
+def _row(line: str, path: Path, number: int) -> Picture:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
+    if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+        raise ValueError(f'{path}, line {number}: an object with a "file" is needed.')
+    named = row.get("image", [])
+    references = tuple(
+        path.parent / name for name in ([named] if isinstance(named, str) else named)
+    )
+    for file in (path.parent / row["file"], *references):
+        if not file.is_file():
+            raise ValueError(f"{path}, line {number}: there is no picture {file}.")
+    return Picture(path.parent / row["file"], row.get("prompt"), row, references)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as opened:
+            frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(opened)]
+    except OSError as error:
+        raise ValueError(f"cannot read the picture {path} ({error}).") from None
+    return np.stack(frames) if len(frames) > 1 else frames[0]

@@ -1,0 +1,141 @@
+"""What a model's files tell before a weight is loaded: are they here, do they suit. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import ml_collections
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+
+from flow_grpo.diffusers_patch import FAMILIES
+
+GATED = {  # a licence must be accepted on the model's page
+    "black-forest-labs/FLUX.1-dev",
+    "black-forest-labs/FLUX.1-Kontext-dev",
+    "stabilityai/stable-diffusion-3-medium-diffusers",
+    "stabilityai/stable-diffusion-3.5-medium",
+    "stabilityai/stable-diffusion-3.5-large",
+    "stabilityai/stable-diffusion-3.5-large-turbo",
+}
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuse a model that is not there, a picture size it can't draw, a LoRA that is none.
+
+    Raises ValueError naming the key, the value, what is needed and the remedy.
+    """
+    path = config.pretrained.model
+    if not path:
+        raise ValueError(
+            "config.pretrained.model is empty: a diffusers folder or hub id is needed, "
+            "for example --config.pretrained.model=stabilityai/stable-diffusion-3.5-medium."
+        )
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "model_index.json")):
+            raise ValueError(
+                f"config.pretrained.model={path!r}: the folder has no model_index.json. The top "
+                f"folder of a diffusers pipeline is needed, as save_pretrained writes it."
+            )
+    elif path.startswith((".", "/")) or path.count("/") != 1:
+        raise ValueError(
+            f"config.pretrained.model={path!r}: there is no such folder, and it is no hub id "
+            f"(owner/name). Correct the path; it is relative to {os.getcwd()}."
+        )
+    elif constants.HF_HUB_OFFLINE and (missing := to_download(config)):
+        raise ValueError(f"{missing} HF_HUB_OFFLINE forbids to do so now.")
+    _check_size(config)
+    if config.train.lora_path:
+        _check_lora(config.train.lora_path)
+
+
+def to_download(config: ml_collections.ConfigDict) -> str:
+    """Say how to get a model that is not on this machine; "" if it is."""
+    repo = config.pretrained.model
+    if _file(config, "model_index.json"):
+        return ""
+    page = f"https://huggingface.co/{repo}"
+    licence = (
+        f"It is gated: accept its licence on {page}, then `hf auth login`. "
+        if repo in GATED
+        else f"Its page: {page}. "
+    )
+    revision = config.pretrained.revision
+    chosen = "" if revision == "main" else f" --revision {revision}"
+    return (
+        f"config.pretrained.model={repo!r} is not on this machine. {licence}To download it: "
+        f'hf download {repo}{chosen} --include model_index.json --include "*/*" '
+        f'--exclude "text_encoders/*"'
+    )
+
+
+def index(config: ml_collections.ConfigDict) -> dict:
+    """Return the pipeline's model_index.json, downloaded where it is not on this machine."""
+    path, revision = config.pretrained.model, config.pretrained.revision
+    found = _file(config, "model_index.json")
+    try:
+        found = found or Path(hf_hub_download(path, "model_index.json", revision=revision))
+    except OSError as error:
+        raise ValueError(f"{to_download(config)} Reading its model_index.json: {error}") from None
+    return json.loads(found.read_text())
+
+
+def family(config: ml_collections.ConfigDict) -> str:
+    """Return the "module:class" that patches this model. Raises ValueError if there is none."""
+    name = index(config)["_class_name"]
+    if name not in FAMILIES:
+        raise ValueError(
+            f"config.pretrained.model={config.pretrained.model!r} is a {name}; there are "
+            f"{', '.join(FAMILIES)} (flow_grpo/diffusers_patch/__init__.py)."
+        )
+    return FAMILIES[name]
+
+
+def _check_size(config: ml_collections.ConfigDict) -> None:
+    """Compare the picture's size with what the autoencoder and the transformer state."""
+    vae, transformer = (_read(config, part) for part in ("vae", "transformer"))
+    if vae.get("_class_name") != "AutoencoderKL" or "patch_size" not in transformer:
+        return  # other models are asked once they are loaded
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a latent
+    sides = {
+        key: config.resolution if config[key] is None else config[key]
+        for key in ("height", "width")
+    }
+    largest = scale * transformer["patch_size"] * transformer.get("pos_embed_max_size", 10**6)
+    multiple = 2 * scale
+    for key, side in sides.items():
+        if not 0 < side <= largest or side % multiple:
+            nearest = min(max(round(side / multiple), 1) * multiple, largest)
+            raise ValueError(
+                f"config.{'resolution' if config[key] is None else key}={side}: this model draws "
+                f"sides that are multiples of {multiple} pixels"
+                f"{f', at most {largest}' if side > largest else ''}. The nearest is {nearest}."
+            )
+
+
+def _check_lora(path: str) -> None:
+    if os.path.isdir(path) and not list(Path(path).glob("*.safetensors")):
+        raise ValueError(
+            f"config.train.lora_path={path!r}: the folder has no .safetensors file. A LoRA in "
+            f"diffusers' or PEFT's format is needed, such as checkpoints/checkpoint-<step>/lora "
+            f"of a run."
+        )
+    if path.startswith((".", "/")) and not os.path.exists(path):
+        raise ValueError(f"config.train.lora_path={path!r}: there is no such file or folder.")
+
+
+def _read(config: ml_collections.ConfigDict, part: str) -> dict:
+    """Return a component's config.json, {} if it is not on this machine."""
+    found = _file(config, f"{part}/config.json")
+    return json.loads(found.read_text()) if found else {}
+
+
+def _file(config: ml_collections.ConfigDict, name: str) -> Path | None:
+    """Find a model's file in its folder or in the hub's cache."""
+    path, revision = config.pretrained.model, config.pretrained.revision
+    if os.path.isdir(path):
+        found = Path(path) / name
+        return found if found.is_file() else None
+    cached = try_to_load_from_cache(path, name, revision=revision)
+    return Path(cached) if isinstance(cached, str) else None

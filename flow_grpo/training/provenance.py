@@ -1,0 +1,84 @@
+"""How a run was started: the command, the code, the libraries, the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections import Counter
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from flow_grpo.training.checkpoint import PACKAGES
+
+FILE = "launches.json"
+ROOT = Path(__file__).parents[2]
+
+
+def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | None) -> None:
+    """Add a launch to the run's launches.json; a run that starts anew forgets earlier ones.
+
+    Only the main process may call it. resume_from: the checkpoint, or None.
+    """
+    path, earlier = folder / FILE, []
+    own = resume_from and resume_from.resolve().parent.parent == folder.resolve()
+    if own and path.exists():
+        earlier = json.loads(path.read_text())
+    aside = path.with_suffix(".tmp")
+    launch = {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command(argv, num_ranks),
+        "resumed_from": resume_from and (resume_from.name if own else str(resume_from)),
+        "revision": revision(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+    }
+    aside.write_text(json.dumps([*earlier, launch], indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def command(argv: list[str], num_ranks: int) -> str:
+    """Return the command line; of accelerate's launcher only the number of processes is known."""
+    launcher = "python" if num_ranks == 1 else f"accelerate launch --num_processes {num_ranks}"
+    return f"{launcher} {shlex.join(argv)}"
+
+
+def revision() -> str | None:
+    """Return the code's git commit, with "+" behind it if files were changed; None without git."""
+    try:
+        commit = _git("rev-parse", "HEAD").strip()
+        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def machine() -> dict:
+    """Return what this process runs on; threads are those of torch."""
+    devices = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": [f"{count} x {name}" for name, count in devices.items()],
+        "system": platform.system(),
+    }
+
+
+def _cpu() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True, timeout=20
+    ).stdout

@@ -1,0 +1,79 @@
+"""Trained weights on disk, a run's or anyone's in diffusers' format. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+BASE = "base"  # the word for a model as it was before training
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is added to a base, or put in its transformer's place."""
+
+    name: str  # as it was asked for
+    kind: str  # base | lora | transformer
+    path: Path = Path()  # a LoRA's folder or file, or a transformer's folder
+
+
+def find(name: str) -> Weights:
+    """Find what to load.
+
+    name: "base"; a run's checkpoint, or its lora/ or transformer/; a LoRA's folder or .safetensors
+    file; a transformer's folder. Raises ValueError if it is none of these.
+    """
+    path = Path(name)
+    if name == BASE:
+        return Weights(name, "base")
+    if path.is_file() and path.suffix == ".safetensors":
+        return Weights(name, "lora", path)
+    if (path / "model_index.json").is_file():
+        raise ValueError(
+            f"{name!r} is a whole pipeline: set --config.pretrained.model to it, or name its "
+            f"transformer/ to evaluate that with the rest of config.pretrained.model."
+        )
+    for folder in (path, path / "lora", path / "transformer"):
+        if (folder / "config.json").is_file() and list(folder.glob("*.safetensors*")):
+            return Weights(name, "transformer", folder)
+        if found := _lora(folder):
+            return Weights(name, "lora", found)
+    raise ValueError(
+        f"{name!r} holds neither a LoRA nor a transformer in diffusers' format. Needed is the word "
+        f"'base', a folder logs/<run_name>/checkpoints/checkpoint-<step>, its lora/ or "
+        f"transformer/, or another such folder or a LoRA's .safetensors file."
+    )
+
+
+def check_class(weights: Weights, model_index: dict) -> None:
+    """Raise ValueError if a transformer is of another class than the base's."""
+    if weights.kind != "transformer":
+        return
+    found = json.loads((weights.path / "config.json").read_text()).get("_class_name")
+    needed = model_index["transformer"][1]
+    if found != needed:
+        raise ValueError(
+            f"{weights.name!r} is a {found}, but the transformer of config.pretrained.model is a "
+            f"{needed}. Set --config.pretrained.model to the base of this checkpoint."
+        )
+
+
+def run_config(weights: Weights) -> dict:
+    """Return the config of the run that wrote a checkpoint; {} for weights from elsewhere."""
+    folder = Path(weights.name).resolve()
+    for parent in (folder, *folder.parents[:2]):
+        written = parent.parent.parent / "config.json"
+        if parent.name.startswith("checkpoint-") and written.is_file():
+            return json.loads(written.read_text())
+    return {}
+
+
+def _lora(folder: Path) -> Path | None:
+    """The folder, if its LoRA has the usual name, or the only file; a run's state is none."""
+    if any((folder / name).is_file() for name in LORA_FILES):
+        return folder
+    files = list(folder.glob("*.safetensors"))
+    is_state = (folder / "trainer.json").is_file()
+    return files[0] if len(files) == 1 and not is_state else None

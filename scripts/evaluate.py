@@ -1,0 +1,240 @@
+"""Score a base, a LoRA or a fine-tuned transformer on a data set's prompts, or compare two.
+
+    python scripts/evaluate.py --config config/testbed.py:shapes_sd3 --out logs/evaluation \\
+        --checkpoint base --checkpoint logs/NAME/checkpoints/checkpoint-320
+
+The config's flags are those of training (config.dataset, config.eval_split, config.reward_fn,
+config.sample.eval_num_steps ...), and so are the numbers: each row is drawn from the noise that a
+run of the same seed evaluates it with. Runs on several processes under `accelerate launch` too, to
+the same bits. docs/evaluate.md has the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from flow_grpo import summary
+from flow_grpo.cli import user_errors
+from flow_grpo.training import folders, model_files, preflight, settings, weights
+from flow_grpo.training.prompts import Prompt
+from flow_grpo.training.weights import Weights
+
+MUST_AGREE = (  # for an evaluation to repeat that of the run
+    "pretrained.model",
+    "dataset",
+    "eval_split",
+    "reward_fn",
+    "seed",
+    "resolution",
+    "height",
+    "width",
+    "num_frames",
+    "reference_area",
+    "max_sequence_length",
+    "mixed_precision",
+    "use_lora",
+    "sample.eval_num_steps",
+    "sample.guidance_scale",
+    "sample.eval_guidance_scale",
+    "sample.test_batch_size",
+)
+
+
+class Job(NamedTuple):
+    """What the command line asks for, checked."""
+
+    config: ml_collections.ConfigDict
+    family: str
+    checkpoints: list[Weights]  # one or two
+    prompts: list[Prompt]
+    out: Path
+    write_images: bool
+
+
+class Result(NamedTuple):
+    scores: dict[str, np.ndarray]  # (N,) each
+    images: dict[int, np.ndarray]  # some rows' pictures
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate, and leave with 0, or 1 and a message, or 128 + a signal's number."""
+    with user_errors():
+        job = read(argv)
+        from flow_grpo.training import launch  # torch takes seconds
+        from flow_grpo.training.stop import Stopped
+
+        try:
+            results = [score(job, i) for i in range(len(job.checkpoints))]
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            launch.leave(stopped.exit_status)
+    if is_main_process():
+        if len(results) == 2:
+            write_comparison(job, *results)
+        print(f"\nEverything is in {job.out}", flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        launch.leave(0)
+
+
+def read(argv: list[str]) -> Job:
+    """Check the command line and all that needs no torch. Raises ValueError."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=settings.USAGE,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        help="'base' (the default), a run's checkpoint-N folder, or a LoRA's or transformer's; "
+        "a second one is compared with the first, row by row",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for the results")
+    parser.add_argument("--write-images", action="store_true", help="every picture, losslessly")
+    args, rest = parser.parse_known_args(argv[1:])
+    config, _ = settings.load([argv[0], *rest], "config/testbed.py:shapes_sd3")
+    names = args.checkpoint or [weights.BASE]
+    if len(names) > 2:
+        raise ValueError(f"--checkpoint was given {len(names)} times: one or two are needed.")
+    if folders.uses_deepspeed():
+        raise ValueError(
+            "an evaluation has nothing for DeepSpeed to shard. Launch it with "
+            "--config_file scripts/accelerate_configs/multi_gpu.yaml."
+        )
+    prompts = preflight.check_evaluation(config)
+    found = [weights.find(name) for name in names]
+    for each in found:
+        weights.check_class(each, model_files.index(config))
+    if is_main_process():
+        if args.out.exists() and any(args.out.iterdir()):
+            raise ValueError(f"--out={args.out} is not empty. Name a new folder, or delete it.")
+        for each in found:
+            note_differences(each, config)
+    return Job(config, model_files.family(config), found, prompts, args.out, args.write_images)
+
+
+def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> None:
+    """Say where the evaluation is not that of the run that wrote the checkpoint."""
+    run, here = weights.run_config(checkpoint), json.loads(config.to_json_best_effort())
+    for key in MUST_AGREE:
+        section, _, name = key.rpartition(".")
+        theirs, ours = ((each.get(section, {}) if section else each) for each in (run, here))
+        if name in theirs and theirs[name] != ours[name]:  # an older run may lack the key
+            print(
+                f"note: {checkpoint.name} was trained with config.{key}={theirs[name]}, "
+                f"not {ours[name]}"
+            )
+
+
+def score(job: Job, number: int) -> Result:
+    """Draw and score every prompt with one checkpoint; write and print what came of it."""
+    from flow_grpo.training.evaluate import score_prompts, spread
+    from flow_grpo.training.evaluator import build_evaluator
+
+    checkpoint, prompts = job.checkpoints[number], job.prompts
+    folder = job.out / ("first", "second")[number] if len(job.checkpoints) == 2 else job.out
+    evaluator = build_evaluator(job.config, resolve_name(job.family), checkpoint, prompts)
+    evaluator.accelerator.wait_for_everyone()  # all have seen --out empty
+    pictures = folder / "images"
+    (pictures if job.write_images else folder).mkdir(parents=True, exist_ok=True)
+
+    def keep(row: int, image: np.ndarray) -> None:
+        if job.write_images:
+            write_picture(pictures / f"{row:06d}.png", image)
+
+    result = Result(*score_prompts(evaluator, prompts, spread(len(prompts)), keep))
+    evaluator.scorer.close()
+    evaluator.accelerator.free_memory()
+    evaluator.accelerator.wait_for_everyone()
+    if is_main_process():
+        tqdm.write(f"\n{checkpoint.name} ({checkpoint.kind}), {len(prompts)} rows")
+        write_result(job, checkpoint, folder, result)
+    return result
+
+
+def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) -> None:
+    """Write a checkpoint's scores, their table, a sheet, and what they were made with."""
+    from flow_grpo.training import provenance
+    from flow_grpo.training.checkpoint import PACKAGES
+    from flow_grpo.training.sheets import captioned_sheet
+
+    texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
+    summaries = summary.summarise(result.scores, tags, texts)
+    print(summary.table(summaries))
+    summary.write_csv(folder / "table.csv", summaries)
+    rows = [
+        {"row": n, "prompt": prompt.text, "tag": prompt.tag}
+        | {name: values[n].item() for name, values in result.scores.items()}
+        for n, prompt in enumerate(job.prompts)
+    ]
+    summary.write_rows(folder / "scores.csv", rows)
+    name = shown_score(job)
+    captions = [f"{texts[n]}\n{name} {result.scores[name][n]:.3f}" for n in result.images]
+    captioned_sheet(list(result.images.values()), captions, 8).save(folder / "sheet.png")
+    if job.write_images:
+        with (folder / "images" / "metadata.jsonl").open("w", encoding="utf-8") as file:
+            for n, prompt in enumerate(job.prompts):
+                row = prompt.metadata | {"file": f"{n:06d}.png", "prompt": prompt.text}
+                if prompt.images:
+                    row["image"] = [str(Path(path).resolve()) for path in prompt.images]
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    made_with = {
+        "checkpoint": checkpoint.name,
+        "kind": checkpoint.kind,
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "revision": provenance.revision(),
+        "machine": provenance.machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "config": json.loads(job.config.to_json_best_effort()),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(made_with, indent=2) + "\n")
+
+
+def write_comparison(job: Job, first: Result, second: Result) -> None:
+    """Compare two checkpoints row by row."""
+    from flow_grpo.training.sheets import captioned_sheet, side_by_side
+
+    texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
+    comparisons = summary.compare(first.scores, second.scores, tags, texts)
+    print(f"\n{job.checkpoints[1].name} less {job.checkpoints[0].name}")
+    print(f"{summary.table(comparisons)}\n{summary.outcomes(comparisons)}")
+    summary.write_csv(job.out / "pairwise.csv", comparisons)
+    rows, name = list(first.images)[::2], shown_score(job)
+    before, after = first.scores[name], second.scores[name]
+    captions = [f"{texts[n]}\n{name} {before[n]:.3f} -> {after[n]:.3f}" for n in rows]
+    pairs = [side_by_side(first.images[n], second.images[n]) for n in rows]
+    captioned_sheet(pairs, captions, 4).save(job.out / "pairs.png")
+
+
+def shown_score(job: Job) -> str:
+    """Name the score of a caption: the weighted sum, or the only reward of it."""
+    trained = [name for name, weight in job.config.reward_fn.items() if weight]
+    return trained[0] if len(trained) == 1 else "avg"
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) as PNG; a video (F, H, W, 3) as an animated one."""
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(frame) for frame in (image if image.ndim == 4 else image[None]))
+    first.save(path, save_all=bool(rest), append_images=rest)
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,21 @@
+"""Train Wan2.1 T2V (1.3B, 14B) or Wan2.2 TI2V 5B, which draw videos, by reinforcement learning.
+
+    accelerate launch --config_file scripts/accelerate_configs/multi_gpu.yaml \\
+        scripts/train_wan2_1.py --config config/grpo.py:general_ocr_wan2_1
+
+Any config of any data set fits, with a reward that takes videos, uint8 (F, H, W, 3);
+config.num_frames is a multiple of 4 plus 1, and 1 trains on pictures. Keys are changed on the
+command line (--config.sample.num_steps=6) and all of them are listed in config/base.py.
+Sampler: Euler steps with the checkpoint's shift, not the UniPC of the released folders: to see what
+a trained model draws here, give a stock pipeline FlowMatchEulerDiscreteScheduler(shift=flow_shift).
+Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
+Guidance: two passes a step above a scale of 1, both with a gradient. Wan2.2 A14B is refused: it has
+two transformers.
+Memory (estimate): 1.3 B parameters take 3 GB in bf16, the UMT5 encoder 11 GB; what a video of 33
+frames at 240 x 416 leaves for the gradient is far more, so config.activation_checkpointing is on.
+"""
+
+from flow_grpo.training.launch import main
+
+if __name__ == "__main__":
+    main("flow_grpo.diffusers_patch.wan:Wan", "config/grpo.py:general_ocr_wan2_1")

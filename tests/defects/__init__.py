@@ -1,0 +1,5 @@
+"""Defects that trainers of this kind have had, and the test that finds each: see mutants.py."""
+
+from defects import losses, rollouts, steps, updates
+
+DEFECTS = [*steps.DEFECTS, *rollouts.DEFECTS, *losses.DEFECTS, *updates.DEFECTS]

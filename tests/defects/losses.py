@@ -1,0 +1,148 @@
+"""Defects on the way from a score to a loss."""
+
+from defects.defect import SLIP, Defect
+
+ADVANTAGES = "flow_grpo/advantages.py"
+BASE = "flow_grpo/objectives/base.py"
+GRPO = "flow_grpo/objectives/grpo.py"
+NFT = "flow_grpo/objectives/nft.py"
+LOOP = "flow_grpo/training/loop.py"
+SCORING = "flow_grpo/training/scoring.py"
+COMBINE = "flow_grpo/rewards/combine.py"
+
+DEFECTS = [
+    Defect(
+        "group-is-its-text",
+        "two groups of one prompt become one: Flow-Factory 7058407",
+        SCORING,
+        "group = gather(rollout.batch.group.to(device)).cpu()",
+        "texts = rollout.batch.prompts\n"
+        "    group = gather(torch.tensor([texts.index(text) for text in texts]))",
+        "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
+    ),
+    Defect(
+        "advantages-of-the-rank",
+        "global std of a micro-batch: mm_grpo db2426b",
+        SCORING,
+        "advantage, weight = run.objective.targets(",
+        "targets, size = run.objective.targets, len(rollout)\n"
+        "    of_ranks = lambda *all: map(targets, *(value.split(size) for value in all))\n"
+        "    advantage, weight = (lambda *all: map(torch.cat, zip(*of_ranks(*all))))(",
+        "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
+    ),
+    Defect(
+        "baseline-of-the-batch",
+        SLIP,
+        ADVANTAGES,
+        "torch.where(constant[index], 0, values - mean[index])",
+        "torch.where(constant[index], 0, values - values.mean())",
+        "test_advantages.py::test_every_group_sums_to_zero",
+    ),
+    Defect(
+        "std-over-the-wrong-axis",
+        SLIP,
+        ADVANTAGES,
+        "centred = centred / (group_std + epsilon)",
+        "centred = centred / (_std(values) + epsilon)",
+        "test_advantages.py::test_three_groups_of_four_have_these_advantages",
+    ),
+    Defect(
+        "equal-scores-divided-by-epsilon",
+        "1e-8 in MixGRPO, DanceGRPO, Pref-GRPO",
+        ADVANTAGES,
+        "torch.where(constant[index], 0, values - mean[index])",
+        "values - mean[index]",
+        "test_advantages.py::test_constant_means_to_1e_8_of_the_mean_or_of_one",
+    ),
+    Defect(
+        "advantages-not-clamped",
+        SLIP,
+        BASE,
+        "return advantages.clamp(-self.adv_clip_max, self.adv_clip_max),",
+        "return advantages,",
+        "test_advantages.py::test_targets_are_clamped_group_advantages",
+    ),
+    Defect(
+        "failed-score-is-zero",
+        "verl-omni: a reward that fails contributes 0",
+        COMBINE,
+        "self.weights[name] * found[name]",
+        "self.weights[name] * np.nan_to_num(found[name])",
+        "test_rewards.py::test_a_row_lacks_avg_where_it_lacks_a_reward_that_counts",
+    ),
+    Defect(
+        "unscored-row-is-trained",
+        SLIP,
+        BASE,
+        "(~scores.isnan()).double()",
+        "scores.new_ones(len(scores))",
+        "test_advantages.py::"
+        "test_a_missing_score_has_weight_and_advantage_zero_and_leaves_its_group",
+    ),
+    Defect(
+        "ratio-not-exponentiated",
+        SLIP,
+        GRPO,
+        "ratio = log_ratio.exp()",
+        "ratio = log_ratio",
+        "test_grpo.py::test_the_surrogate_of_four_rows_has_these_losses_and_gradients",
+    ),
+    Defect(
+        "clip-at-the-wrong-side",
+        "min for max, as the loss is the negative surrogate",
+        GRPO,
+        "value = torch.maximum(",
+        "value = torch.minimum(",
+        "test_grpo.py::test_a_ratio_beyond_the_clip_range_keeps_only_the_gradient_that_leads_back",
+    ),
+    Defect(
+        "clip-without-one",
+        "clamp(ratio, -c, c): Flow-Factory 37005df",
+        GRPO,
+        "ratio.clamp(1 - clip_range, 1 + clip_range)",
+        "ratio.clamp(-clip_range, clip_range)",
+        "test_grpo.py::test_the_surrogate_of_four_rows_has_these_losses_and_gradients",
+    ),
+    Defect(
+        "kl-without-a-gradient",
+        "computed under no_grad: Flow-Factory 8bc04d0",
+        GRPO,
+        "value = value + self.beta * kl",
+        "value = value + self.beta * kl.detach()",
+        "test_grpo.py::test_the_kl_to_the_reference_has_this_value_and_gradient",
+    ),
+    Defect(
+        "kl-without-dt",
+        "two published trainers of one method disagree",
+        GRPO,
+        "kl = kl * (point.sigma - self.sampler.sigmas[point.bins + 1])",
+        "pass",
+        "test_grpo.py::test_the_kl_to_the_reference_has_this_value_and_gradient",
+    ),
+    Defect(
+        "dt-of-the-batch",
+        "GRPO-Guard's scale averaged over rows of unlike steps",
+        GRPO,
+        "(point.sigma - self.sampler.sigmas[point.bins + 1])",
+        "(point.sigma - self.sampler.sigmas[point.bins + 1]).mean()",
+        "test_grpo.py::test_rows_at_different_steps_have_the_loss_that_they_have_alone",
+    ),
+    Defect(
+        "old-log-probs-after-the-update",
+        "replayed for every update: the ratio is always 1",
+        LOOP,
+        "predict, points = run.predictor(micro), objective.points(micro, draw)",
+        "predict, points = run.predictor(micro), objective.points(micro, draw)\n"
+        "        with torch.no_grad():\n"
+        "            objective.prepare(micro, predict)",
+        "test_toy.py::test_the_first_update_of_an_epoch_sees_ratio_one_and_the_second_does_not",
+    ),
+    Defect(
+        "nft-sign",
+        "the worst pictures are imitated",
+        NFT,
+        "(quality * losses[0] + (1 - quality) * losses[1])",
+        "(quality * losses[1] + (1 - quality) * losses[0])",
+        "test_nft.py::test_the_fixture_has_these_losses",
+    ),
+]

@@ -1,0 +1,139 @@
+"""Defects of sampling, and of the model as sampling and training call it."""
+
+from defects.defect import SLIP, Defect
+
+SAMPLING = "flow_grpo/sampling.py"
+NFT = "flow_grpo/objectives/nft.py"
+LOOP = "flow_grpo/training/loop.py"
+SNAPSHOTS = "flow_grpo/training/snapshots.py"
+RUN = "flow_grpo/training/run.py"
+EVALUATE = "flow_grpo/training/evaluate.py"
+SD3 = "flow_grpo/diffusers_patch/sd3.py"
+
+DEFECTS = [
+    Defect(
+        "latents-rounded-after-the-log-prob",
+        "Flow-Factory 5cfd422",
+        SAMPLING,
+        "= taken.next_latents[on_rows]",
+        "= taken.next_latents[on_rows].bfloat16().float()",
+        "test_sampling.py::test_replaying_a_rollout_gives_log_ratio_zero[sd3-1.0-sde-full]",
+    ),
+    Defect(
+        "replay-at-another-sigma",
+        "the column of the window taken for the step",
+        SAMPLING,
+        "sampler.sigmas[steps + 1],",
+        "sampler.sigmas[column + 1],",
+        "test_sampling.py::test_replaying_a_rollout_gives_log_ratio_zero[sd3-1.0-sde-windows]",
+    ),
+    Defect(
+        "noise-of-the-group",
+        "one generator a group: its members take the same steps",
+        SAMPLING,
+        "[(*owners[row], i) for row in rows]",
+        "[(owners[row][0], 0, i) for row in rows]",
+        "test_toy.py::test_every_step_of_every_row_draws_its_own_standard_normal_noise",
+    ),
+    Defect(
+        "noise-of-the-first-step",
+        "a generator seeded anew at every step",
+        SAMPLING,
+        "[(*owners[row], i) for row in rows]",
+        "[(*owners[row], 0) for row in rows]",
+        "test_toy.py::test_every_step_of_every_row_draws_its_own_standard_normal_noise",
+    ),
+    Defect(
+        "same-latent-of-each-member",
+        SLIP,
+        SAMPLING,
+        "firsts = [(group, 0) for group, _ in owners]",
+        "firsts = [*owners]",
+        "test_sampling.py::test_rows_share_the_initial_noise_of_their_group_only_with_same_latent",
+    ),
+    Defect(
+        "prompts-lag",
+        "the data loader prefetches: flow_grpo issue 215",
+        LOOP,
+        "plan.num_groups, config.seed, run.epoch)",
+        "plan.num_groups, config.seed, max(run.epoch - 1, 0))",
+        "test_collect.py::test_every_lap_through_the_prompts_holds_each_line_once",
+    ),
+    Defect(
+        "rewards-of-the-row-before",
+        "asynchronous rewards, collected out of order",
+        LOOP,
+        "np.concatenate([part[name] for part in scored])",
+        "np.roll(np.concatenate([part[name] for part in scored]), 1)",
+        "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
+    ),
+    Defect(
+        "rewards-of-the-epoch-before",
+        "asynchronous rewards, one epoch late",
+        LOOP,
+        "    rollout = Rollout.cat(parts)\n",
+        "    rollout = Rollout.cat(parts)\n"
+        '    scored, run.late = getattr(run, "late", scored), scored\n',
+        "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
+    ),
+    Defect(
+        "nft-samples-with-the-policy",
+        SLIP,
+        NFT,
+        'samples_with = "old"',
+        'samples_with = "policy"',
+        "test_collect.py::test_nft_samples_with_its_old_policy",
+    ),
+    Defect(
+        "evaluation-noise-anew",
+        "other noise at every evaluation",
+        EVALUATE,
+        "Draw(config.seed, ())",
+        "Draw(np.random.randint(2**31), ())",
+        "test_state.py::test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation",
+    ),
+    Defect(
+        "guidance-left-out-of-training",
+        "verl-omni 2e08eeff: the scale was not passed on",
+        RUN,
+        "and not self.config.train.cfg:",
+        "and True:",
+        "test_run.py::test_the_log_ratio_before_the_first_update_is_exactly_zero[2-True-sde]",
+        error="RuntimeError: before the first update the largest |log-ratio|",
+    ),
+    Defect(
+        "unconditional-pass-without-a-gradient",
+        "flow_grpo a482878",
+        SD3,
+        "unconditional, conditional = velocity.chunk(2)",
+        "unconditional, conditional = velocity.chunk(2)\n"
+        "        unconditional = unconditional.detach()",
+        "test_guidance.py::"
+        "test_the_guided_velocity_s_gradient_is_that_of_both_passes_in_proportion",
+    ),
+    Defect(
+        "timestep-of-an-integer",
+        "DiffusionNFT's rollout, DanceGRPO",
+        SD3,
+        "timestep=torch.cat([sigma * 1000] * rows)",
+        "timestep=torch.cat([(sigma * 1000).long()] * rows)",
+        "test_run.py::test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline",
+    ),
+    Defect(
+        "reference-with-its-adapter",
+        "Pref-GRPO: disabling it does nothing to a wrapped model",
+        SNAPSHOTS,
+        "self._module.disable_adapters()",
+        "pass",
+        "test_run.py::"
+        "test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_base",
+    ),
+    Defect(
+        "own-weights-not-set-aside",
+        "on a CPU, detach().cpu() is the live weight: flow_grpo, NFT",
+        SNAPSHOTS,
+        "own = {key: param.detach().clone()",
+        "own = {key: param.detach()",
+        "test_bookkeeping.py::test_a_snapshot_is_swapped_in_and_the_policy_comes_back_bit_for_bit",
+    ),
+]

@@ -1,0 +1,140 @@
+"""Reward servers of this process for tests: the real one in a thread, and a faulty one."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import numpy as np
+import uvicorn
+
+from flow_grpo.reward_server.app import Limits, create_app
+from flow_grpo.reward_server.batcher import Batcher
+from flow_grpo.rewards.remote import RemoteReward
+from flow_grpo.rewards.servers import Servers
+
+ROOT = Path(__file__).parent.parent
+
+
+class Running:
+    """A server that runs, and what it scored."""
+
+    def __init__(self, url: str, batcher: Batcher):
+        self.url, self.batcher = url, batcher
+
+
+@contextmanager
+def serve(score: Callable, *, name="mean", token="", max_rows=64, **limits) -> Iterator[Running]:
+    """Serve a function of a Batch with uvicorn; limits: of Limits."""
+    batcher = Batcher(score, max_rows, linger_s=0.005)
+    app = create_app(name, batcher, replace(Limits(), **limits), token)
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", batcher)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        listener.close()
+
+
+@contextmanager
+def faulty(answer: Callable[[BaseHTTPRequestHandler, int], None]) -> Iterator[tuple[str, list]]:
+    """Serve answer(handler, number of the request). Yields the URL and the requests' headers."""
+    seen: list = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            seen.append(dict(self.headers))
+            answer(self, len(seen))
+
+        def do_GET(self):
+            seen.append("health")
+            answer(self, len(seen))
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def reply(handler: BaseHTTPRequestHandler, status: int, body, **headers) -> None:
+    """Answer with JSON, or with bytes as they are."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    handler.send_response(status)
+    for key, value in headers.items():
+        handler.send_header(key.replace("_", "-"), str(value))
+    handler.send_header("content-length", str(len(raw)))
+    handler.end_headers()
+    handler.wfile.write(raw)
+
+
+@contextmanager
+def client(*urls: str, name="mean", timeout_s=5.0, **more) -> Iterator[RemoteReward]:
+    reward = RemoteReward(name, Servers({name: list(urls)}, timeout_s, **more))
+    try:
+        yield reward
+    finally:
+        reward.close()
+
+
+def mean(batch) -> dict[str, np.ndarray]:
+    """A score that tells which picture it was computed from."""
+    return {"mean": np.array([float(image.mean()) for image in batch.images])}
+
+
+def pictures(count: int, side: int = 8, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return list(rng.integers(0, 256, (count, side, side + 1, 3), dtype=np.uint8))
+
+
+def blank(count: int) -> tuple[list[str], list[dict]]:
+    return [""] * count, [{}] * count
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def start(name: str, port: int, *more: str) -> subprocess.Popen:
+    """Serve in a process of its own, and wait until it does."""
+    command = [sys.executable, "-m", "flow_grpo.reward_server", "--reward", name, "--port"]
+    process = subprocess.Popen(
+        [*command, str(port), *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/health")
+            return process
+        except httpx.TransportError:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.1)

@@ -1,0 +1,95 @@
+"""What an epoch hands to its updates, on a tiny pipeline: prompts, windows, advantages, weights.
+
+Each group of four is sampled in two calls, and one prompt stands twice in the data set.
+"""
+
+import pytest
+import running
+import torch
+
+from flow_grpo.rewards.jpeg import jpeg_incompressibility
+from flow_grpo.sampling import to_uint8
+from flow_grpo.training import loop
+
+pytestmark = pytest.mark.usefixtures("fresh_logs")
+
+LINES = ["a cat", "a cat", "three green cubes", "a sign", "two dogs"]
+NUM_GROUPS = GROUP_SIZE = 4
+BATCH_SIZE = 2
+
+
+@pytest.fixture
+def arguments(files, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.txt").write_text("\n".join(LINES))
+
+    def make(**overrides):
+        return running.arguments(
+            files,
+            dataset=tmp_path,
+            sample__train_batch_size=BATCH_SIZE,
+            sample__num_batches_per_epoch=NUM_GROUPS * GROUP_SIZE // BATCH_SIZE,
+            sample__num_image_per_prompt=GROUP_SIZE,
+            sample__global_std=True,
+            **overrides,
+        )
+
+    return make
+
+
+def epochs(run, number):
+    for run.epoch in range(number):
+        yield loop.collect(run)[0]
+
+
+def grouped(values):
+    return values.unflatten(0, (NUM_GROUPS, GROUP_SIZE))
+
+
+def test_an_advantage_belongs_to_the_picture_beside_it(arguments):
+    run = running.prepare(arguments())
+    for rollout in epochs(run, 2):
+        decoded = (run.pipeline.decode(z, run.size) for z in rollout.final.split(BATCH_SIZE))
+        pictures = [picture for call in decoded for picture in to_uint8(call)]
+        none = [None] * len(pictures)
+        rewards = jpeg_incompressibility(pictures, none, none)["jpeg_incompressibility"]
+        rewards = grouped(torch.from_numpy(rewards))
+        expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
+        assert len(expected.unique()) == expected.numel()
+        torch.testing.assert_close(grouped(rollout.advantages), expected.float())
+        assert (rollout.weights == 1).all()
+
+
+def test_every_lap_through_the_prompts_holds_each_line_once(arguments):
+    run, slots = running.prepare(arguments()), []
+    for rollout in epochs(run, 5):
+        prompts = rollout.batch.prompts
+        slots += prompts[::GROUP_SIZE]
+        assert [p for p in prompts[::GROUP_SIZE] for _ in range(GROUP_SIZE)] == prompts
+        assert grouped(rollout.batch.group).tolist() == [[g] * GROUP_SIZE for g in range(4)]
+        assert grouped(rollout.batch.member).tolist() == [[0, 1, 2, 3]] * NUM_GROUPS
+    laps = [slots[i : i + len(LINES)] for i in range(0, len(slots), len(LINES))]
+    assert len(laps) == 4 and all(sorted(lap) == sorted(LINES) for lap in laps)
+
+
+def test_a_group_has_one_window_and_groups_and_epochs_have_others(arguments):
+    run, windows = running.prepare(arguments()), []
+    for rollout in epochs(run, 4):
+        steps = grouped(rollout.steps)
+        assert (steps == steps[:, :1]).all()
+        windows.append(steps[:, 0, 0])
+    windows = torch.stack(windows)  # (epochs, groups)
+    assert (windows != windows[:1]).any() and (windows != windows[:, :1]).any()
+
+
+def test_nft_samples_with_its_old_policy(arguments):
+    run = running.prepare(arguments(objective="nft", sample__noise_level=0.0))
+    (before,) = epochs(run, 1)
+    with torch.no_grad():
+        for _, param in run.trained_parameters():
+            param.mul_(1.1)
+    (after,) = epochs(run, 1)
+    assert torch.equal(after.final, before.final)
+    run.snapshots.update("old", 0.0)
+    (moved,) = epochs(run, 1)
+    assert not torch.equal(moved.final, before.final)

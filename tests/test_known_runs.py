@@ -1,0 +1,181 @@
+"""Every run of config/grpo.py trains for an epoch through its own script, on a tiny pipeline.
+
+What makes it small is overridden: the model's folder, the data, the reward, all sizes, and fp16,
+which needs a GPU. What makes it the run it is stays: steps, window, kernel, guidance, KL, EMA,
+objective, LoRA.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import running
+import tiny
+from PIL import Image
+
+from config import grpo
+from flow_grpo.training import launch, plan
+from flow_grpo.training.report import read_metrics
+
+ROOT = Path(__file__).parent.parent
+RUNS = [
+    name
+    for name, run in vars(grpo).items()
+    if inspect.isfunction(run) and run.__module__ == grpo.__name__ and not name.startswith("_")
+]
+RUNS.remove("get_config")
+FAST = {"clipscore_sd3", "geneval_sd3_fast_nocfg"}
+SLOW = {  # 39 trained steps; 19 of videos; the script and class of another
+    "compressibility",
+    "general_ocr_wan2_1",
+    "counting_qwenimage_edit_2509",
+    "pickscore_sd3_5_large",
+}
+
+
+def scripts() -> dict[str, tuple[Path, str]]:
+    """Return the script and pipeline patch of each model that a script trains by default."""
+    found = {}
+    for path in (ROOT / "scripts").glob("train_*.py"):
+        family, default = re.findall(r'"([\w./]+:\w+)"', path.read_text())[-2:]
+        run = default.partition(":")[2]
+        model = grpo.get_config(run).pretrained.model if run in RUNS else path.stem
+        found[model] = (path, family)
+    found["stabilityai/stable-diffusion-3.5-medium"] = found.pop("train_sd3")
+    return found
+
+
+def script_of(model: str) -> tuple[Path, str]:
+    """The script of this model, or of the most similar name of the same owner."""
+    owner = model.split("/")[0]
+    near = [name for name in SCRIPTS if name.split("/")[0] == owner]
+    assert near, f"no script's default config has a model of {owner}"
+    return SCRIPTS[max(near, key=lambda name: difflib.SequenceMatcher(None, name, model).ratio())]
+
+
+def marked(name: str):
+    """Mark a run as slow unless it is the first of its model, or in FAST."""
+    models = [grpo.get_config(run).pretrained.model for run in RUNS[: RUNS.index(name) + 1]]
+    slow = name in SLOW or (models[-1] in models[:-1] and name not in FAST)
+    return pytest.param(name, marks=pytest.mark.slow) if slow else name
+
+
+SCRIPTS = scripts()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """Return the function that writes a family's tiny pipeline once."""
+    folder, known = tmp_path_factory.mktemp("models"), {}
+
+    def write(family: str) -> Path:
+        if family not in known:
+            names = [n for n, (cls, _) in tiny.MODELS.items() if family == _path(cls)]
+            known[family] = tiny.save(names[0], folder / names[0])
+        return known[family]
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of two data sets: prompts, and prompts with a reference picture."""
+    folder = tmp_path_factory.mktemp("data")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    rows = [{"prompt": prompt, "image": "reference.png"} for prompt in running.PROMPTS[:2]]
+    for name in ("texts", "edits"):
+        (folder / name).mkdir()
+    Image.fromarray(pixels).save(folder / "edits" / "reference.png")
+    for split in ("train", "test"):
+        (folder / "texts" / f"{split}.txt").write_text("\n".join(running.PROMPTS[:2]))
+        text = "\n".join(map(json.dumps, rows))
+        (folder / "edits" / f"{split}_metadata.jsonl").write_text(text)
+    return folder
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__name__}"
+
+
+def arguments(name: str, model: Path, data: Path, logs: Path) -> list[str]:
+    config = grpo.get_config(name)
+    edits = config.dataset.endswith("edit")
+    sizes = {
+        "pretrained.model": model,
+        "dataset": data / ("edits" if edits else "texts"),
+        "reward_fn": {"jpeg_incompressibility": 1.0},
+        "logdir": logs,
+        "run_name": name,
+        "tracker": "none",
+        "num_epochs": 1,
+        "resolution": 32,
+        "max_sequence_length": tiny.parts.LENGTH,
+        "sample.eval_num_steps": 2,
+        "sample.train_batch_size": 2,
+        "sample.test_batch_size": 2,
+        "sample.num_image_per_prompt": 4,
+        "sample.num_batches_per_epoch": 4,
+        "train.gradient_accumulation_steps": 2,
+    }
+    if config.num_frames > 1:
+        sizes |= {"height": 32, "width": 32, "num_frames": 5}
+    if config.mixed_precision == "fp16":
+        sizes["mixed_precision"] = "no"
+    return [f"--config=config/grpo.py:{name}", *(f"--config.{k}={v}" for k, v in sizes.items())]
+
+
+@pytest.mark.parametrize("name", map(marked, RUNS))
+def test_the_run_trains_for_an_epoch_through_its_script(
+    name, tiny_model, data, tmp_path, monkeypatch
+):
+    config = grpo.get_config(name)
+    script, family = script_of(config.pretrained.model)
+    statuses = []
+    monkeypatch.setattr(launch, "leave", statuses.append)
+    monkeypatch.setattr(
+        sys, "argv", [str(script), *arguments(name, tiny_model(family), data, tmp_path)]
+    )
+    monkeypatch.chdir(ROOT)
+    with running.fresh_process():
+        runpy.run_path(str(script), run_name="__main__")
+    assert statuses == [0]
+
+    folder = tmp_path / name
+    ran = json.loads((folder / "config.json").read_text())
+    assert ran["objective"] == config.objective
+    for key in ("num_steps", "noise_level", "sde_type", "sde_window_size", "guidance_scale"):
+        assert ran["sample"][key] == config.sample[key], key
+    for key in ("beta", "cfg", "clip_range", "ema", "learning_rate", "lora_rank"):
+        assert ran["train"][key] == config.train[key], key
+    updates = read_metrics(folder, "update")
+    assert len(updates) == 2 and all(np.isfinite(row["loss"]) for row in updates)
+    assert updates[0]["grad_norm"] > 0
+    assert any((folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_run_fits_the_number_of_gpus_that_its_docstring_names(name):
+    says = getattr(grpo, name).__doc__
+    gpus, groups = re.search(r"(\d+) GPU", says), re.search(r"(\d+) groups", says)
+    assert gpus, f"{name}'s docstring must say on how many GPUs it has its number of groups"
+    sample = grpo.get_config(name).sample
+    pictures = int(gpus[1]) * sample.train_batch_size * sample.num_batches_per_epoch
+    wanted = int(groups[1]) if groups else plan.PUBLISHED_GROUPS
+    assert pictures == wanted * sample.num_image_per_prompt
+
+
+@pytest.mark.parametrize("name", grpo.NOT_YET)
+def test_a_published_run_of_a_model_that_is_not_here_says_so(name):
+    with pytest.raises(ValueError, match=f"{name} trains Bagel, which is not here yet"):
+        grpo.get_config(name)
+    with pytest.raises(ValueError) as error:
+        grpo.get_config("pickscore_bage")
+    assert "bagel" not in str(error.value)

@@ -1,0 +1,77 @@
+"""Two ranks, each with half the rows, against one rank with all of them: the toy of toy.py."""
+
+import os
+import socket
+from pathlib import Path
+
+import torch
+from forking import FORKED
+from toy import make_run, plan_of, roll_out
+
+from flow_grpo.sampling import Draw
+from flow_grpo.training import loop, scoring
+
+NUM_GROUPS, GROUP_SIZE = 3, 8  # the second group lies on both ranks
+MISSING = [1, 2, 3, 5, 20]  # rows without a score: the ranks' weights differ
+
+
+def one_update(folder, rank, num_ranks):
+    """Sample, score and update once with this rank's share of the rows; saves what came out."""
+    run = make_run(
+        folder,
+        plan_of(NUM_GROUPS, GROUP_SIZE),
+        torch.optim.SGD,
+        sample__sde_window_size=2,
+        train__learning_rate=1.0,
+        train__max_grad_norm=0.0,
+    )
+    rollout = roll_out(run)  # of every row: its noise and window know no rank
+    scores = -((rollout.final.double() - 1) ** 2).mean(1)
+    scores[MISSING] = torch.nan
+    share = len(rollout) // num_ranks
+    mine = slice(rank * share, (rank + 1) * share)
+    rollout, scores = rollout.rows(mine), scores[mine]
+    metrics = scoring.weigh(run, rollout, {"avg": scores.numpy()})
+    size = 4
+    micros = [rollout.rows(slice(i, i + size)) for i in range(0, share, size)]
+    loop.take_step(run, micros, Draw(0, (0, 0)))
+    shift = run.snapshots.values("policy").popitem()[1]
+    found = {name: getattr(rollout, name) for name in ("advantages", "weights", "steps")}
+    torch.save({**found, "shift": shift, "metrics": metrics}, Path(folder) / f"{rank}.pt")
+
+
+def as_rank(folder, rank, num_ranks, port):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+    one_update(folder, rank, num_ranks)
+    torch.distributed.destroy_process_group()
+
+
+def on_two_ranks(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        FORKED.Process(target=as_rank, args=(folder, rank, 2, port), daemon=True) for rank in (0, 1)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    one_update(tmp_path / "one", 0, 1)
+    one = torch.load(tmp_path / "one" / "0.pt")
+    two = on_two_ranks(tmp_path / "two")
+    for name in ("steps", "advantages", "weights"):
+        assert torch.equal(torch.cat([rank[name] for rank in two]), one[name]), name
+    assert one["weights"].sum() == NUM_GROUPS * GROUP_SIZE - len(MISSING)
+    assert two[0]["metrics"] == two[1]["metrics"] == one["metrics"]
+    assert torch.equal(two[0]["shift"], two[1]["shift"]) and one["shift"].any()
+    torch.testing.assert_close(two[0]["shift"], one["shift"], rtol=1e-5, atol=1e-7)

@@ -1,0 +1,262 @@
+"""report.html: what a run leaves for a person, seen with a browser's eyes."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import running
+from PIL import Image
+
+from flow_grpo.training import provenance, report
+from flow_grpo.training.reporting import charts, facts, page, pictures, plots, recorded
+from flow_grpo.training.sheets import contact_sheet, cut_sheet
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+OPTIONS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+PROBE = """<script>addEventListener("load", () => {
+  const all = (css, read) => Array.from(document.querySelectorAll(css), read);
+  const seen = {
+    before: all("img.before", i => [i.naturalWidth, i.width]),
+    after: all("img.after", i => [i.naturalWidth, i.width]),
+    captions: all(".pair > p", p => p.textContent),
+    values: all(".tile .values", v => v.textContent),
+    evaluations: all(".evaluations tr", r => Array.from(r.children, c => c.textContent)),
+    drawings: all("figure", f => ({
+      title: f.querySelector("b").textContent,
+      width: f.querySelector("svg").getBoundingClientRect().width,
+      curves: Array.from(f.querySelectorAll("[id*=line2d] > path")).filter(
+        p => !p.closest("defs") && p.getTotalLength() > 20
+          && p.style.stroke.includes("--series") | p.style.stroke.includes("--ramp")
+        ).map(p => getComputedStyle(p).stroke),
+    })),
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    loaded: performance.getEntriesByType("resource").map(e => e.name)
+      .filter(name => !name.startsWith("data:")),
+  };
+  document.body.innerHTML = "<pre id=seen></pre>";
+  document.getElementById("seen").textContent = JSON.stringify(seen);
+});</script>"""
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def folder(files, tmp_path_factory) -> Path:
+    """A run of one epoch, resumed for a second one; its prompts have tags."""
+    data, logs = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("logs")
+    rows = [{"prompt": p, "tag": "long" if len(p) > 9 else "short"} for p in running.PROMPTS]
+    for split in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (data / f"{split}_metadata.jsonl").write_text(lines)
+    chosen = {"dataset": data, "logdir": logs, "run_name": "seen & done", "eval_freq": 1}
+    running.train(running.arguments(files, **chosen, num_epochs=1))
+    return running.train(running.arguments(files, **chosen, resume_from="latest")).folder
+
+
+def browse(page_: Path, profile: Path, *options: str) -> str:
+    profile.mkdir()
+    command = [CHROMIUM, *OPTIONS, f"--user-data-dir={profile}", *options, page_.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def seen(page_: Path, tmp_path: Path, width: int) -> dict:
+    """What a browser made of the page once all was loaded."""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page_.read_text().replace("</body>", PROBE + "</body>"))
+    dom = browse(probed, tmp_path / "profile", f"--window-size={width},2000", "--dump-dom")
+    return json.loads(html.unescape(re.search(r'<pre id="seen">(.*?)</pre>', dom, re.DOTALL)[1]))
+
+
+class References(HTMLParser):
+    """Collects what a page would load: addresses in attributes and in styles."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.addresses, self._in_style = set(), [], False
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self._in_style = tag == "style"
+        for name, value in attrs:
+            if name in ("src", "srcset", "href", "xlink:href", "poster", "data", "action"):
+                self.addresses.append(value)
+            elif name in ("style", "clip-path", "fill", "mask", "filter"):
+                self._find(value)
+
+    def handle_data(self, data):
+        if self._in_style:
+            assert "@import" not in data
+            self._find(data)
+            self._in_style = False
+
+    def _find(self, css):
+        self.addresses += re.findall(r"url\(['\"]?([^)]*)", css)
+
+
+def test_a_run_leaves_a_page_that_is_small_and_loads_nothing(folder):
+    text = (folder / "report.html").read_text()
+    assert len(text.encode()) < 5_000_000 and "<h1>seen &amp; done</h1>" in text
+    found = References()
+    found.feed(text)
+    assert len(found.addresses) > 20 and {"img", "svg", "style"} <= found.tags
+    assert [a for a in found.addresses if not a.startswith(("data:", "#"))] == []
+    assert not found.tags & {"script", "iframe", "object", "embed", "base", "video", "audio"}
+
+
+@browser
+def test_a_browser_shows_the_curves_the_pictures_and_the_numbers(folder, tmp_path):
+    found = seen(folder / "report.html", tmp_path, 1200)
+    assert found["loaded"] == [] and found["overflow"] == 0
+    for side in ("before", "after"):
+        assert len(found[side]) == len(running.PROMPTS)
+        assert all(natural == 32 and shown > 50 for natural, shown in found[side])
+    assert found["captions"] == running.PROMPTS
+    evals = report.read_metrics(folder, "eval")
+    assert [row["epoch"] for row in evals] == [0, 1, 2]
+    score = "jpeg_incompressibility"
+    first, *_, last = (facts.number(row[score]) for row in evals)
+    assert found["values"] == [f"{first}→{last}"]
+    cells = [[str(r["step"]), str(r["epoch"]), facts.number(r[score])] for r in evals]
+    assert found["evaluations"] == [["step", "epoch", score], *cells]
+    drawn = {drawing["title"]: drawing for drawing in found["drawings"]}
+    assert {score, "long", "short", "Mean reward", "Loss", "Seconds of an epoch"} <= set(drawn)
+    assert all(drawing["width"] > 150 for drawing in found["drawings"])
+    curves = {title: drawing["curves"] for title, drawing in drawn.items()}
+    assert curves[score] == curves["Loss"] == ["rgb(31, 111, 92)"]  # the page's --series-1
+    updates = report.read_metrics(folder, "update")
+    steps = {key for row in updates for key in row if key.startswith("approx_kl/")}
+    assert len(steps) == 4 and len(set(curves["Approximate KL"])) == 4  # each has its colour
+
+
+@browser
+@pytest.mark.parametrize("scheme, paper", [("1", (251, 250, 248)), ("0", (20, 22, 26))])
+def test_the_page_is_painted_in_light_and_in_dark(folder, tmp_path, scheme, paper):
+    shot = tmp_path / "shot.png"
+    colours = f"--blink-settings=preferredColorScheme={scheme}"
+    size = "--window-size=1200,2500"
+    browse(folder / "report.html", tmp_path / "profile", size, colours, f"--screenshot={shot}")
+    pixels = np.asarray(Image.open(shot).convert("RGB"))
+    assert tuple(pixels[0, 0]) == paper
+    packed = pixels.astype(np.int64) @ (65536, 256, 1)
+    assert len(np.unique(packed)) > 500
+    inked = (pixels != paper).any(axis=2)
+    assert (inked.reshape(25, -1).mean(axis=1) > 0.005).all()  # no empty stretch
+
+
+@browser
+def test_nothing_sticks_out_on_a_phone(folder, tmp_path):
+    inner, outer = tmp_path / "inner.html", tmp_path / "outer.html"
+    tell = "parent.postMessage(document.documentElement.scrollWidth, '*')"
+    text = (folder / "report.html").read_text()
+    inner.write_text(text.replace("</body>", f"<script>onload = () => {tell}</script></body>"))
+    outer.write_text(  # a window is never that narrow
+        "<script>onmessage = e => document.body.textContent = `width ${e.data}`</script>"
+        '<iframe src="inner.html" width="360" height="700" style="border: 0"></iframe>'
+    )
+    dom = browse(outer, tmp_path / "profile", "--virtual-time-budget=3000", "--dump-dom")
+    assert "width 360" in dom
+
+
+def test_every_launch_is_kept_with_what_it_takes_to_repeat_it(folder):
+    first, second = json.loads((folder / provenance.FILE).read_text())
+    assert first["resumed_from"] is None and second["resumed_from"] == "checkpoint-2"
+    assert "--config.resume_from=latest" in second["command"]
+    assert first["command"].startswith("python train.py --config=")
+    assert first["versions"]["torch"] and first["machine"]["cores"] > 0
+    text = html.unescape((folder / "report.html").read_text())
+    assert second["command"] in text and f"torch {first['versions']['torch']}" in text
+
+
+def test_settings_that_differ_from_the_base_are_marked(folder):
+    found = {one.key: one for one in facts.settings(recorded.load(folder))}
+    assert (found["sample.num_steps"].value, found["sample.num_steps"].default) == ("5", "10")
+    assert found["sample.num_steps"].changed and found["reward_fn"].changed
+    assert not found["seed"].changed and not found["run_name"].changed
+
+
+def test_a_comparison_draws_the_other_run_over_this_one(folder, tmp_path, capsys):
+    mine, other = tmp_path / "mine", tmp_path / "control"
+    shutil.copytree(folder, mine)
+    shutil.copytree(folder, other)
+    report.main([str(mine), "--compare", str(other)])
+    assert capsys.readouterr().out.strip() == str(mine / "report.html")
+    text = (mine / "report.html").read_text()
+    assert "Runs compared" in text and "<td>control</td>" in text
+    run, control = recorded.load(mine), recorded.load(other)
+    drawn = charts.evaluation(run, [control]) + charts.tags(run, [control])
+    assert [[s.label for s in chart.series] for chart in drawn] == [["mine", "control"]] * 3
+    assert [s.dashed for s in drawn[0].series] == [False, True]
+
+
+def test_a_folder_without_a_run_is_refused_by_hand_and_only_warned_of_in_training(tmp_path):
+    with pytest.raises(SystemExit, match="has no config.json: a run's folder"):
+        report.main([str(tmp_path)])
+    with pytest.warns(UserWarning, match="report.html was not drawn"):
+        report.redraw(tmp_path)
+
+
+def test_the_module_draws_from_the_command_line(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    command = [sys.executable, "-m", "flow_grpo.training.report", str(tmp_path / "run")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+    assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
+
+
+def test_intervals_become_bands_and_are_no_scores_of_their_own(tmp_path):
+    ends = {"shapes_low": 0.2, "shapes_high": 0.6, "shapes_low/two": 0.1, "shapes_high/two": 0.9}
+    row = {"kind": "eval", "epoch": 0, "step": 0, "shapes": 0.5, "shapes/two": 0.4, "avg": 0.5}
+    rows = [row | ends, row | ends | {"epoch": 2, "step": 8, "shapes": 0.6}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "config.json").write_text(json.dumps({"reward_fn": {"shapes": 1.0}}))
+    table = report.table(tmp_path)
+    assert [line.split()[0] for line in table.splitlines()] == ["step", "shapes", "avg"]
+    run = recorded.load(tmp_path)
+    assert run.scores() == ["shapes"] and run.tags() == ["two"]  # avg is the same again
+    (whole,), (tag,) = charts.evaluation(run, []), charts.tags(run, [])
+    assert whole.series[0].low == [0.2, 0.2] and whole.series[0].high == [0.6, 0.6]
+    assert tag.series[0].low == [0.1, 0.1] and tag.series[0].y == [0.4, 0.4]
+    (change,) = facts.changes(run)
+    assert (change.difference, change.rises) == ("+0.100", True)
+    assert change.interval_after == "0.200 – 0.600"
+
+
+@pytest.mark.parametrize("side", [32, 200])
+def test_cutting_a_sheet_gives_its_pictures_back(side):
+    generator = np.random.default_rng(0)
+    images = list(generator.integers(0, 256, (7, side // 2, side, 3), dtype=np.uint8))
+    cut = cut_sheet(contact_sheet(images, num_columns=3), 7, (side // 2, side), num_columns=3)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in cut]), images)
+
+
+def test_many_large_pictures_are_made_small_enough(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "run")
+    run = recorded.load(tmp_path / "run")
+    generator = np.random.default_rng(0)
+    noise = list(generator.integers(0, 256, (48, 256, 256, 3), dtype=np.uint8))
+    sheet = contact_sheet(noise, num_columns=12)
+    for row in (run.evals[0], run.evals[-1]):
+        sheet.save(run.folder / "images" / f"eval-{row['step']:06d}.png", compress_level=0)
+    layout = {"num_columns": 12, "size": (256, 256), "prompts": ["noise"] * 48}
+    (run.folder / "images" / "eval.json").write_text(json.dumps(layout))
+    text = page.render(run, [])
+    assert 2_000_000 < len(text.encode()) < page.MOST_BYTES
+    assert pictures.encode(Image.fromarray(noise[0]), 256).startswith("data:image/jpeg")
+    assert text.count("data:image/jpeg") == 2 * 48
+
+
+def test_a_long_curve_is_thinned_to_means_and_gaps_stay_gaps():
+    np.testing.assert_array_equal(plots.thin([1.0, 3.0, 5.0, 7.0], most=2), [2.0, 6.0])
+    thinned = plots.thin([1.0, float("nan"), float("inf"), float("nan")], most=2)
+    assert thinned[0] == 1.0 and np.isnan(thinned[1])
+    series = plots.Series("loss", list(range(50_000)), [0.5] * 50_000, plots.colour(0))
+    assert len(plots.draw(plots.Chart("Loss", "", [series]), "x")) < 30_000

@@ -1,0 +1,451 @@
+"""Whole runs whose rewards come over HTTP, fail, or are several."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import running
+import serving
+import torch
+from fixtures import randn
+from serving import serve
+
+from flow_grpo.advantages import gdpo_advantages
+from flow_grpo.rewards.jpeg import jpeg_incompressibility
+from flow_grpo.training import alarm, launch, preflight, scoring, settings
+from flow_grpo.training.diversity import SIDE, diversity, thumbnails
+from flow_grpo.training.prompts import Prompt
+from flow_grpo.training.report import read_metrics
+
+ROOT = Path(__file__).parent.parent
+NAME = "jpeg_incompressibility"
+EVALUATED = 8  # pictures of an evaluation: 6 prompts in batches of 4
+pytestmark = pytest.mark.usefixtures("fresh_logs")
+
+
+def over_http(url: str, **more) -> dict:
+    return {"reward_urls": {NAME: [url]}, "reward_timeout": 5.0, **more}
+
+
+def kilobytes(batch) -> dict[str, np.ndarray]:
+    return jpeg_incompressibility(batch.images, batch.prompts, batch.metadata)
+
+
+class Failing:
+    """Scores, until it is told otherwise."""
+
+    def __init__(self, after: float = math.inf, rows: int = 0):
+        self.num_scored, self.after, self.rows = 0, after, rows
+
+    def __call__(self, batch) -> dict[str, np.ndarray]:
+        self.num_scored += len(batch)
+        if self.num_scored > self.after:
+            raise RuntimeError("out of memory")
+        scores = kilobytes(batch)
+        scores[NAME][: self.rows] = np.nan
+        return scores
+
+
+def rows(run, kind: str) -> list[dict]:
+    return [row for row in running.metrics(run.folder) if row["kind"] == kind]
+
+
+def same_weights(one, other) -> bool:
+    ours, theirs = running.weights(one.folder), running.weights(other.folder)
+    return all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_scored_over_http_is_the_run_scored_here(files):
+    local = running.train(running.arguments(files, run_name="here"))
+    with serve(kilobytes, name=NAME) as server:
+        remote = running.train(running.arguments(files, run_name="there", **over_http(server.url)))
+        assert server.batcher.num_scored == 2 * 16 + 2 * EVALUATED
+    assert running.metrics(local.folder) == running.metrics(remote.folder)
+    assert same_weights(remote, local)
+    assert rows(remote, "epoch")[0]["reward/zero_std_fraction"] <= 0.5
+
+
+@pytest.mark.parametrize("dies", ["in the first epoch", "in the second one"])
+def test_a_run_whose_reward_fails_saves_stops_and_goes_on_as_if_nothing_had_been(files, dies):
+    whole = running.train(running.arguments(files, run_name="whole"))
+    after = EVALUATED + (8 if dies == "in the first epoch" else 16 + 8)
+    failing = Failing(after)
+    with serve(failing, name=NAME) as server:
+        argv = running.arguments(files, run_name="broken", **over_http(server.url))
+        broken = running.prepare(argv)
+        assert launch.execute(broken) == 1
+        assert broken.epoch == (dies != "in the first epoch")
+        assert len(rows(broken, "epoch")) == broken.epoch
+        failing.after = math.inf
+        resumed = running.train([*argv, "--config.resume_from=latest"])
+    assert rows(resumed, "epoch") == rows(whole, "epoch") and same_weights(resumed, whole)
+
+
+def test_the_message_of_a_run_that_stops_names_reward_url_and_remedy(files, capsys):
+    with serve(Failing(EVALUATED), name=NAME) as server:
+        more = over_http(server.url, reward_timeout=20.0)
+        argv = running.arguments(files, run_name="message", **more)
+        assert launch.execute(running.prepare(argv)) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"reward '{NAME}' failed: {server.url}: status 500: RuntimeError: out of" in message
+    assert "saved in" in message and "--config.resume_from=latest" in message
+
+
+def test_masked_pictures_leave_their_groups_and_the_others_train(files):
+    """A server that fails for the first call of each epoch: 4 of its 16 pictures are masked."""
+    calls = []
+
+    def score(batch):
+        calls.append(len(batch))
+        if len(calls) in (3, 7):  # 2 are evaluation's
+            raise ValueError("no")
+        return kilobytes(batch)
+
+    with serve(score, name=NAME, max_rows=4) as server:
+        argv = over_http(server.url, on_reward_error="mask", reward_timeout=20.0)
+        run = running.train(running.arguments(files, run_name="mask", **argv))
+    found = [row["reward/missing"] for row in rows(run, "epoch")]
+    assert sum(found) > 0 and max(found) <= 8
+    assert all(np.isfinite(row["loss"]) for row in rows(run, "update"))
+    assert all(torch.isfinite(value).all() for value in running.weights(run.folder).values())
+
+
+def test_too_many_masked_pictures_stop_the_run_after_saving(files, capsys):
+    with serve(Failing(EVALUATED), name=NAME) as server:
+        argv = running.arguments(
+            files, run_name="masked", on_reward_error="mask", **over_http(server.url)
+        )
+        run = running.prepare(argv)
+        assert launch.execute(run) == 1
+    message = capsys.readouterr().err
+    assert "16 of 16 pictures could not be scored" in message
+    assert "config.max_masked_fraction=0.5" in message and "out of memory" in message
+    assert (run.folder / "checkpoints" / "checkpoint-0").is_dir()
+
+
+@pytest.mark.parametrize("fraction, status", [(0.2, 1), (0.25, 0)])
+def test_the_fraction_is_of_the_pictures_of_an_epoch(files, fraction, status):
+    """The server finds one of four pictures unscorable."""
+    with serve(Failing(rows=1), name=NAME, max_rows=4) as server:
+        argv = over_http(server.url, max_masked_fraction=fraction, reward_timeout=20.0)
+        argv |= {"sample__test_batch_size": 4, "eval_max_samples": 4, "num_epochs": 1}
+        run = running.prepare(running.arguments(files, run_name=f"f{fraction}", **argv))
+        assert launch.execute(run) == status
+
+
+def test_a_local_reward_that_hangs_ends_the_run(files, monkeypatch, capsys):
+    run = running.prepare(running.arguments(files, run_name="hang", reward_timeout=0.3))
+    monkeypatch.setattr("flow_grpo.training.run.PATIENCE_S", 0.2)
+    ended, honest, calls = threading.Event(), run.scorer.score, []
+
+    def hangs(*arguments):
+        calls.append(1)
+        if len(calls) > 3:
+            ended.wait(60)
+        return honest(*arguments)
+
+    run.scorer.score = hangs
+    assert launch.execute(run) == 1
+    ended.set()
+    assert "the rewards gave no scores for 0.5 s" in capsys.readouterr().err
+
+
+def test_a_reward_fails_on_evaluation_as_it_does_in_training(files):
+    with serve(Failing(0), name=NAME) as server:
+        run = running.prepare(running.arguments(files, run_name="ev", **over_http(server.url)))
+        assert launch.execute(run) == 1 and run.epoch == 0
+
+
+# Several rewards.
+
+
+def config_of(**keys):
+    argv = [f"--config.{key.replace('__', '.')}={value}" for key, value in keys.items()]
+    return settings.load(["x", *argv], "config/testbed.py:shapes_sd3")[0]
+
+
+def test_gdpo_trains_its_own_sum_and_masks_what_lacks_a_reward():
+    config = config_of(
+        reward_aggregation="gdpo",
+        reward_fn={"shapes": 1.0, "jpeg_compressibility": 0.5, "shapes_strict": 0.0},
+    )
+    group = torch.arange(24) // 6
+    scores = {name: randn(24, seed=n) for n, name in enumerate(config.reward_fn)}
+    scores["shapes_strict"][3] = float("nan")  # only monitored
+    scores["shapes"][7] = float("nan")
+    scores["avg"] = scores["shapes"] + 0.5 * scores["jpeg_compressibility"]
+    found = scoring.combine(config, scores, group)
+    weights = {"shapes": 1.0, "jpeg_compressibility": 0.5}
+    truth = gdpo_advantages({name: scores[name] for name in weights}, weights, group)
+    assert found.isnan().nonzero().flatten().tolist() == [7]
+    kept = torch.arange(24) != 7
+    torch.testing.assert_close(found[kept], truth[kept], rtol=0, atol=0)
+    config.reward_aggregation = "sum"
+    assert scoring.combine(config, scores, group) is scores["avg"]
+
+
+def test_a_run_with_gdpo_has_the_advantages_of_gdpo(files):
+    """And not those of the sum, which the reward of the larger scale rules."""
+    both = {"jpeg_incompressibility": 1.0, "jpeg_compressibility": 1.0}
+    kept = {}
+    for how in ("sum", "gdpo"):
+        argv = running.arguments(
+            files,
+            run_name=how,
+            reward_fn=both,
+            reward_aggregation=how,
+            num_epochs=1,
+            train__adv_clip_max=100.0,
+        )
+        run = running.prepare(argv)
+        honest = run.objective.points
+        kept[how] = {}
+
+        def points(micro, draw, how=how, honest=honest):
+            for g, m, a in zip(
+                micro.batch.group.tolist(),
+                micro.batch.member.tolist(),
+                micro.advantages.tolist(),
+                strict=True,
+            ):
+                kept[how][g, m] = a
+            return honest(micro, draw)
+
+        run.objective.points = points
+        assert launch.execute(run) == 0
+    assert set(kept["sum"]) == set(kept["gdpo"]) and len(kept["gdpo"]) == 16
+    # size / 1000 - size / 500,000: the sum goes with the size, and GDPO's two parts cancel.
+    assert max(map(abs, kept["gdpo"].values())) < 1e-3 < max(map(abs, kept["sum"].values()))
+
+
+def test_held_out_rewards_are_scored_in_evaluations_only_and_do_not_train(files):
+    plain = running.train(running.arguments(files, run_name="plain"))
+    watched = running.train(
+        running.arguments(
+            files, run_name="watched", eval_reward_fn=("jpeg_compressibility",), eval_freq=1
+        )
+    )
+    evals = rows(watched, "eval")
+    assert len(evals) == 3 and all("jpeg_compressibility_low" in row for row in evals)
+    assert all("reward/jpeg_compressibility" not in row for row in rows(watched, "epoch"))
+    assert evals[0]["avg"] == rows(plain, "eval")[0]["avg"] and same_weights(watched, plain)
+    files = sorted(path.name for path in (watched.folder / "evaluations").iterdir())
+    assert files == ["000000.csv", "000002.csv", "000004.csv"]
+
+
+@pytest.mark.parametrize("action, status", [("warn", 0), ("stop", 1)])
+def test_the_alarm_is_raised_when_the_held_out_reward_falls(files, action, status, capsys):
+    """jpeg_compressibility falls as its opposite is trained."""
+    argv = running.arguments(
+        files,
+        run_name=action,
+        eval_reward_fn=("jpeg_compressibility",),
+        eval_freq=1,
+        num_epochs=3,
+        hacking_alarm=action,
+    )
+    run = running.prepare(argv)
+    honest, rounds = run.scorer.score, []
+
+    def rising(images, prompts, metadata, references, group, held_out):
+        scores = honest(images, prompts, metadata, references, group, held_out)
+        if held_out:  # more with each evaluation, though the untrained model stays what it is
+            rounds.append(len(images))
+            rise = sum(rounds) // len(running.PROMPTS) * (1 + 0.01 * np.arange(len(images)))
+            scores["avg"] = scores["avg"] + rise
+            scores["jpeg_compressibility"] = scores["jpeg_compressibility"] - rise
+        return scores
+
+    run.scorer.score = rising
+    assert launch.execute(run) == status
+    output = "".join(capsys.readouterr())
+    assert "reward hacking: since the second evaluation before" in output
+    assert "held-out rewards fell: jpeg_compressibility [-" in output
+    if action == "warn":
+        assert [row["hacking_alarm"] for row in rows(run, "eval")] == [0, 0, 1, 1]
+    else:
+        assert run.epoch == 2 and (run.folder / "checkpoints" / "checkpoint-4").is_dir()
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"prompt {n}") for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "trained, held_out, expected",
+    [(0.5, -0.5, True), (0.5, 0.0, False), (0.5, 0.5, False), (0.0, -0.5, False), (-1, -1, False)],
+)
+def test_the_alarm_needs_both_changes_to_be_clear_of_zero(tmp_path, trained, held_out, expected):
+    rng, texts = np.random.default_rng(0), prompts(60)
+    before = {name: rng.normal(size=60) for name in ("avg", "other")}
+    noise = {name: rng.normal(scale=0.5, size=60) for name in before}
+    noise = {name: values - values.mean() for name, values in noise.items()}
+    change = {"avg": trained, "other": held_out}
+    now = {name: before[name] + change[name] + noise[name] for name in before}
+    alarm.write(tmp_path, 0, before, texts)
+    alarm.write(tmp_path, 2, {name: values * 0 for name, values in before.items()}, texts)
+    found = alarm.fallen(tmp_path, [0, 2], now, ["other"], texts)
+    assert [each.split()[0] for each in found] == ["other"] * expected
+    assert alarm.fallen(tmp_path, [0], now, ["other"], texts) == []  # too early to tell
+    assert alarm.fallen(tmp_path, [0, 2], now, ["other"], texts[::-1]) == []  # other prompts
+
+
+def test_diversity_is_the_mean_distance_of_pictures_within_their_groups():
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (7, SIDE, SIDE, 3), dtype=np.uint8))
+    group = np.array([0, 0, 0, 1, 1, 2, 2])
+    images[6] = images[5]
+    pairs = [(0, 1), (0, 2), (1, 2), (3, 4), (5, 6)]
+    floats = [image.astype(float) / 255 for image in images]
+    truth = np.mean([np.sqrt(((floats[i] - floats[j]) ** 2).mean()) for i, j in pairs])
+    assert diversity(thumbnails(images), group) == pytest.approx(truth, rel=1e-12)
+    order = rng.permutation(7)
+    shuffled = diversity(thumbnails([images[i] for i in order]), group[order])
+    assert shuffled == pytest.approx(truth, rel=1e-12)
+    assert math.isnan(diversity(thumbnails(images[:2]), np.array([0, 1])))
+    large = [np.kron(image, np.ones((4, 4, 1), np.uint8)) for image in images]
+    assert diversity(thumbnails(large), group) == pytest.approx(truth, rel=1e-12)
+    black, white = np.zeros((9, 64, 48, 3), np.uint8), np.full((9, 64, 48, 3), 255, np.uint8)
+    assert diversity(thumbnails([black, white]), np.zeros(2)) == 1.0  # videos
+
+
+def test_an_epoch_says_how_diverse_its_pictures_are(files):
+    argv = running.arguments(files, run_name="diverse", num_epochs=1)
+    alike = running.arguments(
+        files, run_name="alike", num_epochs=1, sample__same_latent=True, sample__noise_level=1e-3
+    )
+    values = [rows(running.train(each), "epoch")[0]["diversity"] for each in (argv, alike)]
+    assert 0 <= values[1] < values[0] / 2 < 0.5
+
+
+# What is refused at start-up.
+
+
+@pytest.mark.parametrize(
+    "keys, complaint",
+    [
+        ({"reward_timeout": 0.0}, "config.reward_timeout=0.0: a number of seconds above 0"),
+        ({"max_masked_fraction": 1.0}, r"config.max_masked_fraction=1.0: a share .* in \[0, 1\)"),
+        ({"on_reward_error": "ignore"}, "config.on_reward_error='ignore': one of stop, mask"),
+        ({"reward_aggregation": "mean"}, "one of sum, gdpo"),
+        ({"reward_encoding": "bmp"}, "one of raw, png, webp, jpeg"),
+        ({"hacking_alarm": "warn"}, "it watches the held-out rewards, and there are none"),
+        ({"eval_reward_fn": "('shapes',)"}, "'shapes' is trained"),
+        ({"eval_reward_fn": "('shaps',)"}, "Did you mean 'shapes'"),
+        ({"reward_token_file": "no", "reward_urls": {"shapes": ["http://a:1"]}}, "can't be read"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_loads(keys, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        preflight.check(config_of(**keys), 1)
+
+
+def test_a_server_that_is_down_is_named_before_anything_loads():
+    url = f"http://127.0.0.1:{serving.free_port()}"
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=f"server of reward 'shapes' at {url} does not answer"):
+        preflight.check(config_of(reward_urls={"shapes": [url]}), 1)
+    assert time.monotonic() - start < 10
+
+
+def test_a_reward_that_only_its_server_knows_may_be_trained():
+    with serve(kilobytes, name="my_own") as server:
+        preflight.check(
+            config_of(reward_fn={"my_own": 1.0}, reward_urls={"my_own": [server.url]}), 1
+        )
+    with pytest.raises(ValueError, match="there is no reward 'my_own'"):
+        preflight.check(config_of(reward_fn={"my_own": 1.0}), 1)
+
+
+# Processes of their own.
+
+
+def train(folder: Path, name: str, port: int, *more: str) -> subprocess.Popen:
+    """Train the testbed in a process of its own, its pictures scored by a server."""
+    small = {
+        "num_epochs": 3,
+        "eval_max_samples": 20,
+        "sample.train_batch_size": 48,
+        "sample.num_batches_per_epoch": 2,
+        "train.gradient_accumulation_steps": 1,
+        "logdir": folder,
+        "run_name": name,
+        "tracker": "none",
+        "save_freq": 1,
+        "reward_urls": {"shapes": [f"http://127.0.0.1:{port}"]},
+    }
+    flags = [f"--config.{key}={value}" for key, value in small.items()]
+    command = [sys.executable, "scripts/train_sd3.py", "--config=config/testbed.py:shapes_sd3"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, *flags, *more], cwd=ROOT, env=environment, **pipes)
+
+
+@pytest.mark.slow
+def test_the_testbed_trains_with_its_checker_behind_a_server(tmp_path):
+    port = serving.free_port()
+    server = serving.start("shapes", port)
+    output, _ = (process := train(tmp_path, "http", port)).communicate(timeout=600)
+    server.send_signal(signal.SIGTERM)
+    assert process.returncode == 0, output
+    assert server.wait(30) == 0
+    epochs = read_metrics(tmp_path / "http", "epoch")
+    assert len(epochs) == 3
+    assert all(row["reward/zero_std_fraction"] <= 0.5 for row in epochs)
+    first, last = (
+        torch.load(tmp_path / "http" / "checkpoints" / f"checkpoint-{n}" / "optimizer.pt")
+        for n in (2, 6)
+    )
+    assert first.keys() == last.keys()
+    weights = [
+        running.load_file(tmp_path / f"http/checkpoints/checkpoint-{n}/weights.safetensors")
+        for n in (2, 6)
+    ]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_a_run_outlives_a_server_that_is_killed_and_comes_back_and_stops_if_it_does_not(tmp_path):
+    port = serving.free_port()
+    server = serving.start("shapes", port)
+    process = train(tmp_path, "back", port, "--config.reward_timeout=120")
+    metrics = tmp_path / "back" / "metrics.jsonl"
+    while not (metrics.exists() and '"epoch"' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    server.kill()
+    server.wait()
+    time.sleep(2)
+    server = serving.start("shapes", port)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert len(read_metrics(tmp_path / "back", "epoch")) == 3
+
+    process = train(tmp_path, "gone", port, "--config.reward_timeout=5")
+    metrics = tmp_path / "gone" / "metrics.jsonl"
+    while not (metrics.exists() and '"kind": "epoch"' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    server.kill()
+    server.wait()
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, output
+    assert f"reward 'shapes' failed: http://127.0.0.1:{port}: no scores" in output
+    assert "Traceback" not in output and "--config.resume_from=latest" in output
+    server = serving.start("shapes", port)
+    more = ("--config.resume_from=latest",)
+    output, _ = (process := train(tmp_path, "gone", port, *more)).communicate(timeout=600)
+    server.send_signal(signal.SIGTERM)
+    server.wait(30)
+    assert process.returncode == 0, output
+    ours, theirs = (read_metrics(tmp_path / name, "epoch") for name in ("gone", "back"))
+    assert [row["reward/avg"] for row in ours] == [row["reward/avg"] for row in theirs]
