@@ -105,6 +105,14 @@ def client(*urls: str, name="mean", timeout_s=5.0, **more) -> Iterator[RemoteRew
         reward.close()
 
 
+def wait_for_requests(server: Running, count: int) -> None:
+    """Wait until so many requests are with a server."""
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{server.url}/health").json()["waiting"] < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def mean(batch) -> dict[str, np.ndarray]:
     """A score that tells which picture it was computed from."""
     return {"mean": np.array([float(image.mean()) for image in batch.images])}

@@ -394,8 +394,7 @@ def test_a_full_queue_says_when_to_come_back():
 
     with serve(wait, queue=2) as server, ThreadPoolExecutor(2) as pool:
         held = [pool.submit(post, server.url, exact(ONE)) for _ in range(2)]
-        while HTTP.get(f"{server.url}/health").json()["waiting"] < 2:
-            time.sleep(0.01)
+        serving.wait_for_requests(server, 2)
         answer = post(server.url, exact(ONE))
         assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
         go.set()

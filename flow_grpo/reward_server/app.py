@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flow_grpo.reward_server.batcher import Batcher, Unscorable
 from flow_grpo.rewards import wire
@@ -161,6 +162,21 @@ class Service:
                 self._finished.popitem(last=False)
 
 
+class Counted:
+    """Count the answers by status. FastAPI's own kind of middleware would copy every body."""
+
+    def __init__(self, app: ASGIApp, statuses: Counter[int]):
+        self._app, self._statuses = app, statuses
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._statuses[message["status"]] += 1
+            await send(message)
+
+        await self._app(scope, receive, counting)
+
+
 def create_app(reward: str, batcher: Batcher, limits: Limits, token: str = "") -> FastAPI:
     """Return the application. token: what every request must bring; "": nothing."""
     service = Service(reward, batcher, limits)
@@ -189,12 +205,7 @@ def create_app(reward: str, batcher: Batcher, limits: Limits, token: str = "") -
     app.get("/metrics")(service.metrics)
     app.post("/score", openapi_extra={"requestBody": body})(service.score)
 
-    @app.middleware("http")
-    async def count(request: Request, call_next) -> JSONResponse:
-        response = await call_next(request)
-        service.statuses[response.status_code] += 1
-        return response
-
+    app.add_middleware(Counted, statuses=service.statuses)
     return app
 
 

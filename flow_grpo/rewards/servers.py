@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import ml_collections
 import numpy as np
 
-from flow_grpo.rewards.base import Reward
+from flow_grpo.rewards.base import Reward, check_package
 
 MIN_TOKEN = 16  # characters
 ENCODINGS = ("raw", "png", "webp", "jpeg")
@@ -46,6 +46,10 @@ def of(config: ml_collections.ConfigDict) -> Servers:
                 f"config.eval_reward_fn has a reward {name!r}. Add it there, with weight 0 to "
                 f"monitor it, or remove the URL."
             )
+    if urls:
+        check_package("httpx", "rewards")
+        if config.reward_encoding != "raw":
+            check_package("msgpack", "server")
     token_file = config.reward_token_file
     token = read_token(token_file, "config.reward_token_file") if token_file and urls else ""
     return Servers(urls, config.reward_timeout, token, config.reward_encoding)

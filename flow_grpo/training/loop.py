@@ -97,6 +97,7 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
         scored = run.scores(pending)
     rollout = Rollout.cat(parts)
     scores = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+    run.check_masked(scores["avg"])
     metrics = weigh(run, rollout, scores)
     if run.epoch % config.eval_freq == 0:
         name = f"rollout-{run.updater.num_updates:06d}"

@@ -78,8 +78,7 @@ class Evaluator:
     def scores(self, pending: list[Future]) -> list[dict[str, np.ndarray]]:
         """Wait for scores, a dict of (B,) for each future, of equal keys on all ranks.
 
-        Raises Stopped, on all ranks, where one failed or more than config.max_masked_fraction of
-        the rows have no score.
+        Raises Stopped, on all ranks, where one failed.
         """
         failure, scores = "", []
         patience_s = PATIENCE_S + self.config.reward_timeout * self.scorer.num_rewards
@@ -97,12 +96,10 @@ class Evaluator:
         if failures := [each for each, _ in world if each]:
             raise Stopped(failures[0])
         names = dict.fromkeys(name for _, each in world for name in each)
-        scores = [_complete(part, names) for part in scores]
-        self._check_masked(np.concatenate([part["avg"] for part in scores] or [np.empty(0)]))
-        return scores
+        return [_complete(part, names) for part in scores]
 
-    def _check_masked(self, average: np.ndarray) -> None:
-        """average: (N,) of this rank."""
+    def check_masked(self, average: np.ndarray) -> None:
+        """Stop where too few of an epoch's pictures have a score. average: (N,) of this rank."""
         counts = [float(np.isnan(average).sum()), float(len(average))]
         masked, total = self.total(torch.tensor(counts, device=self.accelerator.device)).tolist()
         if masked > self.config.max_masked_fraction * total:

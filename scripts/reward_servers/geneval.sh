@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# GenEval's detector and CLIP: geneval.sh [--device cuda:0] [--set geneval_detector=/models/mask2former] ...
+exec bash "$(dirname "${BASH_SOURCE[0]}")/serve.sh" geneval "torch transformers scipy" --port 18087 "$@"

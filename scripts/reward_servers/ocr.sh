@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# OCR on CPUs other than the trainer's: ocr.sh [--set ocr_processes=16] ...
+exec bash "$(dirname "${BASH_SOURCE[0]}")/serve.sh" ocr "rapidocr onnxruntime rapidfuzz" --port 18088 "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# PickScore, on a GPU if there is one: pickscore.sh [--device cuda:0] [--set pickscore=/models/PickScore_v1] ...
+exec bash "$(dirname "${BASH_SOURCE[0]}")/serve.sh" pickscore "torch transformers" --port 18085 "$@"
