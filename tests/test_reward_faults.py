@@ -72,7 +72,7 @@ def test_the_circuit_closes_once_the_server_is_healthy_again(monkeypatch):
             reply(handler, 200, GOOD)
 
     with faulty(answer) as (url, seen), client(url, timeout_s=0.5) as reward:
-        with pytest.raises(Unavailable, match="status 503: loading"):
+        with pytest.raises(Unavailable, match=f"{url}: no scores after"):
             call(reward)
         time.sleep(0.3)
         with pytest.raises(Unavailable, match="is not healthy: status 503"):

@@ -86,7 +86,7 @@ class RemoteReward(Reward):
         self._open_until, self._last_error = 0.0, ""  # 0: the circuit is closed
         self._loop: asyncio.AbstractEventLoop | None = None  # from the first call on
         self._client: httpx.AsyncClient | None = None
-        self._starting = threading.Lock()
+        self._starting, self._closed = threading.Lock(), False
         self._slots = asyncio.Semaphore(SLOTS * len(self._endpoints))
         self._random = random.Random()
 
@@ -117,6 +117,8 @@ class RemoteReward(Reward):
         return scores
 
     def close(self) -> None:
+        with self._starting:
+            self._closed = True
         if self._loop is None:
             return
 
@@ -130,10 +132,11 @@ class RemoteReward(Reward):
         with suppress(FutureTimeout):
             asyncio.run_coroutine_threadsafe(end(), self._loop).result(HEALTH_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._loop = None
 
     def _start(self) -> None:
         with self._starting:
+            if self._closed:
+                raise Refused(f"{self._endpoints[0].url}: the run is ending")
             if self._loop is not None:
                 return
             self._client, loop = connect(self.servers), asyncio.new_event_loop()
@@ -201,7 +204,7 @@ class RemoteReward(Reward):
                 pause = max(pause * self._random.uniform(0.5, 1), error.after_s)
                 if num_scorer_failures == MAX_SCORER_FAILURES:
                     raise Refused(f"{endpoint.url}: {error}") from None
-                if time.monotonic() + pause > deadline:
+                if pause > 0.7 * (deadline - time.monotonic()):  # too late for one more
                     raise Unavailable(
                         f"{endpoint.url}: no scores after {num_attempts} attempt(s) within "
                         f"config.reward_timeout={self.servers.timeout_s:g} s; the last: {error}"
