@@ -118,8 +118,8 @@ class RemoteReward(Reward):
 
     def close(self) -> None:
         with self._starting:
-            self._closed = True
-        if self._loop is None:
+            ended, self._closed = self._closed or self._loop is None, True
+        if ended:
             return
 
         async def end() -> None:
