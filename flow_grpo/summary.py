@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flow_grpo.bootstrap import interval, paired_interval
+from flow_grpo.bootstrap import interval, mean, paired_interval
+
+MEAN_OF_TAGS = "mean_of_tags"  # stands where a tag does: each tag counts alike, as in GenEval
 
 
 class Summary(NamedTuple):
-    """One score over all rows, or over those of a tag."""
+    """One score over all rows, over those of a tag, or the mean of the tags' means."""
 
     score: str
-    tag: str  # "": all rows
+    tag: str  # "": all rows; or MEAN_OF_TAGS
     num_rows: int  # that were scored
     num_missing: int
     num_prompts: int  # distinct, among the scored rows
@@ -30,10 +32,10 @@ class Summary(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One score of two checkpoints on the same rows and noise, over all rows or those of a tag."""
+    """One score of two checkpoints on the same rows and noise; rows as in a Summary."""
 
     score: str
-    tag: str  # "": all rows
+    tag: str
     num_rows: int  # that both scored
     difference: float  # mean of second - first
     low: float  # of the difference's paired 95 % interval
@@ -55,7 +57,7 @@ def summarise(
     """
     summaries = []
     for name, values in scores.items():
-        for tag, rows in _by_tag(tags):
+        for tag, rows, strata in _by_tag(tags):
             chosen, texts = values[rows], [prompts[row] for row in rows]
             present = ~np.isnan(chosen)
             num_rows = int(present.sum())
@@ -66,8 +68,8 @@ def summarise(
                     num_rows,
                     len(rows) - num_rows,
                     len({text for text, kept in zip(texts, present, strict=True) if kept}),
-                    float(chosen[present].mean()) if num_rows else float("nan"),
-                    *interval(chosen, texts),
+                    mean(chosen, strata),
+                    *interval(chosen, texts, strata),
                 )
             )
     return summaries
@@ -82,7 +84,7 @@ def compare(
     """Compare row by row the scores that both have; arguments as summarise()."""
     comparisons = []
     for name in (name for name in first if name in second):
-        for tag, rows in _by_tag(tags):
+        for tag, rows, strata in _by_tag(tags):
             ours, theirs = first[name][rows], second[name][rows]
             difference = theirs - ours
             present = difference[~np.isnan(difference)]
@@ -91,8 +93,8 @@ def compare(
                     name,
                     tag,
                     len(present),
-                    float(present.mean()) if len(present) else float("nan"),
-                    *paired_interval(ours, theirs, [prompts[row] for row in rows]),
+                    mean(difference, strata),
+                    *paired_interval(ours, theirs, [prompts[row] for row in rows], strata),
                     int((present > 0).sum()),
                     int((present == 0).sum()),
                     int((present < 0).sum()),
@@ -136,12 +138,19 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
         writer.writerows(rows)
 
 
-def _by_tag(tags: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield "" with all row numbers, then each tag with its own."""
+def _by_tag(tags: Sequence[str]) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
+    """Yield "" with all row numbers, each tag with its own, and from two tags on their mean.
+
+    The third is each row's stratum, of which every one counts alike, or None.
+    """
     array = np.array(tags, dtype=object)
-    yield "", np.arange(len(array))
-    for tag in sorted(set(tags) - {""}):
-        yield tag, np.flatnonzero(array == tag)
+    names = sorted(set(tags) - {""})
+    yield "", np.arange(len(array)), None
+    for tag in names:
+        yield tag, np.flatnonzero(array == tag), None
+    if len(names) > 1:
+        tagged = np.flatnonzero(array != "")
+        yield MEAN_OF_TAGS, tagged, array[tagged].tolist()
 
 
 def _cell(value: float, low: float, high: float, sign: str = "") -> str:

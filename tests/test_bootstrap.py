@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flow_grpo import bootstrap
-from flow_grpo.bootstrap import interval, paired_interval
-from flow_grpo.summary import compare, outcomes, summarise, table, write_csv
+from flow_grpo.bootstrap import interval, mean, paired_interval
+from flow_grpo.summary import MEAN_OF_TAGS, compare, outcomes, summarise, table, write_csv
 
 NAN = float("nan")
 
@@ -100,18 +100,51 @@ def test_chunks_do_not_change_the_draws(monkeypatch):
     assert whole[0] < narrow[0] < narrow[1] < whole[1]
 
 
+def test_strata_count_alike_and_are_drawn_apart():
+    rng = np.random.default_rng(9)
+    sizes = {"large": 300, "small": 30, "middle": 60}
+    strata = [name for name, size in sizes.items() for _ in range(size)]
+    values = np.concatenate([rng.normal(n, 1 + n, size) for n, size in enumerate(sizes.values())])
+    parts = [values[np.array(strata) == name] for name in sizes]
+    centre = np.mean([part.mean() for part in parts])
+    assert mean(values, strata) == pytest.approx(centre) != pytest.approx(values.mean(), abs=0.1)
+    low, high = interval(values, [str(n) for n in range(len(values))], strata)
+    error = sum(part.var(ddof=1) / len(part) for part in parts) ** 0.5 / 3
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert (low + high) / 2 == pytest.approx(centre, abs=0.2 * error)
+
+
+def test_a_stratum_of_one_prompt_gives_no_interval_and_one_without_a_score_no_mean():
+    strata = ["x", "x", "y"]
+    assert np.isnan(interval(np.array([0.0, 1.0, 1.0]), list("abc"), strata)).all()
+    assert mean(np.array([0.0, 1.0, 1.0]), strata) == 0.75
+    assert np.isnan(mean(np.array([0.0, 1.0, NAN]), strata))
+
+
 SCORES = {"a": np.array([0.0, 1.0, NAN, 1.0]), "b": np.array([NAN, NAN, 2.0, 3.0])}
 TAGS, PROMPTS = ["x", "x", "y", ""], ["one", "two", "two", "three"]
 
 
 def test_a_summary_averages_all_rows_and_those_of_each_tag():
     rows = {(row.score, row.tag): row for row in summarise(SCORES, TAGS, PROMPTS)}
-    assert list(rows) == [(name, tag) for name in "ab" for tag in ("", "x", "y")]
+    assert list(rows) == [(name, tag) for name in "ab" for tag in ("", "x", "y", MEAN_OF_TAGS)]
     everything = rows["a", ""]
     assert everything[2:6] == (3, 1, 3, pytest.approx(2 / 3))
     assert everything[6:] == interval(SCORES["a"], PROMPTS)
     assert rows["b", "x"][2:5] == (0, 2, 0) and np.isnan(rows["b", "x"].mean)
     assert rows["b", "y"][2:6] == (1, 0, 1, 2.0) and np.isnan(rows["b", "y"].low)
+
+
+def test_the_mean_of_tags_is_the_benchmarks_score():
+    scores = {"a": np.array([1.0, 1, 0, 0, 1, 1, NAN, 9])}
+    tags = ["x", "x", "x", "x", "y", "y", "y", ""]
+    rows = {row.tag: row for row in summarise(scores, tags, list("abcdefgh"))}
+    assert rows[MEAN_OF_TAGS][2:6] == (6, 1, 6, 0.75)
+    assert rows[MEAN_OF_TAGS][6:] == interval(scores["a"][:7], list("abcdefg"), tags[:7])
+    assert MEAN_OF_TAGS not in {row.tag for row in summarise(scores, ["x"] * 8, list("abcdefgh"))}
+    less = {"a": scores["a"] - np.array([0, 0, 0, 0, 1, 1, 1, 1])}
+    change = {row.tag: row for row in compare(scores, less, tags, list("abcdefgh"))}
+    assert change[MEAN_OF_TAGS][2:4] == (6, -0.5)
 
 
 def test_a_comparison_counts_rows_and_pairs_them(tmp_path):
@@ -131,6 +164,6 @@ def test_a_comparison_counts_rows_and_pairs_them(tmp_path):
 
 def test_the_table_has_a_line_a_score_and_a_column_a_tag():
     lines = table(summarise(SCORES, TAGS, PROMPTS)).splitlines()
-    assert lines[0].split() == ["all", "x", "y"]
-    assert lines[1].split()[:2] == ["a", "0.667"] and lines[1].split()[-1] == "-"
-    assert lines[2].split()[-2:] == ["-", "2.000"] and len({len(line) for line in lines}) == 1
+    assert lines[0].split() == ["all", "x", "y", MEAN_OF_TAGS]
+    assert lines[1].split()[:2] == ["a", "0.667"] and lines[1].split()[-2:] == ["-", "-"]
+    assert lines[2].split()[-3:] == ["-", "2.000", "-"] and len({len(line) for line in lines}) == 1

@@ -193,7 +193,8 @@ def test_a_comparison_draws_the_other_run_over_this_one(folder, tmp_path, capsys
     assert "Runs compared" in text and "<td>control</td>" in text
     run, control = recorded.load(mine), recorded.load(other)
     drawn = charts.evaluation(run, [control]) + charts.tags(run, [control])
-    assert [[s.label for s in chart.series] for chart in drawn] == [["mine", "control"]] * 3
+    assert [[s.label for s in chart.series] for chart in drawn] == [["mine", "control"]] * 4
+    assert [chart.title for chart in drawn[1:]] == ["long", "short", "mean_of_tags"]
     assert [s.dashed for s in drawn[0].series] == [False, True]
 
 

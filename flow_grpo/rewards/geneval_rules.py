@@ -128,12 +128,6 @@ def strict_and_soft(
     return correct, sum(marks) / len(marks) if marks else 0.0
 
 
-def overall(correct: Sequence[float], tags: Sequence[str]) -> float:
-    """Return the benchmark's score: the mean over tags of each tag's mean."""
-    values, names = np.asarray(correct, np.float64), np.asarray(tags)
-    return float(np.mean([values[names == name].mean() for name in np.unique(names)]))
-
-
 def check_row(row: Mapping) -> None:
     """Raise ValueError if a row can't be judged: it would score 0 for ever."""
     if not row.get("include"):

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from flow_grpo.summary import MEAN_OF_TAGS
+
 
 def read_metrics(folder: Path, kind: str) -> list[dict]:
     """Return the rows of one kind (update | epoch | eval) of a run's metrics.jsonl."""
@@ -23,8 +25,9 @@ def score_names(row: dict) -> list[str]:
 
 
 def tag_names(row: dict) -> list[str]:
-    """Return the tags of an evaluation's row, sorted."""
-    return sorted({key.split("/", 1)[1] for key in row if "/" in key})
+    """Return the tags of an evaluation's row, sorted, and then their mean if there is one."""
+    found = {key.split("/", 1)[1] for key in row if "/" in key}
+    return sorted(found, key=lambda tag: (tag == MEAN_OF_TAGS, tag))
 
 
 def interval(row: dict, name: str, tag: str | None = None) -> tuple[float, float] | None:
