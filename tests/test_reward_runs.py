@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,7 +20,6 @@ from flow_grpo.rewards.jpeg import jpeg_incompressibility
 from flow_grpo.training import alarm, launch, preflight, scoring, settings
 from flow_grpo.training.diversity import SIDE, diversity, thumbnails
 from flow_grpo.training.prompts import Prompt
-from flow_grpo.training.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
 NAME = "jpeg_incompressibility"
@@ -364,88 +359,3 @@ def test_a_reward_that_only_its_server_knows_may_be_trained():
         )
     with pytest.raises(ValueError, match="there is no reward 'my_own'"):
         preflight.check(config_of(reward_fn={"my_own": 1.0}), 1)
-
-
-# Processes of their own.
-
-
-def train(folder: Path, name: str, port: int, *more: str) -> subprocess.Popen:
-    """Train the testbed in a process of its own, its pictures scored by a server."""
-    small = {
-        "num_epochs": 3,
-        "eval_max_samples": 20,
-        "sample.train_batch_size": 48,
-        "sample.num_batches_per_epoch": 2,
-        "train.gradient_accumulation_steps": 1,
-        "logdir": folder,
-        "run_name": name,
-        "tracker": "none",
-        "save_freq": 1,
-        "reward_urls": {"shapes": [f"http://127.0.0.1:{port}"]},
-    }
-    flags = [f"--config.{key}={value}" for key, value in small.items()]
-    command = [sys.executable, "scripts/train_sd3.py", "--config=config/testbed.py:shapes_sd3"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *flags, *more], cwd=ROOT, env=environment, **pipes)
-
-
-@pytest.mark.slow
-def test_the_testbed_trains_with_its_checker_behind_a_server(tmp_path):
-    port = serving.free_port()
-    server = serving.start("shapes", port)
-    output, _ = (process := train(tmp_path, "http", port)).communicate(timeout=600)
-    server.send_signal(signal.SIGTERM)
-    assert process.returncode == 0, output
-    assert server.wait(30) == 0
-    epochs = read_metrics(tmp_path / "http", "epoch")
-    assert len(epochs) == 3
-    assert all(row["reward/zero_std_fraction"] <= 0.5 for row in epochs)
-    first, last = (
-        torch.load(tmp_path / "http" / "checkpoints" / f"checkpoint-{n}" / "optimizer.pt")
-        for n in (2, 6)
-    )
-    assert first.keys() == last.keys()
-    weights = [
-        running.load_file(tmp_path / f"http/checkpoints/checkpoint-{n}/weights.safetensors")
-        for n in (2, 6)
-    ]
-    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-
-
-@pytest.mark.slow
-def test_a_run_outlives_a_server_that_is_killed_and_comes_back_and_stops_if_it_does_not(tmp_path):
-    port = serving.free_port()
-    server = serving.start("shapes", port)
-    process = train(tmp_path, "back", port, "--config.reward_timeout=120")
-    metrics = tmp_path / "back" / "metrics.jsonl"
-    while not (metrics.exists() and '"epoch"' in metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    server.kill()
-    server.wait()
-    time.sleep(2)
-    server = serving.start("shapes", port)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    assert len(read_metrics(tmp_path / "back", "epoch")) == 3
-
-    process = train(tmp_path, "gone", port, "--config.reward_timeout=5")
-    metrics = tmp_path / "gone" / "metrics.jsonl"
-    while not (metrics.exists() and '"kind": "epoch"' in metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    server.kill()
-    server.wait()
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 1, output
-    assert f"reward 'shapes' failed: http://127.0.0.1:{port}: no scores" in output
-    assert "Traceback" not in output and "--config.resume_from=latest" in output
-    server = serving.start("shapes", port)
-    more = ("--config.resume_from=latest",)
-    output, _ = (process := train(tmp_path, "gone", port, *more)).communicate(timeout=600)
-    server.send_signal(signal.SIGTERM)
-    server.wait(30)
-    assert process.returncode == 0, output
-    ours, theirs = (read_metrics(tmp_path / name, "epoch") for name in ("gone", "back"))
-    assert [row["reward/avg"] for row in ours] == [row["reward/avg"] for row in theirs]
