@@ -122,6 +122,9 @@ def base() -> ml_collections.ConfigDict:
     rewards.clip = "openai/clip-vit-large-patch14"
     rewards.pickscore = "yuvalkirstain/PickScore_v1"
     rewards.pickscore_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    rewards.hpsv2 = ""  # HPS_v2.1_compressed.pt
+    rewards.hpsv2_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    rewards.hpsv3 = ""  # HPSv3.safetensors; empty: its package downloads it
     rewards.aesthetic_head = ""  # the MLP's file, sac+logos+ava1-l14-linearMSE.pth
     rewards.imagereward = ""  # ImageReward.pt
     rewards.imagereward_tokenizer = "google-bert/bert-base-uncased"

@@ -5,9 +5,11 @@ with the real weights.
 """
 
 import json
+import signal
 
 import numpy as np
 import pytest
+import serving
 
 from config.base import base
 from flow_grpo.rewards import loading
@@ -49,10 +51,22 @@ def folder(tmp_path, monkeypatch):
     return str(path)
 
 
+PICTURES = [np.full((8, 8 + n % 3, 3), 51 * (n % 6), np.uint8) for n in range(20)]
+WANTED = [(1 + 4 * (n % 6) / 5) / 5 for n in range(20)]
+
+
 def test_score_is_the_opinion_divided_by_five(folder):
     settings = loading.settings(base()) | {"deqa": folder}
     loading.check("deqa", settings, ["p"], [{}])
-    pictures = [np.full((8, 8 + n % 3, 3), 51 * (n % 6), np.uint8) for n in range(20)]
-    found = loading.load("deqa", settings, "cpu")(pictures, ["p"] * 20, [{}] * 20)
-    wanted = [(1 + 4 * (n % 6) / 5) / 5 for n in range(20)]
-    np.testing.assert_allclose(found["deqa"], wanted, atol=1e-6)
+    found = loading.load("deqa", settings, "cpu")(PICTURES, ["p"] * 20, [{}] * 20)
+    np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)
+
+
+def test_a_server_gives_a_client_the_same(folder):
+    port = serving.free_port()
+    server = serving.start("deqa", port, f"--set=deqa={folder}", "--device=cpu")
+    with serving.client(f"http://127.0.0.1:{port}", name="deqa", timeout_s=60.0) as reward:
+        found = reward(PICTURES, ["p"] * 20, [{}] * 20)
+    server.send_signal(signal.SIGTERM)
+    assert server.wait(30) == 0
+    np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)

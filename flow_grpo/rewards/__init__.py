@@ -11,6 +11,8 @@ REWARDS = {
     "clipscore": "flow_grpo.rewards.clipscore:ClipScore",
     "deqa": "flow_grpo.rewards.deqa:DeQA",
     "geneval": "flow_grpo.rewards.geneval:GenEval",
+    "hpsv2": "flow_grpo.rewards.hpsv2:HPSv2",
+    "hpsv3": "flow_grpo.rewards.hpsv3:HPSv3",
     "image_similarity": "flow_grpo.rewards.image_similarity:ImageSimilarity",
     "imagereward": "flow_grpo.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "flow_grpo.rewards.jpeg:jpeg_compressibility",

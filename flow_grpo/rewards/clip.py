@@ -18,8 +18,7 @@ BATCH_SIZE = 32  # pictures or texts a call
 class Clip:
     """A frozen CLIP in fp32. Pictures are prepared by PIL, whether torchvision is there or not."""
 
-    def __init__(self, path: str, processor_path: str, device: str):
-        model = CLIPModel.from_pretrained(path, dtype=torch.float32)
+    def __init__(self, model: CLIPModel, processor_path: str, device: str):
         self.model = model.eval().requires_grad_(False).to(device)
         self.prepare = CLIPImageProcessorPil.from_pretrained(processor_path)
         self.tokenizer = CLIPTokenizer.from_pretrained(processor_path)
@@ -67,4 +66,4 @@ class Clip:
 @cache
 def load(path: str, processor_path: str, device: str) -> Clip:
     """Load a CLIP from a folder or the hub, once a process. processor_path: of its tokenizer."""
-    return Clip(path, processor_path, device)
+    return Clip(CLIPModel.from_pretrained(path, dtype=torch.float32), processor_path, device)

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# HPSv3, whose package pins an old transformers: hpsv3.sh [--device cuda:0] [--set hpsv3=/models/HPSv3.safetensors] ...
+exec bash "$(dirname "${BASH_SOURCE[0]}")/serve.sh" hpsv3 "hpsv3" --port 18089 "$@"
