@@ -68,6 +68,9 @@ def base() -> ml_collections.ConfigDict:
     sample.eval_num_steps = 40
     sample.guidance_scale = 4.5  # <= 1: one conditional pass
     sample.eval_guidance_scale = placeholder(float)  # None: guidance_scale
+    # Both passes of guidance as one of twice the rows, as SD3 and Z-Image always make them: for
+    # Qwen-Image, Wan and FLUX.2 klein, whose stock pipelines make two. It differs by rounding.
+    sample.batched_guidance = False
     sample.train_batch_size = 8  # pictures a call on each rank
     sample.test_batch_size = 8
     sample.num_image_per_prompt = 16  # group size
@@ -115,6 +118,7 @@ def base() -> ml_collections.ConfigDict:
     nft.kl_beta = 1e-4  # velocity-space KL to the reference
     nft.decay = "half"  # old policy: on_policy | half | slow (types 0, 1, 2 of the paper's code)
     nft.num_times = 4  # noise levels drawn for each picture
+    nft.steps = ()  # instead: the levels of these steps of the rollout, for every picture
 
     # Where rewards find what they need: a local path or, for models, a hub id.
     config.rewards = rewards = ml_collections.ConfigDict()

@@ -36,6 +36,32 @@ def test_the_guided_velocity_s_gradient_is_that_of_both_passes_in_proportion(nam
     assert (unconditional - conditional).abs().max() > 0.1 * conditional.abs().max()
 
 
+BATCHED = ("qwenimage", "qwenimage_edit", "qwenimage_edit_2509", "wan", "wan2_2")
+BATCHED += ("flux2_klein", "flux2_klein_edit")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad_to", [LENGTH, 0], ids=["padded", "to the call's longest"])
+@pytest.mark.parametrize("name", BATCHED)
+def test_one_pass_of_twice_the_rows_guides_as_two_passes_do_but_for_rounding(name, pad_to):
+    model = tiny.patched(name)
+    size = Size(64, 64, 5 if name.startswith("wan") else 1)
+    images = [tiny.pictures(name, seed) for seed in (1, 2)]
+    texts = ["a cat", 'a sign that says "two dogs"']
+    batch = prompt_batch(model, size, texts, images, SCALE)
+    conds = (model.collate(rows, pad_to) for rows in (batch.conds, batch.negatives))
+    noise = torch.randn(2, *model.noise_shape(size), generator=torch.Generator().manual_seed(0))
+    inputs = model.initial_latents(size, noise), torch.tensor([0.9, 0.4]), *conds, SCALE, size
+    calls = []
+    hook = model.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    apart = model.velocity(model.transformer, *inputs)
+    model.batches_guidance = True
+    together = model.velocity(model.transformer, *inputs)
+    hook.remove()
+    assert len(calls) == 3
+    assert (together - apart).abs().max() < 1e-5 * apart.abs().max()
+
+
 def test_qwen_image_s_guidance_keeps_the_norm_of_each_conditional_token():
     conditional = torch.tensor([[[3.0, 4], [1, 0]]], requires_grad=True)
     unconditional = torch.tensor([[[1.0, 0], [0, 1]]], requires_grad=True)

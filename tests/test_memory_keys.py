@@ -107,10 +107,11 @@ def flux(tmp_path_factory):
 @pytest.mark.usefixtures("fresh_logs", "backend_restored")
 def test_the_keys_reach_the_model(files, flux):
     keys = {"attention_backend": "_native_math", "vae_tiling": True, "vae_slicing": True}
+    keys |= {"sample__batched_guidance": True}
     argv = running.arguments(files, run_name="keys", pretrained__model=flux, **keys)
     run = running.prepare(argv, "flow_grpo.diffusers_patch.flux:Flux")
     vae = run.pipeline.pipe.vae
-    assert vae.use_tiling and vae.use_slicing
+    assert vae.use_tiling and vae.use_slicing and run.pipeline.batches_guidance
     assert chosen_backends(run.pipeline.transformer) == {"_native_math"}
 
 

@@ -188,6 +188,17 @@ def test_noise_levels_are_drawn_evenly_from_the_rollouts_grid_without_its_end():
     assert ((counts[:5] - 400).abs() < 4 * 400**0.5).all()
 
 
+def test_fixed_steps_give_every_picture_the_same_noise_levels():
+    nft, micro = objective(steps=(1, 3), num_times=7), many()
+    points = nft.points(micro, Draw(1, (0, 0)))
+    assert [point.bins.unique().tolist() for point in points] == [[1], [3]]
+    for point in points:
+        assert torch.equal(point.sigma, SIGMAS[point.bins])
+        wide = point.sigma[:, None, None]
+        close(point.latents, (1 - wide) * micro.final + wide * point.noise, atol=1e-6)
+    assert not torch.equal(points[0].noise, points[1].noise)
+
+
 def test_a_noising_depends_on_epoch_pass_group_member_and_time_alone():
     nft, micro = objective(num_times=2), many(20)
     points = nft.points(micro, Draw(1, (3, 1)))

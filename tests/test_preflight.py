@@ -85,6 +85,7 @@ def test_passes_through_the_transformer_are_counted(config):
         {"sample__guidance_scale": 4.0, "train__cfg": True, "train__beta": 0.1},
         {"train__old_log_prob": "replay", "train__num_inner_epochs": 2},
         {"objective": "nft"},
+        {"objective": "nft", "nft__steps": (0, 2)},
     ],
 )
 def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, changed):
@@ -148,6 +149,16 @@ def test_groups_that_do_not_fill_an_epoch_are_refused_with_the_arithmetic(config
     message = refusal(config)
     assert "2 rank(s) x sample.train_batch_size 4 x sample.num_batches_per_epoch 6 = 48" in message
     assert "not a multiple of sample.num_image_per_prompt 7" in message
+
+
+@pytest.mark.parametrize("steps", [(1, 0), (2, 2), (-1, 3), (4, 10), (0.5,)])
+def test_impossible_noise_levels_are_refused(config, steps):
+    config.nft.steps = (0, 9)
+    preflight.check(config, 2)
+    with config.unlocked():
+        config.nft.steps = steps
+    with pytest.raises(ValueError, match="config.nft.steps=.* from 0 to 9 are needed, as config.s"):
+        preflight.check(config, 2)
 
 
 def test_an_impossible_window_is_refused(config):

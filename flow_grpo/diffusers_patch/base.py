@@ -38,6 +38,7 @@ class PatchedPipeline(Loading):
     lora_target_modules: tuple[str, ...]
     unguided_scale: float = 1.0  # the guidance_scale that means a single, conditional pass
     guides_by_two_passes: bool = True  # False: the scale is one of the transformer's inputs
+    batches_guidance: bool = False  # guide() makes one pass of twice the rows instead of two
     ragged_text: bool = False  # prompts' "embeds" (L, C) differ in L
     negative_prompt: str = ""  # what guidance subtracts
     reference_area: int = 1024 * 1024  # pixels; a larger reference is shrunk to it
@@ -170,11 +171,21 @@ class PatchedPipeline(Loading):
         negative: dict[str, Tensor] | None,
         guidance_scale: float,
     ) -> Tensor:
-        """Guide by two passes, one after the other. predict: the velocity of a conditioning."""
-        conditional = predict(cond)
+        """Guide by two passes one after the other, or by one if `batches_guidance`.
+
+        predict: the velocity of a conditioning's rows, which may be twice the latents'.
+        """
         if not self.needs_negative(guidance_scale):
-            return conditional
-        return self.combine(conditional, predict(negative), guidance_scale)
+            return predict(cond)
+        if self.batches_guidance:
+            passes = predict(self.join(cond, negative)).chunk(2)
+        else:
+            passes = predict(cond), predict(negative)
+        return self.combine(*passes, guidance_scale)
+
+    def join(self, cond: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stack what guide()'s predict reads of two conditionings."""
+        return {"embeds": torch.cat([cond["embeds"], negative["embeds"]])}
 
     def combine(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
         """Guide, given both velocities (B, ...) fp32."""
@@ -223,6 +234,12 @@ class PatchedPipeline(Loading):
                 f"config.resolution={size.height}x{size.width}: height and width must be multiples "
                 f"of {multiple} for this model."
             )
+
+
+def repeat_rows(tensor: Tensor, num_rows: int) -> Tensor:
+    """Repeat all rows (B, ...) until there are num_rows, a multiple of B."""
+    times = num_rows // len(tensor)
+    return tensor if times == 1 else torch.cat([tensor] * times)
 
 
 def _padded(cond: Cond, pad_to: int) -> Cond:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows
 from flow_grpo.diffusers_patch.flux import position_ids
 from flow_grpo.diffusers_patch.packed import Packed, references_of, unpack
 from flow_grpo.rollout import Cond, Size
@@ -93,11 +93,13 @@ class Flux2Klein(Packed):
             places.append(position_ids(REFERENCE_TIME * number, *reference.shape[2:], device))
         places = pad(torch.cat(places), (0, 1))  # (T, 4): time, row, column, word
         words = torch.arange(cond["embeds"].shape[1], device=device)
+        time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
         def predict(rows: dict[str, Tensor]) -> Tensor:
+            num_rows = len(rows["embeds"])
             output = model(
-                hidden_states=tokens.to(self.input_dtype),
-                timestep=sigma * 1000 / 1000,  # as stock does in fp32; in bf16 it rounds before
+                hidden_states=repeat_rows(tokens.to(self.input_dtype), num_rows),
+                timestep=repeat_rows(time, num_rows),
                 guidance=None,
                 encoder_hidden_states=rows["embeds"].to(self.input_dtype),
                 txt_ids=pad(words[:, None], (3, 0)),

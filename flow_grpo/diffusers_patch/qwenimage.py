@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
+from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, unscale_channels
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows, unscale_channels
 from flow_grpo.diffusers_patch.packed import Packed, unpack
 from flow_grpo.rollout import Cond, Size
 
@@ -65,19 +66,33 @@ class QwenImage(Packed):
 
     def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
         tokens, sizes = self.image_tokens(latents, cond, size)
+        time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
         def predict(rows: dict[str, Tensor]) -> Tensor:
+            num_rows = len(rows["embeds"])
             output = model(
-                hidden_states=tokens.to(self.input_dtype),
-                timestep=sigma * 1000 / 1000,  # as stock does in fp32; in bf16 it rounds before
+                hidden_states=repeat_rows(tokens.to(self.input_dtype), num_rows),
+                timestep=repeat_rows(time, num_rows),
                 encoder_hidden_states=rows["embeds"].to(self.input_dtype),
                 encoder_hidden_states_mask=rows.get("mask"),
-                img_shapes=[sizes] * len(latents),
+                img_shapes=[sizes] * num_rows,
                 return_dict=False,
             )[0]
             return output[:, : latents.shape[1]].float()
 
         return self.guide(predict, cond, negative, guidance_scale)
+
+    def join(self, cond: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
+        both = cond["embeds"], negative["embeds"]
+        width = max(embeds.shape[1] for embeds in both)
+        joined = {"embeds": torch.cat([pad(e, (0, 0, 0, width - e.shape[1])) for e in both])}
+        if "mask" in cond or "mask" in negative or both[0].shape[1] != both[1].shape[1]:
+            masks = (
+                pad(rows.get("mask", _all(rows["embeds"])), (0, width - rows["embeds"].shape[1]))
+                for rows in (cond, negative)
+            )
+            joined["mask"] = torch.cat(list(masks))
+        return joined
 
     def combine(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
         """Guide, then give each token the norm of its conditional velocity."""
@@ -104,3 +119,7 @@ class QwenImage(Packed):
 
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         return super().decode(latents, size)[:, :, 0]
+
+
+def _all(embeds: Tensor) -> Tensor:
+    return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)

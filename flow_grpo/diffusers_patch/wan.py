@@ -6,12 +6,12 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.base import PatchedPipeline, unscale_channels
+from flow_grpo.diffusers_patch.base import PatchedPipeline, repeat_rows, unscale_channels
 from flow_grpo.rollout import Cond, Size
 
 
 class Wan(PatchedPipeline):
-    """Guidance by two passes, one after the other, as the stock pipeline makes them.
+    """Text to video, guided as the stock pipeline does.
 
     Released folders ship UniPC, whose steps remember earlier ones, so that none of them alone has a
     log-probability. Here FlowMatchEulerDiscreteScheduler takes its place, with the folder's shift:
@@ -62,9 +62,10 @@ class Wan(PatchedPipeline):
             time = time[:, None].expand(-1, latents[0, 0, :, ::2, ::2].numel())
 
         def predict(rows: dict[str, Tensor]) -> Tensor:
+            num_rows = len(rows["embeds"])
             output = model(
-                hidden_states=latents.to(self.input_dtype),
-                timestep=time,
+                hidden_states=repeat_rows(latents.to(self.input_dtype), num_rows),
+                timestep=repeat_rows(time, num_rows),
                 encoder_hidden_states=rows["embeds"].to(self.input_dtype),
                 return_dict=False,
             )[0]

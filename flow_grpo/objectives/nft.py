@@ -24,17 +24,25 @@ class NFT(Objective):
     def __init__(self, config, sampler: Sampler):
         super().__init__(config, sampler)
         self.beta, self.kl_beta = config.nft.beta, config.nft.kl_beta
-        self.num_times, self.decay = config.nft.num_times, config.nft.decay
+        self.num_times, self.steps = config.nft.num_times, tuple(config.nft.steps)
+        self.decay = config.nft.decay
         self.snapshots = self.anchors = ("old", "reference") if self.kl_beta else ("old",)
 
     def points(self, micro: Rollout, draw: Draw) -> list[Point]:
-        """Noise the final latents at noise levels of the rollout's own grid, drawn per picture."""
+        """Noise the final latents at noise levels of the rollout's own grid.
+
+        At those of config.nft.steps, or at some that are drawn for each picture.
+        """
         device, sigmas = micro.final.device, self.sampler.sigmas
         points = []
-        for k in range(self.num_times):
+        for k in range(len(self.steps) or self.num_times):
             group, member = micro.batch.group.tolist(), micro.batch.member.tolist()
             rows = [(g, m, k) for g, m in zip(group, member, strict=True)]
-            steps = (draw.uniform("time", rows) * (len(sigmas) - 1)).long().to(device)
+            if self.steps:
+                steps = torch.full((len(rows),), self.steps[k])
+            else:
+                steps = (draw.uniform("time", rows) * (len(sigmas) - 1)).long()
+            steps = steps.to(device)
             noise = draw.normal("noising", rows, micro.final.shape[1:]).to(device)
             sigma = sigmas[steps]
             wide = _wide(sigma, noise)

@@ -105,6 +105,7 @@ def load(
     height, width = config.height or config.resolution, config.width or config.resolution
     size = Size(height, width, config.num_frames)
     pipeline.check_size(size)
+    pipeline.batches_guidance = config.sample.batched_guidance
     if config.attention_backend:
         pipeline.transformer.set_attention_backend(config.attention_backend)
     if config.vae_tiling:

@@ -54,12 +54,13 @@ class Plan:
         """Count an epoch's passes of one picture through the transformer, on all ranks.
 
         num_trained: stochastic steps of a picture, which are the points an objective trains unless
-        its section of the config has num_times. guided: sampling makes two passes a step.
+        its section of the config says otherwise. guided: sampling makes two passes a step.
         num_anchors: frozen predictions at each point. Evaluation is not counted.
         """
         pictures, train = self.num_groups * self.group_size, config.train
         own = config.get(config.objective, {})
-        points = pictures * own.get("num_times", num_trained) * (2 if guided and train.cfg else 1)
+        points = len(own.get("steps", ())) or own.get("num_times", num_trained)
+        points *= pictures * (2 if guided and train.cfg else 1)
         trained = points * train.num_inner_epochs
         replayed = config.objective == "grpo" and train.old_log_prob == "replay"
         return {

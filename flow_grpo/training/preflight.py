@@ -77,6 +77,7 @@ def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
         tuple(config.sample.sde_window_range),
         tuple(config.sample.sde_steps),
     )
+    _check_noisings(config)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
@@ -110,6 +111,15 @@ def _check_values(config: ml_collections.ConfigDict) -> None:
     for key in POSITIVE:
         if not 0 < (value := _get(config, key)) < math.inf:
             raise ValueError(f"config.{key}={value}: a number above 0 is needed.")
+
+
+def _check_noisings(config: ml_collections.ConfigDict) -> None:
+    steps, known = list(config.nft.steps), range(config.sample.num_steps)
+    if steps != sorted(set(steps) & set(known)):
+        raise ValueError(
+            f"config.nft.steps={tuple(steps)}: distinct, ascending steps from 0 to {known[-1]} are "
+            f"needed, as config.sample.num_steps={len(known)}; or () to draw nft.num_times."
+        )
 
 
 def _check_rewards(config: ml_collections.ConfigDict) -> None:
