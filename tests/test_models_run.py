@@ -203,6 +203,14 @@ def test_in_bf16_the_log_ratio_is_zero_too(files, name, kind):
     assert run.pipeline.input_dtype == torch.bfloat16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwenimage_edit_2511", "wan", "flux2_klein_edit"])
+def test_with_batched_guidance_the_log_ratio_is_zero_too(files, name):
+    keys = {"num_epochs": 1, "sample__batched_guidance": True}
+    run = running.train(arguments(files, name, run_name=f"{name}-batched", **keys), family(name))
+    assert set(running.gate(run.folder).values()) == {0.0}
+
+
 def test_a_video_is_shown_moving(files):
     run = running.prepare(arguments(files, "wan", run_name="shown"), family("wan"))
     frames = np.arange(FRAMES, dtype=np.uint8)[:, None, None, None] * 50

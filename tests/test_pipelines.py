@@ -61,7 +61,7 @@ MODES = pytest.mark.parametrize(
     [
         (*case, num_steps)
         for case in CASES
-        for num_steps in ((10, 28) if case[0].startswith("sd3") else (6, 28))
+        for num_steps in ((6, 10, 28) if case[0].startswith("sd3") else (6, 28))
     ],
 )
 
