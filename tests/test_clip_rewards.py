@@ -55,15 +55,20 @@ def settings(folder):
     return found | {"clip": folder, "pickscore": folder, "pickscore_processor": folder}
 
 
-def picture_features(model, image):
-    """Shorter side to SIDE, bicubic; the middle; CLIP's mean and std; projected; unit length."""
+def prepared(image, side):
+    """Shorter side to `side`, bicubic; the middle; CLIP's mean and std. (1, 3, side, side) fp64."""
     height, width = image.shape[:2]
     short = min(height, width)
-    size = int(width * SIDE / short), int(height * SIDE / short)
+    size = int(width * side / short), int(height * side / short)
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), np.float64)
-    top, left = (small.shape[0] - SIDE) // 2, (small.shape[1] - SIDE) // 2
-    pixels = (small[top : top + SIDE, left : left + SIDE] / 255 - MEAN) / STD
-    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    top, left = (small.shape[0] - side) // 2, (small.shape[1] - side) // 2
+    pixels = (small[top : top + side, left : left + side] / 255 - MEAN) / STD
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def picture_features(model, image):
+    """Projected, of unit length."""
+    pixels = prepared(image, SIDE).float()
     pooled = model.vision_model(pixel_values=pixels).pooler_output[0]
     found = model.visual_projection.weight.double() @ pooled.double()
     return found / found.norm()

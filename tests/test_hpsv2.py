@@ -6,19 +6,18 @@ Not seen with the released weights.
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from config.base import base
 from flow_grpo.rewards import loading
+from tests.test_clip_rewards import prepared
 from tests.tiny.parts import clip_tokenizer
 
 PATCH, GRID = 8, 4
 SIDE = PATCH * GRID
 SEEN, READ, SHARED, LENGTH = 160, 128, 48, 40  # widths; tokens of a prompt
 HEADS = 2  # of 80 and of 64, as a ViT-H/14 has
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 PROMPTS = ["a red cube", "make it blue", "sign that says three " * 30]
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (*s, 3), dtype=np.uint8) for s in ((40, 40), (36, 70), (80, 33))]
@@ -106,13 +105,7 @@ class ByHand:
         return x
 
     def look(self, image):
-        height, width = image.shape[:2]
-        size = [int(edge * SIDE / min(height, width)) for edge in (width, height)]
-        small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), float)
-        top, left = (size[1] - SIDE) // 2, (size[0] - SIDE) // 2
-        pixels = (small[top : top + SIDE, left : left + SIDE] / 255 - MEAN) / STD
-        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        patches = F.conv2d(pixels, self.weights["visual.conv1.weight"], stride=PATCH)
+        patches = F.conv2d(prepared(image, SIDE), self.weights["visual.conv1.weight"], stride=PATCH)
         x = torch.cat([self.weights["visual.class_embedding"][None], patches[0].flatten(1).T])
         x = self.norm("visual.ln_pre", x + self.weights["visual.positional_embedding"])
         x = self.norm("visual.ln_post", self.layers("visual.transformer", x)[0])

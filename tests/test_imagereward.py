@@ -8,16 +8,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from transformers import BertTokenizer
 
 from config.base import base
 from flow_grpo.rewards import loading
+from tests.test_clip_rewards import prepared
 
 WIDTH, PATCH, GRID = 64, 8, 4
 SIDE = PATCH * GRID
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "cube", "cat"]
 PROMPTS = ["a red cube", "a blue cat", "cat " * 60]
 RNG = np.random.default_rng(0)
@@ -92,14 +91,9 @@ class ByHand:
         return F.layer_norm(x, (WIDTH,), weight, bias, epsilon)
 
     def look(self, image):
-        height, width = image.shape[:2]
-        size = [int(edge * SIDE / min(height, width)) for edge in (width, height)]
-        small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC), float)
-        top, left = (size[1] - SIDE) // 2, (size[0] - SIDE) // 2
-        pixels = (small[top : top + SIDE, left : left + SIDE] / 255 - MEAN) / STD
         v = "blip.visual_encoder."
         kernel, bias = (self.weights[f"{v}patch_embed.proj.{k}"] for k in ("weight", "bias"))
-        patches = F.conv2d(torch.from_numpy(pixels).permute(2, 0, 1)[None], kernel, bias, PATCH)
+        patches = F.conv2d(prepared(image, SIDE), kernel, bias, PATCH)
         x = torch.cat([self.weights[f"{v}cls_token"][0], patches[0].flatten(1).T])
         x = x + self.weights[f"{v}pos_embed"][0]
         for n in range(2):
