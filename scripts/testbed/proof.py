@@ -169,10 +169,10 @@ def main() -> None:
         for job in jobs:
             changes.append(change(out, args.config, *job))
             bar.update()
-    curves = [row for job in runs for row in curve(out, *job)]
-    write_rows(out / "testbed.csv", curves)
     write_rows(out / "testbed_changes.csv", changes)
-    plot(out / "testbed.png", curves, changes)
+    if curves := [row for job in runs for row in curve(out, *job)]:
+        write_rows(out / "testbed.csv", curves)
+        plot(out / "testbed.png", curves, changes)
     print_table(changes)
 
 
