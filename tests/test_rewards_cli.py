@@ -77,8 +77,8 @@ def test_metadata_reaches_the_reward_and_gives_tags_and_prompts(folder, capsys):
     assert [row["file"] for row in written] == ["0.png", "3.png", "1.png"]
     assert [float(row["shapes_strict"]) for row in written] == [1, 0, 1]
     header, strict, dense, count = capsys.readouterr().out.splitlines()
-    assert header.split() == ["all", "empty", "seen"]
-    assert strict.split() == ["shapes_strict", "0.667", "0.000", "1.000"]  # one prompt: no interval
+    assert header.split() == ["all", "empty", "seen", "mean_of_tags"]
+    assert strict.split() == ["shapes_strict", "0.667", "0.000", "1.000", "0.500"]  # no interval
     assert dense.split()[0] == "shapes_dense" and count.startswith("3 pictures, 1 prompts")
 
 
