@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,6 @@ from flow_grpo.training import alarm, launch, preflight, scoring, settings
 from flow_grpo.training.diversity import SIDE, diversity, thumbnails
 from flow_grpo.training.prompts import Prompt
 
-ROOT = Path(__file__).parent.parent
 NAME = "jpeg_incompressibility"
 EVALUATED = 8  # pictures of an evaluation: 6 prompts in batches of 4
 pytestmark = pytest.mark.usefixtures("fresh_logs")
