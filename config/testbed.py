@@ -45,7 +45,7 @@ def shapes_sd3():
     config.num_epochs = 40  # the gradient's norm grows; without an end it would run away
     config.eval_freq = 10
     config.sample.noise_level = 0.0
-    config.nft.steps = (0, 1)  # sigma 1 and .8, where independent gradients agree most
+    config.nft.steps = (0, 1)  # sigma 1 and .8; why: docs/log.md
     config.nft.decay = "on_policy"
     config.nft.kl_beta = 0.1
     config.train.learning_rate = 1e-4

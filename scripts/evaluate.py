@@ -47,6 +47,7 @@ MUST_AGREE = (  # for an evaluation to repeat that of the run
     "sample.eval_num_steps",
     "sample.guidance_scale",
     "sample.eval_guidance_scale",
+    "sample.batched_guidance",
     "sample.test_batch_size",
 )
 

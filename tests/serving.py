@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -146,3 +147,15 @@ def start(name: str, port: int, *more: str) -> subprocess.Popen:
         except httpx.TransportError:
             assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)
+
+
+@contextmanager
+def started(name: str, *more: str) -> Iterator[str]:
+    """Yield the URL of a process that serves a reward, and end it: at SIGTERM it leaves with 0."""
+    server = start(name, port := free_port(), *more)
+    try:
+        yield f"http://127.0.0.1:{port}"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    finally:
+        server.kill()

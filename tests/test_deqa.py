@@ -5,7 +5,6 @@ with the real weights.
 """
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -63,10 +62,9 @@ def test_score_is_the_opinion_divided_by_five(folder):
 
 
 def test_a_server_gives_a_client_the_same(folder):
-    port = serving.free_port()
-    server = serving.start("deqa", port, f"--set=deqa={folder}", "--device=cpu")
-    with serving.client(f"http://127.0.0.1:{port}", name="deqa", timeout_s=60.0) as reward:
+    with (
+        serving.started("deqa", f"--set=deqa={folder}", "--device=cpu") as url,
+        serving.client(url, name="deqa", timeout_s=60.0) as reward,
+    ):
         found = reward(PICTURES, ["p"] * 20, [{}] * 20)
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(30) == 0
     np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)

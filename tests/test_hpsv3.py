@@ -3,7 +3,6 @@
 Not seen with the real package or its weights.
 """
 
-import signal
 import sys
 
 import numpy as np
@@ -21,13 +20,16 @@ from PIL import Image
 class HPSv3RewardInferencer:
     def __init__(self, config_path=None, checkpoint_path=None, device="cuda", differentiable=False):
         assert device == "cpu"
-        self.offset = 0.0 if checkpoint_path is None else float(open(checkpoint_path).read())
+        offset = 0.0 if checkpoint_path is None else float(open(checkpoint_path).read())
+        self.offset = torch.nn.Parameter(torch.tensor(offset))
 
     def reward(self, image_paths, prompts):  # rows of (mean, spread)
         assert all(isinstance(image, Image.Image) for image in image_paths)
-        means = [np.asarray(image).mean() / 255 + len(text) + self.offset
+        means = [np.asarray(image).mean() / 255 + len(text)
                  for image, text in zip(image_paths, prompts, strict=True)]
-        return torch.tensor([[mean, 99.0] for mean in means], requires_grad=True)
+        found = torch.tensor([[mean, 99.0] for mean in means]) + self.offset
+        assert not found.requires_grad  # as the package, it leaves that to its caller
+        return found
 """
 PROMPTS = [f"{n} cats" + "!" * n for n in range(20)]
 PICTURES = [np.full((8, 8 + n % 3, 3), 12 * n, np.uint8) for n in range(20)]
@@ -51,12 +53,12 @@ def test_score_is_the_mean_of_the_packages_distribution(settings):
 
 
 def test_a_server_gives_a_client_the_same(settings):
-    port = serving.free_port()
-    server = serving.start("hpsv3", port, f"--set=hpsv3={settings['hpsv3']}", "--device=cpu")
-    with serving.client(f"http://127.0.0.1:{port}", name="hpsv3", timeout_s=60.0) as reward:
+    options = f"--set=hpsv3={settings['hpsv3']}", "--device=cpu"
+    with (
+        serving.started("hpsv3", *options) as url,
+        serving.client(url, name="hpsv3", timeout_s=60.0) as reward,
+    ):
         found = reward(PICTURES, PROMPTS, [{}] * 20)
-    server.send_signal(signal.SIGTERM)
-    assert server.wait(30) == 0
     np.testing.assert_allclose(found["hpsv3"], WANTED, atol=1e-5)
 
 

@@ -206,8 +206,16 @@ def test_in_bf16_the_log_ratio_is_zero_too(files, name, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwenimage_edit_2511", "wan", "flux2_klein_edit"])
 def test_with_batched_guidance_the_log_ratio_is_zero_too(files, name):
-    keys = {"num_epochs": 1, "sample__batched_guidance": True}
-    run = running.train(arguments(files, name, run_name=f"{name}-batched", **keys), family(name))
+    keys = {"num_epochs": 1, "sample__batched_guidance": True, "sample__guidance_scale": 4.0}
+    run = running.prepare(arguments(files, name, run_name=f"{name}-batched", **keys), family(name))
+    rows = set()
+    run.pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, inputs: rows.add(len(inputs["hidden_states"])), with_kwargs=True
+    )
+    assert launch.execute(run) == 0
+    batch_sizes = {run.config.sample.train_batch_size, run.config.sample.test_batch_size}
+    assert rows and all(count % 2 == 0 and count // 2 <= max(batch_sizes) for count in rows)
+    assert 2 * run.config.sample.train_batch_size in rows
     assert set(running.gate(run.folder).values()) == {0.0}
 
 

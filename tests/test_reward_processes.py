@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-def train(folder: Path, name: str, port: int, *more: str) -> subprocess.Popen:
+def train(folder: Path, name: str, url: str, *more: str) -> subprocess.Popen:
     """Train the testbed in a process of its own, its pictures scored by a server."""
     small = {
         "num_epochs": 3,
@@ -36,7 +35,7 @@ def train(folder: Path, name: str, port: int, *more: str) -> subprocess.Popen:
         "run_name": name,
         "tracker": "none",
         "save_freq": 1,
-        "reward_urls": {"shapes": [f"http://127.0.0.1:{port}"]},
+        "reward_urls": {"shapes": [url]},
     }
     flags = [f"--config.{key}={value}" for key, value in small.items()]
     command = [sys.executable, "scripts/train_sd3.py", "--config=config/testbed.py:shapes_sd3"]
@@ -45,22 +44,14 @@ def train(folder: Path, name: str, port: int, *more: str) -> subprocess.Popen:
     return subprocess.Popen([*command, *flags, *more], cwd=ROOT, env=environment, **pipes)
 
 
-@pytest.mark.slow
 def test_the_testbed_trains_with_its_checker_behind_a_server(tmp_path):
-    port = serving.free_port()
-    server = serving.start("shapes", port)
-    output, _ = (process := train(tmp_path, "http", port)).communicate(timeout=600)
-    server.send_signal(signal.SIGTERM)
+    with serving.started("shapes") as url:
+        process = train(tmp_path, "http", url)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    assert server.wait(30) == 0
     epochs = read_metrics(tmp_path / "http", "epoch")
     assert len(epochs) == 3
     assert all(row["reward/zero_std_fraction"] <= 0.5 for row in epochs)
-    first, last = (
-        torch.load(tmp_path / "http" / "checkpoints" / f"checkpoint-{n}" / "optimizer.pt")
-        for n in (2, 6)
-    )
-    assert first.keys() == last.keys()
     weights = [
         running.load_file(tmp_path / f"http/checkpoints/checkpoint-{n}/weights.safetensors")
         for n in (2, 6)
@@ -68,40 +59,43 @@ def test_the_testbed_trains_with_its_checker_behind_a_server(tmp_path):
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-@pytest.mark.slow
-def test_a_run_outlives_a_server_that_is_killed_and_comes_back_and_stops_if_it_does_not(tmp_path):
-    port = serving.free_port()
-    server = serving.start("shapes", port)
-    process = train(tmp_path, "back", port, "--config.reward_timeout=120")
-    metrics = tmp_path / "back" / "metrics.jsonl"
-    while not (metrics.exists() and '"epoch"' in metrics.read_text()):
+def wait_for(text: str, folder: Path, process: subprocess.Popen) -> None:
+    """Wait until a run's metrics have a text."""
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and text in metrics.read_text()):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    server.kill()
-    server.wait()
-    time.sleep(2)
-    server = serving.start("shapes", port)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    assert len(read_metrics(tmp_path / "back", "epoch")) == 3
 
-    process = train(tmp_path, "gone", port, "--config.reward_timeout=5")
-    metrics = tmp_path / "gone" / "metrics.jsonl"
-    while not (metrics.exists() and '"kind": "epoch"' in metrics.read_text()):
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    server.kill()
-    server.wait()
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 1, output
-    assert f"reward 'shapes' failed: http://127.0.0.1:{port}: no scores" in output
-    assert "Traceback" not in output and "--config.resume_from=latest" in output
-    server = serving.start("shapes", port)
-    more = ("--config.resume_from=latest",)
-    output, _ = (process := train(tmp_path, "gone", port, *more)).communicate(timeout=600)
-    server.send_signal(signal.SIGTERM)
-    server.wait(30)
-    assert process.returncode == 0, output
+
+def test_a_run_outlives_a_server_that_is_killed_and_comes_back_and_stops_if_it_does_not(tmp_path):
+    url = f"http://127.0.0.1:{(port := serving.free_port())}"
+    servers = [serving.start("shapes", port)]
+    try:
+        process = train(tmp_path, "back", url, "--config.reward_timeout=120")
+        wait_for('"kind": "eval"', tmp_path / "back", process)
+        servers[-1].kill()
+        servers[-1].wait()
+        time.sleep(2)
+        servers.append(serving.start("shapes", port))
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+        assert len(read_metrics(tmp_path / "back", "epoch")) == 3
+
+        process = train(tmp_path, "gone", url, "--config.reward_timeout=5")
+        wait_for('"kind": "epoch"', tmp_path / "gone", process)
+        servers[-1].kill()
+        servers[-1].wait()
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 1, output
+        assert f"reward 'shapes' failed: {url}: no scores" in output
+        assert "Traceback" not in output and "--config.resume_from=latest" in output
+        servers.append(serving.start("shapes", port))
+        process = train(tmp_path, "gone", url, "--config.resume_from=latest")
+        output, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, output
+    finally:
+        for server in servers:
+            server.kill()
     ours, theirs = (read_metrics(tmp_path / name, "epoch") for name in ("gone", "back"))
     assert [row["reward/avg"] for row in ours] == [row["reward/avg"] for row in theirs]
 
@@ -123,26 +117,27 @@ def write_prompts(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ["geneval", "ocr"])
 def test_a_run_is_scored_by_a_server_of(name, files, clip_folder, detector_folder, tmp_path):  # noqa: F811
     """The models are random, or see pictures of noise: it is the way that is tested."""
-    port = serving.free_port()
     options = {"geneval_detector": detector_folder, "clip": clip_folder, "ocr_processes": 1}
-    server = serving.start(name, port, *(f"--set={key}={value}" for key, value in options.items()))
-    argv = running.arguments(
-        files,
-        dataset=write_prompts(tmp_path / "prompts", name),
-        logdir=tmp_path,
-        run_name="run",
-        reward_fn={name: 1.0},
-        reward_urls={name: [f"http://127.0.0.1:{port}"]},
-    )
-    command = [sys.executable, "scripts/train_sd3.py", *argv[1:]]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    counted = httpx.get(f"http://127.0.0.1:{port}/metrics").text
-    server.send_signal(signal.SIGTERM)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert server.wait(30) == 0
+    flags = [f"--set={key}={value}" for key, value in options.items()]
+    with serving.started(name, *flags) as url:
+        argv = running.arguments(
+            files,
+            dataset=write_prompts(tmp_path / "prompts", name),
+            logdir=tmp_path,
+            run_name="run",
+            reward_fn={name: 1.0},
+            reward_urls={name: [url]},
+        )
+        done = subprocess.run(
+            [sys.executable, "scripts/train_sd3.py", *argv[1:]],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        counted = httpx.get(f"{url}/metrics").text
+        assert done.returncode == 0, done.stdout + done.stderr
     assert "reward_pictures_total 48\n" in counted, counted  # 2 x 16 trained, 2 x 8 evaluated
     epochs = read_metrics(tmp_path / "run", "epoch")
     assert len(epochs) == 2

@@ -34,11 +34,14 @@ class HPSv3(Reward):
         self.model = HPSv3RewardInferencer(checkpoint_path=settings["hpsv3"] or None, device=device)
 
     def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
+        import torch
+
         pictures = [Image.fromarray(image) for image in only_pictures(images, "hpsv3")]
         parts = []
         for start in range(0, len(pictures), BATCH_SIZE):
             chosen = slice(start, start + BATCH_SIZE)
             # By name: releases differ in which comes first.
-            found = self.model.reward(image_paths=pictures[chosen], prompts=prompts[chosen])
-            parts.append(found.detach().double().cpu().numpy()[:, 0])  # mean, spread
+            with torch.inference_mode():  # release 1.0.0 does not see to it
+                found = self.model.reward(image_paths=pictures[chosen], prompts=prompts[chosen])
+            parts.append(found.double().cpu().numpy()[:, 0])  # mean, spread
         return {"hpsv3": np.concatenate(parts)}
