@@ -6,10 +6,10 @@ setup(
     description="Online reinforcement learning for flow-matching image models",
     license="MIT",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["flow_grpo*", "config*"]),
+    packages=find_packages(include=["flow_grpo*", "config*", "dataset"]),
     package_data={
-        "flow_grpo.rewards": ["templates/*.txt"],
-        "flow_grpo.training.reporting": ["page.html.j2", "page.css"],
+        "flow_grpo.rewards.judges": ["templates/*.txt"],
+        "flow_grpo.report": ["page.html.j2", "page.css"],
     },
     install_requires=[
         "torch>=2.11",

@@ -1,4 +1,4 @@
-"""What every command does with a user's mistake."""
+"""What every command shows: one message at a user's mistake, a bar for long work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tqdm import tqdm
 
 
 @contextmanager
@@ -20,3 +22,10 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("FLOW_GRPO_TRACEBACK"):
             raise
         sys.exit(f"ValueError: {error}")
+
+
+def progress(total: int, desc: str, *, shown: bool = True, initial: int = 0) -> tqdm:
+    """Return a progress bar, for a terminal alone. shown: False on all ranks but the main one."""
+    return tqdm(
+        total=total, desc=desc, initial=initial, leave=False, disable=None if shown else True
+    )

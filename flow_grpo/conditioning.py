@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.rollout import Cond, PromptBatch
+from flow_grpo.records import Cond, PromptBatch
 
 
 class Item(NamedTuple):

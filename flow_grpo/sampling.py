@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flow_grpo import draws, sde
+from flow_grpo import sde
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.rollout import PromptBatch, Rollout
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import PromptBatch, Rollout
 
 
 @dataclass(frozen=True)
-class Draw:
-    """Random numbers of rows, each a function of (seed, purpose, coordinates) alone.
-
-    coordinates: those that all rows share, such as (epoch,) or (epoch, inner epoch). Drawn on the
-    CPU, so that machines agree.
-    """
-
-    seed: int
-    coordinates: tuple[int, ...]
-
-    def normal(
-        self, purpose: str, rows: Sequence[tuple[int, ...]], shape: tuple[int, ...]
-    ) -> Tensor:
-        """Return standard normal noise (len(rows), *shape), fp32 on the CPU."""
-        return torch.stack([torch.randn(shape, generator=self._at(purpose, row)) for row in rows])
-
-    def uniform(self, purpose: str, rows: Sequence[tuple[int, ...]]) -> Tensor:
-        """Return (len(rows),) numbers in [0, 1), fp32 on the CPU."""
-        return torch.cat([torch.rand(1, generator=self._at(purpose, row)) for row in rows])
-
-    def _at(self, purpose: str, row: tuple[int, ...]) -> torch.Generator:
-        seed = draws.integer_seed(self.seed, purpose, *self.coordinates, *row)
-        return torch.Generator().manual_seed(seed)
-
-
-@dataclass(frozen=True)
-class Sampler:
+class Schedule:
     """How pictures are drawn: what sample(), replay() and an objective must agree on."""
 
     sigmas: Tensor  # (N + 1,) fp32 on the device, 1 ... 0
@@ -62,8 +37,8 @@ def sample(
     pipeline: PatchedPipeline,
     model: Callable,
     batch: PromptBatch,
-    sampler: Sampler,
-    draw: Draw,
+    schedule: Schedule,
+    randomness: Randomness,
     steps: np.ndarray | None = None,
     keep_steps: bool = True,
     on_step: Callable[[], None] = lambda: None,
@@ -75,21 +50,21 @@ def sample(
     log-probs. Every call makes the same number of forward passes, whatever the rows' steps.
     """
     sigmas, owners = (
-        sampler.sigmas,
+        schedule.sigmas,
         list(zip(batch.group.tolist(), batch.member.tolist(), strict=True)),
     )
-    cond, negative = collate(pipeline, batch, sampler.pad_to)
-    firsts = [(group, 0) for group, _ in owners] if sampler.same_latent else owners
-    noise = draw.normal("init", firsts, pipeline.noise_shape(batch.size))
+    cond, negative = collate(pipeline, batch, schedule.pad_to)
+    firsts = [(group, 0) for group, _ in owners] if schedule.same_latent else owners
+    noise = randomness.normal("init", firsts, pipeline.noise_shape(batch.size))
     latents = pipeline.initial_latents(batch.size, _send(noise, pipeline.device))
-    if steps is None or sampler.kind == "ode" or sampler.noise_level == 0:
+    if steps is None or schedule.kind == "ode" or schedule.noise_level == 0:
         steps = np.empty((len(batch), 0), dtype=np.int64)
     kept = _Kept(latents, steps if keep_steps else steps[:, :0])
 
-    for i in range(sampler.num_steps):
+    for i in range(schedule.num_steps):
         sigma = sigmas[i].expand(len(batch))
         velocity = pipeline.velocity(
-            model, latents, sigma, cond, negative, sampler.guidance_scale, batch.size
+            model, latents, sigma, cond, negative, schedule.guidance_scale, batch.size
         )
         before = latents
         now = (velocity, latents, sigma, sigmas[i + 1])
@@ -98,10 +73,12 @@ def sample(
         if len(rows):
             noise = torch.zeros_like(latents)
             on_rows = _to(latents.device, rows)
-            drawn = draw.normal("step", [(*owners[row], i) for row in rows], latents.shape[1:])
+            drawn = randomness.normal(
+                "step", [(*owners[row], i) for row in rows], latents.shape[1:]
+            )
             noise[on_rows] = _send(drawn, latents.device)
             taken = sde.step(
-                sampler.kind, *now, sampler.noise_level, sigma_guard=sigmas[1], noise=noise
+                schedule.kind, *now, schedule.noise_level, sigma_guard=sigmas[1], noise=noise
             )
             latents[on_rows] = taken.next_latents[on_rows]
             kept.store(i, before, latents, taken.log_prob)
@@ -135,17 +112,17 @@ class _Kept:
         self.log_probs[rows, columns] = log_prob[rows]
 
 
-def replay(sampler: Sampler, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:
+def replay(schedule: Schedule, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:
     """Score the rollout's trained step `column` under another velocity (B, ...) at its state."""
     steps = rollout.steps[:, column]
     return sde.step(
-        sampler.kind,
+        schedule.kind,
         velocity,
         rollout.latents[:, column],
-        sampler.sigmas[steps],
-        sampler.sigmas[steps + 1],
-        sampler.noise_level,
-        sigma_guard=sampler.sigmas[1],
+        schedule.sigmas[steps],
+        schedule.sigmas[steps + 1],
+        schedule.noise_level,
+        sigma_guard=schedule.sigmas[1],
         next_latents=rollout.next_latents[:, column],
     )
 

@@ -24,11 +24,12 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from flow_grpo import summary
 from flow_grpo.cli import user_errors
-from flow_grpo.training import folders, model_files, preflight, settings, weights
-from flow_grpo.training.prompts import Prompt
-from flow_grpo.training.weights import Weights
+from flow_grpo.evaluation import tables
+from flow_grpo.launch import model_files, preflight, settings, weights
+from flow_grpo.launch.weights import Weights
+from flow_grpo.prompts import Prompt
+from flow_grpo.training import folders
 
 MUST_AGREE = (  # for an evaluation to repeat that of the run
     "pretrained.model",
@@ -72,20 +73,20 @@ def main(argv: list[str]) -> None:
     """Evaluate, and leave with 0, or 1 and a message, or 128 + a signal's number."""
     with user_errors():
         job = read(argv)
-        from flow_grpo.training import launch  # torch takes seconds
-        from flow_grpo.training.stop import Stopped
+        from flow_grpo.launch import entry  # torch takes seconds
+        from flow_grpo.parallel.stop import Stopped
 
         try:
             results = [score(job, i) for i in range(len(job.checkpoints))]
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
-            launch.leave(stopped.exit_status)
+            entry.leave(stopped.exit_status)
     if is_main_process():
         if len(results) == 2:
             write_comparison(job, *results)
         print(f"\nEverything is in {job.out}", flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        launch.leave(0)
+        entry.leave(0)
 
 
 def read(argv: list[str]) -> Job:
@@ -141,8 +142,8 @@ def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> 
 
 def score(job: Job, number: int) -> Result:
     """Draw and score every prompt with one checkpoint; write and print what came of it."""
-    from flow_grpo.training.evaluate import score_prompts, spread
-    from flow_grpo.training.evaluator import build_evaluator
+    from flow_grpo.evaluation.evaluate import score_prompts, spread
+    from flow_grpo.launch.evaluator import build_evaluator
 
     checkpoint, prompts = job.checkpoints[number], job.prompts
     folder = job.out / ("first", "second")[number] if len(job.checkpoints) == 2 else job.out
@@ -167,20 +168,20 @@ def score(job: Job, number: int) -> Result:
 
 def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) -> None:
     """Write a checkpoint's scores, their table, a sheet, and what they were made with."""
-    from flow_grpo.training import provenance
+    from flow_grpo.launch import provenance
+    from flow_grpo.report.sheets import captioned_sheet
     from flow_grpo.training.checkpoint import PACKAGES
-    from flow_grpo.training.sheets import captioned_sheet
 
     texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
-    summaries = summary.summarise(result.scores, tags, texts)
-    print(summary.table(summaries))
-    summary.write_csv(folder / "table.csv", summaries)
+    summaries = tables.summarise(result.scores, tags, texts)
+    print(tables.table(summaries))
+    tables.write_csv(folder / "table.csv", summaries)
     rows = [
         {"row": n, "prompt": prompt.text, "tag": prompt.tag}
         | {name: values[n].item() for name, values in result.scores.items()}
         for n, prompt in enumerate(job.prompts)
     ]
-    summary.write_rows(folder / "scores.csv", rows)
+    tables.write_rows(folder / "scores.csv", rows)
     name = shown_score(job)
     captions = [f"{texts[n]}\n{name} {result.scores[name][n]:.3f}" for n in result.images]
     captioned_sheet(list(result.images.values()), captions, 8).save(folder / "sheet.png")
@@ -205,13 +206,13 @@ def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) ->
 
 def write_comparison(job: Job, first: Result, second: Result) -> None:
     """Compare two checkpoints row by row."""
-    from flow_grpo.training.sheets import captioned_sheet, side_by_side
+    from flow_grpo.report.sheets import captioned_sheet, side_by_side
 
     texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
-    comparisons = summary.compare(first.scores, second.scores, tags, texts)
+    comparisons = tables.compare(first.scores, second.scores, tags, texts)
     print(f"\n{job.checkpoints[1].name} less {job.checkpoints[0].name}")
-    print(f"{summary.table(comparisons)}\n{summary.outcomes(comparisons)}")
-    summary.write_csv(job.out / "pairwise.csv", comparisons)
+    print(f"{tables.table(comparisons)}\n{tables.outcomes(comparisons)}")
+    tables.write_csv(job.out / "pairwise.csv", comparisons)
     rows, name = list(first.images)[::2], shown_score(job)
     before, after = first.scores[name], second.scores[name]
     captions = [f"{texts[n]}\n{name} {before[n]:.3f} -> {after[n]:.3f}" for n in rows]

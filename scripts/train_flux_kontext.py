@@ -16,7 +16,7 @@ config.resolution.
 Memory: 12 B parameters take 24 GB in bf16, the T5 encoder 10 GB more.
 """
 
-from flow_grpo.training.launch import main
+from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
     main(

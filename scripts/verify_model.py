@@ -14,8 +14,8 @@ import argparse
 import sys
 
 from config.base import base
-from flow_grpo import tools
 from flow_grpo.cli import user_errors
+from flow_grpo.launch import tools
 
 PROMPTS = ("a photo of a red apple", 'two green cubes and a sign that says "Grüße 42"')
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         if args.prompt and len(args.prompt) < 2:
             raise ValueError(f"--prompt={args.prompt[0]!r}: two prompts are needed, or none.")
         loaded = tools.load(args, tuple(args.prompt or PROMPTS), config)
-    from flow_grpo import verify  # torch takes seconds
+    from flow_grpo.launch import verify  # torch takes seconds
 
     pipeline = loaded.pipeline
     where = f"{loaded.dtype} on {pipeline.device}, {loaded.task.size}"

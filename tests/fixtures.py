@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo import sde
-from flow_grpo.rollout import Cond, PromptBatch, Size
+from flow_grpo.records import Cond, PromptBatch, Size
 
 F64 = torch.float64
 NOISE_LEVEL = {"sde": 0.7, "dance": 0.3, "cps": 0.8}

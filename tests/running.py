@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from flow_grpo.diffusers_patch.sd3 import SD3
-from flow_grpo.training import launch, loop
+from flow_grpo.launch import entry
+from flow_grpo.training import loop
 from flow_grpo.training.run import Run
 
 SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
@@ -100,7 +101,7 @@ def save_random_lora(pipeline: Path, folder: Path, rank: int = 4) -> None:
 def prepare(argv: list[str], family: str = SD3_FAMILY) -> Run:
     """Build a run; a previous one in this process is forgotten."""
     with fresh_process():
-        return launch.prepare(argv, family, DEFAULT)
+        return entry.prepare(argv, family, DEFAULT)
 
 
 @contextmanager
@@ -119,7 +120,7 @@ def fresh_process() -> Iterator[None]:
 def train(argv: list[str], family: str = SD3_FAMILY) -> Run:
     """Train to the end and return the run."""
     run = prepare(argv, family)
-    assert launch.execute(run) == 0
+    assert entry.execute(run) == 0
     return run
 
 
@@ -177,10 +178,10 @@ def record_rollouts(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":  # train_sd3.py with something done to it: MODE is break or a folder
-    trained = launch.prepare(sys.argv, SD3_FAMILY, DEFAULT)
+    trained = entry.prepare(sys.argv, SD3_FAMILY, DEFAULT)
     rank = trained.accelerator.process_index
     if os.environ["MODE"] != "break":
         record_rollouts(Path(os.environ["MODE"]), rank)
     elif rank == trained.accelerator.num_processes - 1:  # the others must learn of it
         break_losses(trained, {0})
-    launch.leave(launch.execute(trained))
+    entry.leave(entry.execute(trained))

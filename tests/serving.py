@@ -21,8 +21,8 @@ import uvicorn
 
 from flow_grpo.reward_server.app import Limits, create_app
 from flow_grpo.reward_server.batcher import Batcher
-from flow_grpo.rewards.remote import RemoteReward
-from flow_grpo.rewards.servers import Servers
+from flow_grpo.rewards.remote.client import RemoteReward
+from flow_grpo.rewards.remote.servers import Servers
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,9 +8,9 @@ import torch
 from toy import GRID, VARIANCE, make_run, plan_of, roll_out, score
 
 from flow_grpo.objectives.base import Objective
-from flow_grpo.objectives.grpo import GRPO
-from flow_grpo.rollout import Loss, Point
-from flow_grpo.sampling import Draw
+from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Loss, Point
 from flow_grpo.training import loop
 
 close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)  # of one shape and dtype, too
@@ -33,7 +33,7 @@ def exact_run(folder, objective_class=GRPO, **keys):
 def step_taken(run, micros):
     """Make one optimizer step on these micro-batches and return how it changed the weights."""
     before = run.model.shift.detach().clone()
-    loop.take_step(run, micros, Draw(0, (0, 0)))
+    loop.take_step(run, micros, Randomness(0, (0, 0)))
     return run.model.shift.detach() - before
 
 
@@ -90,10 +90,10 @@ def test_training_the_same_steps_twice_leaves_the_update_unchanged(tmp_path):
 class Tilt(Objective):
     """A loss whose gradient in the first step's weight is the row's advantage."""
 
-    def points(self, micro, draw):
-        sigma = self.sampler.sigmas[:1].expand(len(micro))
-        bins = torch.zeros(len(micro), dtype=torch.int64)
-        return [Point(micro.final, sigma, bins=bins)]
+    def points(self, micro, randomness):
+        sigma = self.schedule.sigmas[:1].expand(len(micro))
+        step = torch.zeros(len(micro), dtype=torch.int64)
+        return [Point(micro.final, sigma, step=step)]
 
     def loss(self, velocity, anchors, micro, point, reduce):
         return Loss(micro.advantages * velocity.mean(1), {})

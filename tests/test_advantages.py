@@ -5,8 +5,8 @@ import torch
 
 from config.base import base
 from flow_grpo.advantages import gdpo_advantages, group_advantages, win_rates, zero_std_fraction
-from flow_grpo.objectives.grpo import GRPO
-from flow_grpo.sampling import Sampler
+from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.sampling import Schedule
 
 NAN = math.nan
 SCORES = torch.tensor([0.2, 0.4, 0.9, 0.5, 0.3, 0.3, 0.3, 0.3, 0, 1, 0, 0], dtype=torch.float64)
@@ -233,7 +233,7 @@ def test_win_rates_sum_to_half_the_group():
 def targets(scores, group, **keys):
     config = base()
     config.update_from_flattened_dict({key.replace("__", "."): keys[key] for key in keys})
-    return GRPO(config, Sampler(torch.linspace(1, 0, 5), 1.0)).targets(scores, group)
+    return GRPO(config, Schedule(torch.linspace(1, 0, 5), 1.0)).targets(scores, group)
 
 
 @pytest.mark.parametrize("global_std, expected", [(True, GLOBAL_STD), (False, GROUP_STD)])

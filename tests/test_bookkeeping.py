@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from peft import LoraConfig
 
 from config.base import base
-from flow_grpo.training import report
+from flow_grpo.report import output
 from flow_grpo.training.optimizer import learning_rate
 from flow_grpo.training.snapshots import Snapshots, ema_decay
 from flow_grpo.training.tracking import Statistics, Timer, contact_sheet
@@ -171,11 +171,11 @@ def test_the_table_compares_the_first_evaluation_with_the_last(tmp_path):
     ]
     rows[-1] |= {"shapes": 0.5, "shapes_missing": 2}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [line.split("  ") for line in report.table(tmp_path).splitlines()]
+    lines = [line.split("  ") for line in output.table(tmp_path).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells == [
         ["step 0 -> 6", "all", "count", "two"],
         ["avg", "0.125 -> 0.750", "0.000 -> 0.500", "-"],
         ["shapes", "0.250 -> 0.500", "-", "-"],
     ]
-    assert len({len(line) for line in report.table(tmp_path).splitlines()}) == 1
+    assert len({len(line) for line in output.table(tmp_path).splitlines()}) == 1

@@ -12,7 +12,8 @@ from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from config.base import base
-from flow_grpo.rewards import clip, loading
+from flow_grpo.rewards import loading
+from flow_grpo.rewards.clip import encoder
 from tests.tiny.parts import clip_tokenizer, seeded
 
 SIDE, WIDTH = 32, 16
@@ -160,7 +161,7 @@ def test_rewards_of_one_clip_share_it(settings):
 
 def test_scores_do_not_depend_on_how_pictures_are_batched(settings, monkeypatch):
     together = score("clipscore", settings)
-    monkeypatch.setattr(clip, "BATCH_SIZE", 3)
+    monkeypatch.setattr(encoder, "BATCH_SIZE", 3)
     np.testing.assert_allclose(score("clipscore", settings), together, atol=1e-6)
 
 

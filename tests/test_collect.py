@@ -7,7 +7,7 @@ import pytest
 import running
 import torch
 
-from flow_grpo.rewards.jpeg import jpeg_incompressibility
+from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
 from flow_grpo.sampling import to_uint8
 from flow_grpo.training import loop
 

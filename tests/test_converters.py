@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from config.base import base
+from dataset.files import held_out, read_tables
+from flow_grpo.prompts import read
 from flow_grpo.rewards import loading
-from flow_grpo.training.dataset_files import held_out, read_tables
-from flow_grpo.training.prompts import read
 
 SETTINGS = loading.settings(base())
 

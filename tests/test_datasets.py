@@ -19,9 +19,10 @@ from PIL import Image
 from scipy import ndimage
 
 from config.base import base
-from flow_grpo.rewards import loading, ocr
-from flow_grpo.rewards.geneval_rules import CLASSES, COLORS, Found
-from flow_grpo.training.prompts import read
+from flow_grpo.prompts import read
+from flow_grpo.rewards import loading
+from flow_grpo.rewards.rules import ocr
+from flow_grpo.rewards.rules.geneval_rules import CLASSES, COLORS, Found
 
 ROOT = Path(__file__).parents[1]
 DATASET = ROOT / "dataset"

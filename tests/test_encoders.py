@@ -14,8 +14,9 @@ from PIL import Image
 
 from flow_grpo.conditioning import Item
 from flow_grpo.diffusers_patch.loading import ENCODERS
-from flow_grpo.training import encoders, loop
-from flow_grpo.training.settings import load as load_config
+from flow_grpo.launch import encoders
+from flow_grpo.launch.settings import load as load_config
+from flow_grpo.training import loop
 
 NAMES = {"sd3": 4.5, "flux_kontext": 2.5, "qwenimage_edit": 4.0, "zimage": 4.0}
 NAMES |= {"flux2_klein": 4.0, "wan": 4.5, "qwenimage": 4.0}  # and its guidance

@@ -18,8 +18,9 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 )
 
 from config.base import base
-from flow_grpo.rewards import detector, geneval, loading
-from flow_grpo.rewards.geneval_rules import CLASSES, COLORS, Found
+from flow_grpo.rewards import loading
+from flow_grpo.rewards.rules import detector, geneval
+from flow_grpo.rewards.rules.geneval_rules import CLASSES, COLORS, Found
 from tests.test_clip_rewards import folder as clip_folder  # noqa: F401
 from tests.test_clip_rewards import picture_features, text_features
 from tests.tiny.parts import seeded

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flow_grpo.rewards.geneval_rules import (
+from flow_grpo.rewards.rules.geneval_rules import (
     CLASSES,
     COLORS,
     Found,

@@ -7,9 +7,9 @@ import torch
 from fixtures import F64, FIXTURE, NOISE_LEVEL, SD3_SIGMAS, V_NEW, V, X, Z, blank_batch, close
 
 from config.base import base
-from flow_grpo.objectives.grpo import GRPO, clipped_surrogate
-from flow_grpo.rollout import Rollout
-from flow_grpo.sampling import Sampler
+from flow_grpo.objectives.ratio.grpo import GRPO, clipped_surrogate
+from flow_grpo.records import Rollout
+from flow_grpo.sampling import Schedule
 
 ADVANTAGES = torch.tensor([1.0, -1.0], dtype=F64)
 SIGMAS = torch.tensor([1, 0.9, 0.8, 0.7, 0], dtype=F64)
@@ -18,8 +18,8 @@ SIGMAS = torch.tensor([1, 0.9, 0.8, 0.7, 0], dtype=F64)
 def objective(kind="sde", sigmas=SIGMAS, **train):
     config = base()
     config.train.update(train)
-    sampler = Sampler(sigmas, guidance_scale=1.0, kind=kind, noise_level=NOISE_LEVEL[kind])
-    return GRPO(config, sampler)
+    schedule = Schedule(sigmas, guidance_scale=1.0, kind=kind, noise_level=NOISE_LEVEL[kind])
+    return GRPO(config, schedule)
 
 
 def fixture(kind="sde", advantages=ADVANTAGES):
@@ -212,7 +212,7 @@ def test_rows_at_different_steps_have_the_loss_that_they_have_alone(kind):
         mine = velocity[row : row + 1]
         for k, point in enumerate(grpo.points(alone, None)):
             assert point.sigma.tolist() == [SD3_SIGMAS[steps[row, k]]]
-            assert point.bins.tolist() == [steps[row, k]] and point.column == k
+            assert point.step.tolist() == [steps[row, k]] and point.column == k
             anchors = {"reference": mine[:, k]}
             value = grpo.loss(mine[:, k] * 1.01, anchors, alone, point, None).value
             close(together[k][row : row + 1], value, atol=0, rtol=1e-14)

@@ -5,7 +5,7 @@ import tiny
 import torch
 from tiny import LENGTH, prompt_batch
 
-from flow_grpo.rollout import Size
+from flow_grpo.records import Size
 
 SIZE, SCALE = Size(32, 32), 4.0
 

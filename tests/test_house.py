@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
@@ -14,26 +12,26 @@ import pytest
 
 from flow_grpo import sde
 from flow_grpo.diffusers_patch import FAMILIES
+from flow_grpo.launch import preflight
+from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.objectives import OBJECTIVES
 from flow_grpo.rewards import REWARDS
-from flow_grpo.training import preflight
-from flow_grpo.training.encoders import DTYPES
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a module imports only from its own line or from a line above
-    ("bootstrap", "cli", "draws", "sde"),
-    ("summary", "window"),
-    ("advantages",),
-    ("rollout",),
+    ("cli", "sde", "randomness"),
+    ("advantages", "prompts", "records", "rollouts"),
+    ("plan",),
     ("diffusers_patch",),
     ("conditioning",),
     ("sampling",),
-    ("rewards",),
+    ("objectives", "rewards"),
     ("reward_server",),
-    ("objectives",),
+    ("parallel",),
+    ("report",),
+    ("evaluation",),
     ("training",),
-    ("stock", "tools"),
-    ("verify",),
+    ("launch",),
 )
 RANK = {name: number for number, line in enumerate(LAYERS) for name in line}
 
@@ -53,28 +51,15 @@ def imports(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "flow_grpo").rglob("*.py")), ids=str)
 def test_imports_point_one_way(path):
     here = path.relative_to(ROOT / "flow_grpo").with_suffix("").parts[0]
-    if here == "__init__":
+    if here == "__init__" or path.name == "__main__.py":  # a command may use all
         return
     for name in imports(path):
         assert RANK[name.split(".")[0]] <= RANK[here], f"{path} imports {name}"
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "dataset_files",
-        "folders",
-        "model_files",
-        "plan",
-        "preflight",
-        "prompts",
-        "settings",
-        "weights",
-    ],
-)
-def test_what_runs_before_torch_does_not_import_it(module):
-    code = f"import sys, flow_grpo.training.{module}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+@pytest.mark.parametrize("folder", sorted({p.parent for p in (ROOT / "flow_grpo").rglob("*.py")}))
+def test_a_folder_has_at_most_14_files(folder):
+    assert len(list(folder.glob("*.py"))) <= 14
 
 
 def test_every_model_is_in_the_registry_under_its_stock_class():

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from config.base import base
-from flow_grpo.rewards import judge, loading
+from flow_grpo.rewards import loading
+from flow_grpo.rewards.judges import judge
 
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (8, 8 + n, 3), dtype=np.uint8) for n in range(6)]

@@ -22,8 +22,9 @@ import tiny
 from PIL import Image
 
 from config import grpo
-from flow_grpo.training import launch, plan
-from flow_grpo.training.report import read_metrics
+from flow_grpo import plan
+from flow_grpo.launch import entry
+from flow_grpo.report.output import read_metrics
 
 ROOT = Path(__file__).parent.parent
 RUNS = [
@@ -139,7 +140,7 @@ def test_the_run_trains_for_an_epoch_through_its_script(
     config = grpo.get_config(name)
     script, family = script_of(config.pretrained.model)
     statuses = []
-    monkeypatch.setattr(launch, "leave", statuses.append)
+    monkeypatch.setattr(entry, "leave", statuses.append)
     monkeypatch.setattr(
         sys, "argv", [str(script), *arguments(name, tiny_model(family), data, tmp_path)]
     )

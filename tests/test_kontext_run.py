@@ -12,8 +12,9 @@ import tiny
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from flow_grpo.sampling import Draw, sample
-from flow_grpo.training.report import read_metrics
+from flow_grpo.randomness import Randomness
+from flow_grpo.report.output import read_metrics
+from flow_grpo.sampling import sample
 
 FAMILY = "flow_grpo.diffusers_patch.flux_kontext:FluxKontext"
 SIZES = [(32, 32), (48, 32)]  # width, height
@@ -62,10 +63,10 @@ def test_kontext_trains_and_its_lora_loads_into_the_stock_pipeline(files, kind):
 
     prompt = run.plan.eval_prompts[1]  # the wider reference
     batch = run.prompt_batch([prompt], [(0, -1)], 2.5)
-    draw = Draw(run.config.seed, ())
-    ours = sample(run.pipeline, run.model, batch, run.eval_sampler, draw).images[0]
+    randomness = Randomness(run.config.seed, ())
+    ours = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]
     stock = FluxKontextPipeline.from_pretrained(files / "kontext")
-    noise = draw.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size))
+    noise = randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size))
     settings = dict(
         image=Image.fromarray(prompt.load_images()[0]),
         prompt=prompt.text,

@@ -12,8 +12,8 @@ from diffusers.models.attention_processor import Attention
 from tiny import LENGTH, prompt_batch
 
 from config.base import base
-from flow_grpo.rollout import Size
-from flow_grpo.training import build
+from flow_grpo.launch import build
+from flow_grpo.records import Size
 
 SIGN = 'a sign that says "Grüße 42"'
 MODELS = pytest.mark.parametrize("name", list(tiny.MODELS))

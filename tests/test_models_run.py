@@ -16,9 +16,10 @@ from PIL import Image
 from running import PROMPTS
 from tiny import qwen
 
-from flow_grpo.sampling import Draw, sample
-from flow_grpo.training import launch
-from flow_grpo.training.report import read_metrics
+from flow_grpo.launch import entry
+from flow_grpo.randomness import Randomness
+from flow_grpo.report.output import read_metrics
+from flow_grpo.sampling import sample
 
 GUIDANCE = {
     "flux2_klein_edit": 1.0,
@@ -86,13 +87,13 @@ def arguments(files: Path, name: str, **overrides) -> list[str]:
     return running.arguments(files, **(settings | overrides))
 
 
-def stock_picture(pipe, name: str, run, prompt, draw) -> np.ndarray:
+def stock_picture(pipe, name: str, run, prompt, randomness) -> np.ndarray:
     """Call a stock pipeline as an evaluation of the run does."""
-    noise = draw.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size))
+    noise = randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size))
     images = prompt.load_images()
     (pictures,) = pipe(
         prompt=prompt.text,
-        num_inference_steps=run.eval_sampler.num_steps,
+        num_inference_steps=run.eval_schedule.num_steps,
         max_sequence_length=LENGTH,
         output_type="pil",
         return_dict=False,
@@ -107,19 +108,19 @@ def test_a_model_trains_and_its_lora_gives_the_same_picture_in_a_stock_pipeline(
     assert set(running.gate(run.folder).values()) == {0.0}
     assert read_metrics(run.folder, "update")[-1]["ratio_std"] > 0
 
-    prompt, draw = run.plan.eval_prompts[3], Draw(run.config.seed, ())
+    prompt, randomness = run.plan.eval_prompts[3], Randomness(run.config.seed, ())
     batch = run.prompt_batch([prompt], [(0, -1)], GUIDANCE[name])
-    alone = replace(run.eval_sampler, pad_to=0)  # as a stock call of this prompt
-    ours = sample(run.pipeline, run.model, batch, alone, draw).images[0]
+    alone = replace(run.eval_schedule, pad_to=0)  # as a stock call of this prompt
+    ours = sample(run.pipeline, run.model, batch, alone, randomness).images[0]
     path = str(files / name)
     stock = run.pipeline.stock.from_pretrained(path, **run.pipeline.components(path, "main"))
     if isinstance(stock, WanPipeline):
         assert ours.shape == (FRAMES, HEIGHT, WIDTH, 3)
         stock.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     with qwen.stock_reference_area(run.pipeline.reference_area):  # elsewhere it is the same
-        base = stock_picture(stock, name, run, prompt, draw)
+        base = stock_picture(stock, name, run, prompt, randomness)
         stock.load_lora_weights(run.folder / "checkpoints" / "checkpoint-4" / "lora")
-        trained = stock_picture(stock, name, run, prompt, draw)
+        trained = stock_picture(stock, name, run, prompt, randomness)
     assert np.array_equal(trained, ours) and not np.array_equal(base, ours)
 
 
@@ -142,7 +143,7 @@ def test_a_full_fine_tune_changes_every_matrix_and_exports_them(files, name):
     run = running.prepare(arguments(files, name, run_name=f"{name}-full", **settings), family(name))
     start = {key: value.clone() for key, value in run.pipeline.transformer.state_dict().items()}
     scored = record_scored(run)
-    assert launch.execute(run) == 0
+    assert entry.execute(run) == 0
     assert sum(scored) == run.config.num_epochs * run.plan.num_groups * run.plan.group_size
     assert set(running.gate(run.folder).values()) == {0.0}
     trained = run.pipeline.transformer.state_dict()
@@ -163,7 +164,7 @@ def test_a_lora_trains_every_target_and_nothing_at_learning_rate_zero(files, nam
         start = {key: value.clone() for key, value in run.trained_parameters()}
         for target in run.pipeline.lora_target_modules:
             assert any(f".{target}.lora_A." in key for key in start), target
-        assert launch.execute(run) == 0
+        assert entry.execute(run) == 0
         moved = {
             key for key, value in run.trained_parameters() if not torch.equal(start[key], value)
         }
@@ -212,7 +213,7 @@ def test_with_batched_guidance_the_log_ratio_is_zero_too(files, name):
     run.pipeline.transformer.register_forward_pre_hook(
         lambda _, args, inputs: rows.add(len(inputs["hidden_states"])), with_kwargs=True
     )
-    assert launch.execute(run) == 0
+    assert entry.execute(run) == 0
     batch_sizes = {run.config.sample.train_batch_size, run.config.sample.test_batch_size}
     assert rows and all(count % 2 == 0 and count // 2 <= max(batch_sizes) for count in rows)
     assert 2 * run.config.sample.train_batch_size in rows

@@ -5,9 +5,10 @@ import torch
 from fixtures import F64, blank_batch, close
 
 from config.base import base
-from flow_grpo.objectives.nft import NFT, old_decay
-from flow_grpo.rollout import Point, Rollout
-from flow_grpo.sampling import Draw, Sampler
+from flow_grpo.objectives.forward.nft import NFT, old_decay
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Point, Rollout
+from flow_grpo.sampling import Schedule
 from flow_grpo.training.snapshots import Snapshots
 
 FINAL = torch.tensor([[0.3, -0.7, 1.1, 0.2], [-0.4, 0.9, 0, -1.2]], dtype=F64)
@@ -26,7 +27,7 @@ def objective(adv_clip_max=5.0, global_std=True, **nft):
     config.nft.update({"kl_beta": 0.0} | nft)
     config.train.adv_clip_max = adv_clip_max
     config.sample.global_std = global_std
-    return NFT(config, Sampler(SIGMAS, guidance_scale=1.0))
+    return NFT(config, Schedule(SIGMAS, guidance_scale=1.0))
 
 
 def rollout(final=FINAL, advantages=(1.5, -0.5), group=None, member=None):
@@ -49,8 +50,8 @@ def rollout(final=FINAL, advantages=(1.5, -0.5), group=None, member=None):
 def loss_and_gradient(nft, velocity=V, old=V_OLD, advantages=(1.5, -0.5)):
     """The loss of each row, and the gradient of their mean."""
     velocity = velocity.clone().requires_grad_()
-    bins = torch.full((2,), 3)
-    point = Point(NOISED, torch.full((2,), SIGMA, dtype=F64), bins=bins, noise=NOISE)
+    step = torch.full((2,), 3)
+    point = Point(NOISED, torch.full((2,), SIGMA, dtype=F64), step=step, noise=NOISE)
     anchors = {"old": old, "reference": V_REF}
     loss = nft.loss(velocity, anchors, rollout(advantages=advantages), point, None)
     loss.value.mean().backward()
@@ -174,26 +175,26 @@ def many(num_rows=500):
 
 def test_points_lie_between_the_final_latents_and_the_noise_they_carry():
     nft, micro = objective(num_times=2), many()
-    for k, point in enumerate(nft.points(micro, Draw(1, (0, 0)))):
+    for k, point in enumerate(nft.points(micro, Randomness(1, (0, 0)))):
         sigma = point.sigma[:, None, None]
         close(point.latents, (1 - sigma) * micro.final + sigma * point.noise, atol=1e-6)
-        assert torch.equal(point.sigma, SIGMAS[point.bins]) and point.column == k
+        assert torch.equal(point.sigma, SIGMAS[point.step]) and point.column == k
         assert abs(point.noise.mean()) < 4 / 3000**0.5 and abs(point.noise.std() - 1) < 0.06
 
 
 def test_noise_levels_are_drawn_evenly_from_the_rollouts_grid_without_its_end():
-    points = objective(num_times=4).points(many(), Draw(1, (0, 0)))
-    counts = torch.bincount(torch.cat([point.bins for point in points]), minlength=6)
+    points = objective(num_times=4).points(many(), Randomness(1, (0, 0)))
+    counts = torch.bincount(torch.cat([point.step for point in points]), minlength=6)
     assert counts[5] == 0  # sigma 0 has no noise to predict
     assert ((counts[:5] - 400).abs() < 4 * 400**0.5).all()
 
 
 def test_fixed_steps_give_every_picture_the_same_noise_levels():
     nft, micro = objective(steps=(1, 3), num_times=7), many()
-    points = nft.points(micro, Draw(1, (0, 0)))
-    assert [point.bins.unique().tolist() for point in points] == [[1], [3]]
+    points = nft.points(micro, Randomness(1, (0, 0)))
+    assert [point.step.unique().tolist() for point in points] == [[1], [3]]
     for point in points:
-        assert torch.equal(point.sigma, SIGMAS[point.bins])
+        assert torch.equal(point.sigma, SIGMAS[point.step])
         wide = point.sigma[:, None, None]
         close(point.latents, (1 - wide) * micro.final + wide * point.noise, atol=1e-6)
     assert not torch.equal(points[0].noise, points[1].noise)
@@ -201,13 +202,13 @@ def test_fixed_steps_give_every_picture_the_same_noise_levels():
 
 def test_a_noising_depends_on_epoch_pass_group_member_and_time_alone():
     nft, micro = objective(num_times=2), many(20)
-    points = nft.points(micro, Draw(1, (3, 1)))
-    half = nft.points(micro.rows(slice(10, 20)), Draw(1, (3, 1)))
+    points = nft.points(micro, Randomness(1, (3, 1)))
+    half = nft.points(micro.rows(slice(10, 20)), Randomness(1, (3, 1)))
     for point, again in zip(points, half, strict=True):
         assert torch.equal(point.latents[10:], again.latents)
         assert torch.equal(point.sigma[10:], again.sigma)
     noises = [p.noise for p in points]
-    for draw in (Draw(1, (4, 1)), Draw(1, (3, 2)), Draw(2, (3, 1))):
-        noises += [p.noise for p in nft.points(micro, draw)]
+    for randomness in (Randomness(1, (4, 1)), Randomness(1, (3, 2)), Randomness(2, (3, 1))):
+        noises += [p.noise for p in nft.points(micro, randomness)]
     first = torch.cat(noises)[:, 0, 0]
     assert len(first.unique()) == 20 * 2 * 4

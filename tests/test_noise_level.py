@@ -38,7 +38,7 @@ def test_schedules_are_those_of_the_released_pipelines(script, name, expected):
 def test_a_folders_schedule_is_the_one_that_training_uses(script, name, tmp_path):
     import tiny
 
-    from flow_grpo.rollout import Size
+    from flow_grpo.records import Size
 
     folder = tiny.save(name, tmp_path / name)
     for size in (64, 128):

@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config.base import base
 from flow_grpo.rewards import base as rewards_base
-from flow_grpo.rewards import loading, ocr, ocr_engines
-from flow_grpo.rewards.ocr_engines import Line, in_reading_order
+from flow_grpo.rewards import loading
+from flow_grpo.rewards.rules import ocr, ocr_engines
+from flow_grpo.rewards.rules.ocr_engines import Line, in_reading_order
 
 SETTINGS = loading.settings(base()) | {"ocr_processes": 1}
 

@@ -7,14 +7,14 @@ import running
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
-from flow_grpo.training import launch
-from flow_grpo.training.report import read_metrics
+from flow_grpo.launch import entry
+from flow_grpo.report.output import read_metrics
 
 
 def test_a_non_finite_loss_skips_its_update_and_is_counted(files):
     run = running.prepare(running.arguments(files, run_name="nan", num_epochs=2))
     running.break_losses(run, {1})
-    launch.execute(run)
+    entry.execute(run)
     assert run.updater.num_updates == 3 and run.updater.num_skipped == 1
     assert read_metrics(run.folder, "epoch")[-1]["skipped_updates"] == 1
     assert all(torch.isfinite(param).all() for _, param in run.trained_parameters())
@@ -25,7 +25,7 @@ def test_updates_that_stay_non_finite_stop_the_run(files):
     run = running.prepare(argv)
     running.break_losses(run, set(range(2, 99)))
     with pytest.raises(FloatingPointError, match="3 updates in a row"):
-        launch.execute(run)
+        entry.execute(run)
     left = [path.name for path in (run.folder / "checkpoints").iterdir()]
     assert left == ["checkpoint-2"]  # of the first epoch, the only one that was finished
 
@@ -42,7 +42,7 @@ def test_an_fp16_overflow_is_no_update_and_lowers_the_scale(files):
     run.accelerator.state._mixed_precision = "fp16"
     _, param = next(iter(run.trained_parameters()))
     param.register_hook(lambda g: g * float("inf") if scaler.get_scale() > 2**14 else g)
-    launch.execute(run)
+    entry.execute(run)
     assert (run.updater.num_skipped, run.updater.num_updates) == (2, 10)
     assert scaler.get_scale() == 2**14
     rows = read_metrics(run.folder, "update")
@@ -60,6 +60,6 @@ def test_an_infinite_gradient_behind_a_finite_loss_is_skipped(files):
         return gradient * float("inf") if len(calls) == 1 else gradient
 
     param.register_hook(overflow)
-    launch.execute(run)
+    entry.execute(run)
     assert run.updater.num_skipped == 1 and run.updater.num_updates == 3
     assert all(torch.isfinite(p).all() for _, p in run.trained_parameters())

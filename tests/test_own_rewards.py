@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from config.base import base
+from flow_grpo.launch import preflight
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.combine import Scorer
-from flow_grpo.training import preflight
 
 PICTURES = [np.full((4, 4, 3), value, np.uint8) for value in (0, 51, 255)]
 SOURCE = """

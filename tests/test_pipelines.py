@@ -9,17 +9,17 @@ import torch
 from diffusers import FluxPipeline
 from tiny import LENGTH, picture, prompt_batch, qwen
 
-from flow_grpo import stock
 from flow_grpo.conditioning import Conditioner
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.diffusers_patch.flux_kontext import FluxKontext
 from flow_grpo.diffusers_patch.qwenimage import QwenImage
 from flow_grpo.diffusers_patch.qwenimage_edit import QwenImageEditPlus
 from flow_grpo.diffusers_patch.sd3 import SD3
-from flow_grpo.rollout import Size
-from flow_grpo.sampling import Sampler, sample
-from flow_grpo.stock import DRAW, Task, initial_noise, timesteps
-from flow_grpo.training.prompts import Prompt
+from flow_grpo.evaluation import stock
+from flow_grpo.evaluation.stock import RANDOMNESS, Task, initial_noise, timesteps
+from flow_grpo.prompts import Prompt
+from flow_grpo.records import Size
+from flow_grpo.sampling import Schedule, sample
 
 EVERY_MODEL = pytest.mark.parametrize("name", list(tiny.MODELS))
 APPLE, SIGN = "a photo of a red apple", 'a sign that says "Grüße 42"'
@@ -105,8 +105,8 @@ def call_stock(model, size, num_steps, guidance, latents, images=(), **given):
     return states[-1], pictures
 
 
-def sampler_of(model, size, num_steps, guidance, pad_to=LENGTH) -> Sampler:
-    return Sampler(model.sigmas(num_steps, size), guidance, pad_to=pad_to)
+def schedule_of(model, size, num_steps, guidance, pad_to=LENGTH) -> Schedule:
+    return Schedule(model.sigmas(num_steps, size), guidance, pad_to=pad_to)
 
 
 def assert_same(rollout, latents, images):
@@ -126,11 +126,11 @@ def test_without_noise_a_prompt_gives_the_stock_picture(
     noise = stock_noise(model, size, 1)
     with timesteps(model.transformer) as stock_times:
         expected = call_stock(model, size, num_steps, guidance, noise, images, prompt=SIGN)
-    sampler = sampler_of(model, size, num_steps, guidance, pad_to=0)  # a lone prompt: no padding
-    assert torch.equal(sampler.sigmas, model.pipe.scheduler.sigmas)
+    schedule = schedule_of(model, size, num_steps, guidance, pad_to=0)  # a lone prompt: no padding
+    assert torch.equal(schedule.sigmas, model.pipe.scheduler.sigmas)
     batch = prompt_batch(model, size, [SIGN], [images], guidance)
     with timesteps(model.transformer) as times:
-        assert_same(sample(model, model.transformer, batch, sampler, DRAW), *expected)
+        assert_same(sample(model, model.transformer, batch, schedule, RANDOMNESS), *expected)
     assert times == stock_times
 
 
@@ -153,8 +153,8 @@ def test_without_noise_two_prompts_give_the_stock_pictures(
     shared = () if isinstance(model, FluxKontext) else images[0]
     noise = stock_noise(model, size, 2)
     expected = call_stock(model, size, num_steps, guidance, noise, shared, **arguments)
-    sampler = sampler_of(model, size, num_steps, guidance)
-    rollout = sample(model, model.transformer, batch, sampler, DRAW)
+    schedule = schedule_of(model, size, num_steps, guidance)
+    rollout = sample(model, model.transformer, batch, schedule, RANDOMNESS)
     assert_same(rollout, *expected)
     assert not np.array_equal(*rollout.images)
 
@@ -165,7 +165,7 @@ def test_a_row_does_not_depend_on_its_neighbour(models, name):
     images = [tiny.pictures(name, seed) for seed in (1, 2)]
     batch = prompt_batch(model, SQUARE, [APPLE, SIGN], images, model.unguided_scale)
     cond = model.collate(batch.conds, LENGTH)
-    noise = DRAW.normal("init", [(0, 0), (1, 0)], model.noise_shape(SQUARE))
+    noise = RANDOMNESS.normal("init", [(0, 0), (1, 0)], model.noise_shape(SQUARE))
     latents, sigma = model.initial_latents(SQUARE, noise), torch.tensor([0.9, 0.4])
 
     @torch.no_grad()
@@ -184,7 +184,7 @@ def test_a_row_does_not_depend_on_its_neighbour(models, name):
 def test_padding_changes_a_velocity_by_rounding_only(models, name):
     model = models[name]
     cond = model.encode([SIGN], [tiny.pictures(name)], LENGTH)
-    noise = DRAW.normal("init", [(0, 0)], model.noise_shape(WIDE))
+    noise = RANDOMNESS.normal("init", [(0, 0)], model.noise_shape(WIDE))
     inputs = model.transformer, model.initial_latents(WIDE, noise), torch.tensor([0.7])
     alone, narrow, wide = (
         model.velocity(*inputs, model.collate(cond, pad_to), None, model.unguided_scale, WIDE)
@@ -246,9 +246,9 @@ def test_references_of_two_sizes_can_not_share_a_call(models, sizes):
     model = models["flux_kontext"]
     images = [(picture(*size),) for size in sizes]
     batch = prompt_batch(model, SQUARE, [APPLE, SIGN], images, 2.5)
-    sampler = sampler_of(model, SQUARE, 6, 2.5)
+    schedule = schedule_of(model, SQUARE, 6, 2.5)
     with pytest.raises(ValueError, match="sample.train_batch_size"):
-        sample(model, model.transformer, batch, sampler, DRAW)
+        sample(model, model.transformer, batch, schedule, RANDOMNESS)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_only_what_never_reaches_the_output_is_left_out_of_the_backward(name):
     """DistributedDataParallel stops where a parameter that trains gets no gradient."""
     model = tiny.patched(name)
     batch = prompt_batch(model, SQUARE, [SIGN], [tiny.pictures(name)], model.unguided_scale)
-    noise = DRAW.normal("init", [(0, 0)], model.noise_shape(SQUARE))
+    noise = RANDOMNESS.normal("init", [(0, 0)], model.noise_shape(SQUARE))
     latents, sigma = model.initial_latents(SQUARE, noise), torch.tensor([0.7])
     params = dict(model.transformer.requires_grad_(True).named_parameters())
     inputs = latents, sigma, model.collate(batch.conds, LENGTH), None, model.unguided_scale, SQUARE
@@ -316,10 +316,14 @@ def test_a_saved_pipeline_loads_without_its_absent_encoder(models, tmp_path):
     folder = tiny.save("sd3_without_t5", tmp_path)
     loaded = SD3.from_pretrained(str(folder), dtype=torch.float32, device="cpu")
     assert loaded.pipe.text_encoder_3 is None
-    sampler = sampler_of(loaded, SQUARE, 4, 4.5)
+    schedule = schedule_of(loaded, SQUARE, 4, 4.5)
     rollouts = [
         sample(
-            model, model.transformer, prompt_batch(model, SQUARE, [SIGN], [()], 4.5), sampler, DRAW
+            model,
+            model.transformer,
+            prompt_batch(model, SQUARE, [SIGN], [()], 4.5),
+            schedule,
+            RANDOMNESS,
         )
         for model in (loaded, models["sd3_without_t5"])
     ]

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from config.base import base
-from flow_grpo.training import folders, model_files, preflight
+from flow_grpo.launch import model_files, preflight
+from flow_grpo.training import folders
 
 
 @pytest.fixture

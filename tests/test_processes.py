@@ -16,8 +16,9 @@ import running
 import torch
 from safetensors.torch import load_file
 
-from flow_grpo.training import checkpoint, folders, launch, loop
-from flow_grpo.training.report import read_metrics
+from flow_grpo.launch import entry
+from flow_grpo.report.output import read_metrics
+from flow_grpo.training import checkpoint, folders, loop
 
 ROOT = Path(__file__).parent.parent
 SLOW_MACHINE_S = 180  # a launch that hangs must fail, not block
@@ -76,7 +77,7 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
     one = running.prepare(running.arguments(files, run_name="one", **settings, **more))
     monkeypatch.setattr(loop, "weigh", loop.weigh)  # recording ends with this test
     running.record_rollouts(folders_of["one"], 0)
-    launch.execute(one)
+    entry.execute(one)
     both = start(
         files,
         *launcher("multi_gpu", 2),
@@ -118,7 +119,7 @@ def test_deepspeed_zero2_trains_and_skips_like_one_process_and_resumes_bit_for_b
         )
     )
     running.break_losses(one, {0})
-    launch.execute(one)
+    entry.execute(one)
     zero2 = launcher("deepspeed_zero2", 2, "--mixed_precision", "no")
     broken = {"script": "tests/running.py", "env": {"MODE": "break"}}
     finish(start(files, *zero2, **broken, run_name="zero2", **settings))

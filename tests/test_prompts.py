@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flow_grpo.training.prompts import (
+from flow_grpo.prompts import (
     Prompt,
     check,
     epoch_prompts,
@@ -255,7 +255,7 @@ def test_check_counts_repeated_and_shared_rows(tmp_path):
 
 
 def test_the_command_leaves_with_1_and_a_message(tmp_path):
-    command = [sys.executable, "-m", "flow_grpo.training.prompts", "check"]
+    command = [sys.executable, "-m", "flow_grpo.prompts", "check"]
     done = subprocess.run([*command, "dataset/shapes"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and "train: 2000 rows, " in done.stdout
     assert "train and test share 0 rows\n" in done.stdout

@@ -8,7 +8,7 @@ import torch
 from forking import FORKED
 from toy import make_run, plan_of, roll_out
 
-from flow_grpo.sampling import Draw
+from flow_grpo.randomness import Randomness
 from flow_grpo.training import loop, scoring
 
 NUM_GROUPS, GROUP_SIZE = 3, 8  # the second group lies on both ranks
@@ -34,7 +34,7 @@ def one_update(folder, rank, num_ranks):
     metrics = scoring.weigh(run, rollout, {"avg": scores.numpy()})
     size = 4
     micros = [rollout.rows(slice(i, i + size)) for i in range(0, share, size)]
-    loop.take_step(run, micros, Draw(0, (0, 0)))
+    loop.take_step(run, micros, Randomness(0, (0, 0)))
     shift = run.snapshots.values("policy").popitem()[1]
     found = {name: getattr(rollout, name) for name in ("advantages", "weights", "steps")}
     torch.save({**found, "shift": shift, "metrics": metrics}, Path(folder) / f"{rank}.pt")

@@ -16,9 +16,10 @@ import pytest
 import running
 from PIL import Image
 
-from flow_grpo.training import provenance, report
-from flow_grpo.training.reporting import charts, facts, page, pictures, plots, recorded
-from flow_grpo.training.sheets import contact_sheet, cut_sheet
+from flow_grpo.launch import provenance
+from flow_grpo.report import charts, facts, output, page, pictures, plots, recorded
+from flow_grpo.report.__main__ import main
+from flow_grpo.report.sheets import contact_sheet, cut_sheet
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 OPTIONS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
@@ -120,7 +121,7 @@ def test_a_browser_shows_the_curves_the_pictures_and_the_numbers(folder, tmp_pat
         assert len(found[side]) == len(running.PROMPTS)
         assert all(natural == 32 and shown > 50 for natural, shown in found[side])
     assert found["captions"] == running.PROMPTS
-    evals = report.read_metrics(folder, "eval")
+    evals = output.read_metrics(folder, "eval")
     assert [row["epoch"] for row in evals] == [0, 1, 2]
     score = "jpeg_incompressibility"
     first, *_, last = (facts.number(row[score]) for row in evals)
@@ -132,7 +133,7 @@ def test_a_browser_shows_the_curves_the_pictures_and_the_numbers(folder, tmp_pat
     assert all(drawing["width"] > 150 for drawing in found["drawings"])
     curves = {title: drawing["curves"] for title, drawing in drawn.items()}
     assert curves[score] == curves["Loss"] == ["rgb(31, 111, 92)"]  # the page's --series-1
-    updates = report.read_metrics(folder, "update")
+    updates = output.read_metrics(folder, "update")
     steps = {key for row in updates for key in row if key.startswith("approx_kl/")}
     assert len(steps) == 4 and len(set(curves["Approximate KL"])) == 4  # each has its colour
 
@@ -187,7 +188,7 @@ def test_a_comparison_draws_the_other_run_over_this_one(folder, tmp_path, capsys
     mine, other = tmp_path / "mine", tmp_path / "control"
     shutil.copytree(folder, mine)
     shutil.copytree(folder, other)
-    report.main([str(mine), "--compare", str(other)])
+    main([str(mine), "--compare", str(other)])
     assert capsys.readouterr().out.strip() == str(mine / "report.html")
     text = (mine / "report.html").read_text()
     assert "Runs compared" in text and "<td>control</td>" in text
@@ -200,15 +201,15 @@ def test_a_comparison_draws_the_other_run_over_this_one(folder, tmp_path, capsys
 
 def test_a_folder_without_a_run_is_refused_by_hand_and_only_warned_of_in_training(tmp_path):
     with pytest.raises(SystemExit, match="has no config.json: a run's folder"):
-        report.main([str(tmp_path)])
+        main([str(tmp_path)])
     with pytest.warns(UserWarning, match="report.html was not drawn"):
-        report.redraw(tmp_path)
+        output.redraw(tmp_path)
 
 
 def test_the_module_draws_from_the_command_line(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink()
-    command = [sys.executable, "-m", "flow_grpo.training.report", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "flow_grpo.report", str(tmp_path / "run")]
     subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
     assert (tmp_path / "run" / "report.html").stat().st_size > 50_000
 
@@ -219,7 +220,7 @@ def test_intervals_become_bands_and_are_no_scores_of_their_own(tmp_path):
     rows = [row | ends, row | ends | {"epoch": 2, "step": 8, "shapes": 0.6}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "config.json").write_text(json.dumps({"reward_fn": {"shapes": 1.0}}))
-    table = report.table(tmp_path)
+    table = output.table(tmp_path)
     assert [line.split()[0] for line in table.splitlines()] == ["step", "shapes", "avg"]
     run = recorded.load(tmp_path)
     assert run.scores() == ["shapes"] and run.tags() == ["two"]  # avg is the same again

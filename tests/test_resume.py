@@ -9,8 +9,9 @@ import running
 import torch
 from safetensors.torch import load_file
 
-from flow_grpo.training import folders, launch
-from flow_grpo.training.report import read_metrics
+from flow_grpo.launch import entry
+from flow_grpo.report.output import read_metrics
+from flow_grpo.training import folders
 
 
 def steps(folder: Path) -> list[int]:
@@ -36,7 +37,7 @@ def test_four_epochs_equal_two_and_a_resume_and_two(files):
 
     part.objective.after_epoch = die_in_the_third
     with pytest.raises(KeyboardInterrupt):
-        launch.execute(part)
+        entry.execute(part)
     resumed = running.train(
         running.arguments(files, run_name="part", resume_from="latest", **settings)
     )
@@ -67,7 +68,7 @@ def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
     )
     new = running.prepare(argv)
     assert folders.checkpoints(new.folder) == [first]
-    launch.execute(new)
+    entry.execute(new)
     assert [path.name for path in folders.checkpoints(new.folder)] == names
     assert steps(new.folder) == [1, 2, 3, 4, 5, 6]
     after = load_file(new.folder / "checkpoints/checkpoint-6/weights.safetensors")
@@ -79,7 +80,7 @@ def test_auto_starts_anew_where_a_run_died_before_its_first_checkpoint(files):
     run = running.prepare(running.arguments(files, run_name="early", save_freq=100))
     run.objective.after_epoch = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        launch.execute(run)
+        entry.execute(run)
     assert steps(run.folder) == [1, 2]
     again = running.train(running.arguments(files, run_name="early", resume_from="auto"))
     assert steps(again.folder) == [1, 2, 3, 4]

@@ -21,11 +21,12 @@ from safetensors.numpy import save
 from serving import blank, client, faulty, mean, pictures, reply, serve
 
 from config.base import base
-from flow_grpo.rewards import remote, servers, wire
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scorer
-from flow_grpo.rewards.remote import Refused, Unavailable
-from flow_grpo.rewards.servers import Servers, SomeFailed
+from flow_grpo.rewards.remote import client as remote
+from flow_grpo.rewards.remote import servers, wire
+from flow_grpo.rewards.remote.client import Refused, Unavailable
+from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
 GOOD = {"scores": {"mean": [1.0, 2.0]}, "errors": [None, None]}
 HTTP = httpx.Client(verify=False)  # one: each loads certificates, which takes a while
@@ -152,7 +153,7 @@ def test_a_garbage_answer_is_an_error_and_never_a_score(name):
 
 
 def test_an_endless_answer_is_cut_off(monkeypatch):
-    monkeypatch.setattr("flow_grpo.rewards.http.MAX_ANSWER_BYTES", 10_000)
+    monkeypatch.setattr("flow_grpo.rewards.remote.exchange.MAX_ANSWER_BYTES", 10_000)
     with faulty(lambda handler, _: reply(handler, 200, b" " * 10**6)) as (url, _):
         with client(url) as reward, pytest.raises(Refused, match="more than 10000 bytes"):
             call(reward)

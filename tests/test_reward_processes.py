@@ -15,7 +15,7 @@ import running
 import serving
 import torch
 
-from flow_grpo.training.report import read_metrics
+from flow_grpo.report.output import read_metrics
 from tests.test_clip_rewards import folder as clip_folder  # noqa: F401
 from tests.test_geneval import folder as detector_folder  # noqa: F401
 

@@ -15,10 +15,12 @@ from fixtures import randn
 from serving import serve
 
 from flow_grpo.advantages import gdpo_advantages
-from flow_grpo.rewards.jpeg import jpeg_incompressibility
-from flow_grpo.training import alarm, launch, preflight, scoring, settings
-from flow_grpo.training.diversity import SIDE, diversity, thumbnails
-from flow_grpo.training.prompts import Prompt
+from flow_grpo.evaluation import alarm
+from flow_grpo.evaluation.diversity import SIDE, diversity, thumbnails
+from flow_grpo.launch import entry, preflight, settings
+from flow_grpo.prompts import Prompt
+from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
+from flow_grpo.training import scoring
 
 NAME = "jpeg_incompressibility"
 EVALUATED = 8  # pictures of an evaluation: 6 prompts in batches of 4
@@ -75,7 +77,7 @@ def test_a_run_whose_reward_fails_saves_stops_and_goes_on_as_if_nothing_had_been
     with serve(failing, name=NAME) as server:
         argv = running.arguments(files, run_name="broken", **over_http(server.url))
         broken = running.prepare(argv)
-        assert launch.execute(broken) == 1
+        assert entry.execute(broken) == 1
         assert broken.epoch == (dies != "in the first epoch")
         assert len(rows(broken, "epoch")) == broken.epoch
         failing.after = math.inf
@@ -87,7 +89,7 @@ def test_the_message_of_a_run_that_stops_names_reward_url_and_remedy(files, caps
     with serve(Failing(EVALUATED), name=NAME) as server:
         more = over_http(server.url, reward_timeout=20.0)
         argv = running.arguments(files, run_name="message", **more)
-        assert launch.execute(running.prepare(argv)) == 1
+        assert entry.execute(running.prepare(argv)) == 1
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"reward '{NAME}' failed: {server.url}: status 500: RuntimeError: out of" in message
     assert "saved in" in message and "--config.resume_from=latest" in message
@@ -118,7 +120,7 @@ def test_too_many_masked_pictures_stop_the_run_after_saving(files, capsys):
             files, run_name="masked", on_reward_error="mask", **over_http(server.url)
         )
         run = running.prepare(argv)
-        assert launch.execute(run) == 1
+        assert entry.execute(run) == 1
     message = capsys.readouterr().err
     assert "16 of 16 pictures could not be scored" in message
     assert "config.max_masked_fraction=0.5" in message and "out of memory" in message
@@ -132,12 +134,12 @@ def test_the_fraction_is_of_the_pictures_of_an_epoch(files, fraction, status):
         argv = over_http(server.url, max_masked_fraction=fraction, reward_timeout=20.0)
         argv |= {"sample__test_batch_size": 4, "eval_max_samples": 4, "num_epochs": 1}
         run = running.prepare(running.arguments(files, run_name=f"f{fraction}", **argv))
-        assert launch.execute(run) == status
+        assert entry.execute(run) == status
 
 
 def test_a_local_reward_that_hangs_ends_the_run(files, monkeypatch, capsys):
     run = running.prepare(running.arguments(files, run_name="hang", reward_timeout=0.3))
-    monkeypatch.setattr("flow_grpo.training.run.PATIENCE_S", 0.2)
+    monkeypatch.setattr("flow_grpo.evaluation.evaluate.PATIENCE_S", 0.2)
     ended, honest, calls = threading.Event(), run.scorer.score, []
 
     def hangs(*arguments):
@@ -147,7 +149,7 @@ def test_a_local_reward_that_hangs_ends_the_run(files, monkeypatch, capsys):
         return honest(*arguments)
 
     run.scorer.score = hangs
-    assert launch.execute(run) == 1
+    assert entry.execute(run) == 1
     ended.set()
     assert "the rewards gave no scores for 0.5 s" in capsys.readouterr().err
 
@@ -155,7 +157,7 @@ def test_a_local_reward_that_hangs_ends_the_run(files, monkeypatch, capsys):
 def test_a_reward_fails_on_evaluation_as_it_does_in_training(files):
     with serve(Failing(0), name=NAME) as server:
         run = running.prepare(running.arguments(files, run_name="ev", **over_http(server.url)))
-        assert launch.execute(run) == 1 and run.epoch == 0
+        assert entry.execute(run) == 1 and run.epoch == 0
 
 
 # Several rewards.
@@ -214,7 +216,7 @@ def test_a_run_with_gdpo_has_the_advantages_of_gdpo(files):
             return honest(micro, draw)
 
         run.objective.points = points
-        assert launch.execute(run) == 0
+        assert entry.execute(run) == 0
     assert set(kept["sum"]) == set(kept["gdpo"]) and len(kept["gdpo"]) == 16
     # size / 1000 - size / 500,000: the sum goes with the size, and GDPO's two parts cancel.
     assert max(map(abs, kept["gdpo"].values())) < 1e-3 < max(map(abs, kept["sum"].values()))
@@ -259,7 +261,7 @@ def test_the_alarm_is_raised_when_the_held_out_reward_falls(files, action, statu
         return scores
 
     run.scorer.score = rising
-    assert launch.execute(run) == status
+    assert entry.execute(run) == status
     output = "".join(capsys.readouterr())
     assert "reward hacking: since the second evaluation before" in output
     assert "held-out rewards fell: jpeg_compressibility [-" in output

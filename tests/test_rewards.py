@@ -10,7 +10,7 @@ from PIL import Image
 from flow_grpo.rewards import REWARDS, loading
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.combine import Scorer
-from flow_grpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from flow_grpo.rewards.rules.jpeg import jpeg_compressibility, jpeg_incompressibility
 
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 40, 3), dtype=np.uint8)
 FLAT = np.full((48, 40, 3), 90, np.uint8)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flow_grpo.bootstrap import interval
+from flow_grpo.evaluation.intervals import interval
 from flow_grpo.rewards import REWARDS, pictures
 from flow_grpo.rewards.__main__ import main
 from flow_grpo.rewards.base import Reward
-from flow_grpo.rewards.jpeg import jpeg_incompressibility
+from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
 
 BLUE_SQUARE = {"include": [{"class": "square", "color": "blue", "count": 1}]}
 

@@ -10,9 +10,10 @@ import running
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from flow_grpo.sampling import Draw, sample
-from flow_grpo.training import launch
-from flow_grpo.training.report import read_metrics
+from flow_grpo.launch import entry
+from flow_grpo.randomness import Randomness
+from flow_grpo.report.output import read_metrics
+from flow_grpo.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("fresh_logs")
 
@@ -53,7 +54,7 @@ def test_the_gate_stops_a_run_that_scores_something_else(files):
 
     run.predictor = slightly_off
     with pytest.raises(RuntimeError, match="before the first update"):
-        launch.execute(run)
+        entry.execute(run)
     assert run.updater.num_updates == 0 and not (run.folder / "checkpoints").exists()
 
 
@@ -64,7 +65,9 @@ def test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_bas
 
     def final(which, name):
         with which.snapshots.using(name):
-            return sample(which.pipeline, which.model, batch, which.eval_sampler, Draw(0, ())).final
+            return sample(
+                which.pipeline, which.model, batch, which.eval_schedule, Randomness(0, ())
+            ).final
 
     policy, reference = final(run, "policy"), final(run, "reference")
     assert (policy - reference).abs().max() > 1e-3
@@ -115,11 +118,11 @@ def test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline(files):
     )
     run = running.train(argv)
     prompts = run.plan.eval_prompts
-    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_sampler.guidance_scale)
-    draw = Draw(run.config.seed, ())
+    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_schedule.guidance_scale)
+    randomness = Randomness(run.config.seed, ())
     with run.snapshots.using("ema"):
-        ours = sample(run.pipeline, run.model, batch, run.eval_sampler, draw).images[0]
-    policy = sample(run.pipeline, run.model, batch, run.eval_sampler, draw).images[0]
+        ours = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]
+    policy = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]
 
     stock = StableDiffusion3Pipeline.from_pretrained(files / "sd3")
 
@@ -132,7 +135,7 @@ def test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline(files):
                 num_inference_steps=3,
                 guidance_scale=3.0,
                 max_sequence_length=16,
-                latents=draw.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size)),
+                latents=randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size)),
             ).images[0]
         )
 
@@ -156,7 +159,7 @@ def test_the_exported_transformer_is_the_trained_one(files):
 def test_a_lora_trains_every_target_module_and_nothing_else(files):
     run = running.prepare(running.arguments(files, run_name="targets", **running.lora(files)))
     before = {k: v.clone() for k, v in run.pipeline.transformer.state_dict().items()}
-    launch.execute(run)
+    entry.execute(run)
     after = run.pipeline.transformer.state_dict()
     for key, value in after.items():
         if "transformer_blocks.1.attn.add_q" not in key:  # the last ones reach no output
@@ -185,11 +188,11 @@ def test_shuffled_advantages_keep_their_values_and_lose_their_rows(files):
         )
         run = running.prepare(argv)
         seen, points = [], run.objective.points
-        run.objective.points = lambda micro, draw, s=seen, p=points: (
+        run.objective.points = lambda micro, randomness, s=seen, p=points: (
             s.append(micro.advantages),
-            p(micro, draw),
+            p(micro, randomness),
         )[1]
-        launch.execute(run)
+        entry.execute(run)
         runs[shuffled] = torch.cat(seen[1:])  # the first one is the gate's
     assert not torch.equal(runs[True], runs[False])
     assert torch.equal(runs[True].sort().values, runs[False].sort().values)
@@ -199,7 +202,7 @@ def test_the_reward_is_called_once_for_every_picture(files):
     run = running.prepare(running.arguments(files, run_name="calls", eval_max_samples=3))
     scored, score = [], run.scorer.score
     run.scorer.score = lambda images, *a: (scored.append(len(images)), score(images, *a))[1]
-    launch.execute(run)
+    entry.execute(run)
     training = 2 * 4 * 4  # epochs x batches x pictures
     assert sum(scored) == training + 2 * 3  # and 3 evaluated prompts, before and after
     assert run.conditioner.num_encoded == len(set(running.PROMPTS))
@@ -217,7 +220,7 @@ def test_a_missing_score_takes_its_row_out_of_the_loss(files):
             return scores
 
         run.scorer.score = holed
-        launch.execute(run)
+        entry.execute(run)
         return read_metrics(run.folder, "epoch")[0]["reward/missing"], running.weights(run.folder)
 
     none, whole = losses(False)
@@ -248,7 +251,7 @@ def test_nft_runs_through_the_same_loop_with_its_old_policy(files):
     )
     run = running.prepare(argv)
     start = {k: v.clone() for k, v in run.snapshots.state_dict().items()}
-    launch.execute(run)
+    entry.execute(run)
     name, param = next(iter(run.trained_parameters()))
     old = run.snapshots.state_dict()[f"old/{name}"]
     decays = [min(0.001 * n, 0.5) for n in (2, 4)]

@@ -10,13 +10,14 @@ from fixtures import NOISE_LEVEL
 from tiny import LENGTH, prompt_batch
 
 from flow_grpo.conditioning import collate
-from flow_grpo.rollout import Size
-from flow_grpo.sampling import Draw, Sampler, replay, sample
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Size
+from flow_grpo.sampling import Schedule, replay, sample
 
 SIZE = Size(48, 64)
 NUM_STEPS = 6
 TEXTS = ("a red apple", "a green cube", "two blue cats")
-DRAW = Draw(seed=42, coordinates=(5,))
+DRAW = Randomness(seed=42, coordinates=(5,))
 OWNERS = [(group, member) for group in range(3) for member in range(2)]
 STEPS = {  # of each group
     "windows": np.array([[0, 1], [3, 4], [1, 2]]),
@@ -37,13 +38,13 @@ def batch_of(model, name, guidance, owners=OWNERS):
     return prompt_batch(model, SIZE, TEXTS, references, guidance, owners)
 
 
-def sampler_of(model, kind, guidance=1.0, same_latent=False):
-    return Sampler(
+def schedule_of(model, kind, guidance=1.0, same_latent=False):
+    return Schedule(
         model.sigmas(NUM_STEPS, SIZE), guidance, kind, NOISE_LEVEL[kind], same_latent, LENGTH
     )
 
 
-def log_ratios(model, sampler, rollout):
+def log_ratios(model, schedule, rollout):
     """Score each trained step again, with gradients, (N, K)."""
     cond, negative = collate(model, rollout.batch, LENGTH)
     ratios = []
@@ -51,13 +52,13 @@ def log_ratios(model, sampler, rollout):
         velocity = model.velocity(
             model.transformer,
             rollout.latents[:, k],
-            sampler.sigmas[steps],
+            schedule.sigmas[steps],
             cond,
             negative,
-            sampler.guidance_scale,
+            schedule.guidance_scale,
             SIZE,
         )
-        log_prob = replay(sampler, rollout, k, velocity).log_prob
+        log_prob = replay(schedule, rollout, k, velocity).log_prob
         assert log_prob.requires_grad
         ratios.append(log_prob.detach() - rollout.log_probs[:, k])
     return torch.stack(ratios, dim=1)
@@ -83,24 +84,24 @@ def log_ratios(model, sampler, rollout):
 )
 def test_replaying_a_rollout_gives_log_ratio_zero(models, name, guidance, kind, steps):
     model = models[name]
-    batch, sampler = batch_of(model, name, guidance), sampler_of(model, kind, guidance)
+    batch, schedule = batch_of(model, name, guidance), schedule_of(model, kind, guidance)
     trained = STEPS[steps][batch.group.numpy()]
-    rollout = sample(model, model.transformer, batch, sampler, DRAW, steps=trained)
+    rollout = sample(model, model.transformer, batch, schedule, DRAW, steps=trained)
     assert rollout.steps.tolist() == trained.tolist()
     assert rollout.log_probs.isfinite().all()
     assert torch.equal(rollout.next_latents[:, :-1], rollout.latents[:, 1:])
-    assert (log_ratios(model, sampler, rollout) == 0).all()
+    assert (log_ratios(model, schedule, rollout) == 0).all()
     rounded = replace(rollout, next_latents=rollout.next_latents.bfloat16().float())
-    assert (log_ratios(model, sampler, rounded) != 0).all(), "the test can't tell a rounded latent"
+    assert (log_ratios(model, schedule, rounded) != 0).all(), "the test can't tell a rounded latent"
 
 
 @pytest.mark.parametrize("kind", list(NOISE_LEVEL))
 def test_what_is_kept_does_not_change_the_rollout(models, kind):
     model = models["sd3"]
-    batch, sampler = batch_of(model, "sd3", 1.0), sampler_of(model, kind)
+    batch, schedule = batch_of(model, "sd3", 1.0), schedule_of(model, kind)
     steps = STEPS["windows"][batch.group.numpy()]
     kept, final = (
-        sample(model, model.transformer, batch, sampler, DRAW, steps, keep_steps=keep)
+        sample(model, model.transformer, batch, schedule, DRAW, steps, keep_steps=keep)
         for keep in (True, False)
     )
     assert torch.equal(kept.final, final.final)
@@ -111,10 +112,10 @@ def test_what_is_kept_does_not_change_the_rollout(models, kind):
 @pytest.mark.parametrize("name", ["sd3", "flux", "flux_kontext"])
 def test_stochastic_steps_of_noise_level_zero_are_ode_steps(models, name, kind):
     model = models[name]
-    batch, sampler = batch_of(model, name, 1.0), sampler_of(model, kind)
+    batch, schedule = batch_of(model, name, 1.0), schedule_of(model, kind)
     steps = STEPS["windows"][batch.group.numpy()]
     finals = [
-        sample(model, model.transformer, batch, replace(sampler, **change), DRAW, steps).final
+        sample(model, model.transformer, batch, replace(schedule, **change), DRAW, steps).final
         for change in ({"noise_level": 0.0}, {"kind": "ode"}, {})
     ]
     assert torch.equal(finals[0], finals[1])
@@ -126,11 +127,13 @@ def still(hidden_states, **_):
     return (torch.zeros_like(hidden_states),)
 
 
-def noises(model, name, kind, owners, draw=DRAW, same_latent=False):
+def noises(model, name, kind, owners, randomness=DRAW, same_latent=False):
     """Return the initial and final latents of each owner where nothing but noise moves them."""
     batch = batch_of(model, name, 1.0, owners)
     steps = STEPS["full"][batch.group.numpy()]
-    rollout = sample(model, still, batch, sampler_of(model, kind, 1.0, same_latent), draw, steps)
+    rollout = sample(
+        model, still, batch, schedule_of(model, kind, 1.0, same_latent), randomness, steps
+    )
     ends = zip(rollout.latents[:, 0], rollout.final, strict=True)
     return dict(zip(owners, ends, strict=True))
 
@@ -150,9 +153,11 @@ def test_a_rows_noise_does_not_depend_on_its_batch(models, name, kind):
             assert torch.equal(final, other[owner][1])
 
 
-@pytest.mark.parametrize("draw", [Draw(43, (5,)), Draw(42, (6,))], ids=["seed", "epoch"])
-def test_another_seed_or_epoch_gives_other_noise(models, draw):
-    one, other = (noises(models["sd3"], "sd3", "sde", OWNERS, d) for d in (DRAW, draw))
+@pytest.mark.parametrize(
+    "randomness", [Randomness(43, (5,)), Randomness(42, (6,))], ids=["seed", "epoch"]
+)
+def test_another_seed_or_epoch_gives_other_noise(models, randomness):
+    one, other = (noises(models["sd3"], "sd3", "sde", OWNERS, d) for d in (DRAW, randomness))
     for owner in OWNERS:
         assert correlation(one[owner][0], other[owner][0]) < 0.3
         assert correlation(one[owner][1], other[owner][1]) < 0.3

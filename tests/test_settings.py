@@ -6,7 +6,7 @@ import pytest
 
 from config import testbed
 from config.base import base
-from flow_grpo.training import settings
+from flow_grpo.launch import settings
 
 ROOT = Path(__file__).parents[1]
 RUN = "config/testbed.py:shapes_sd3"

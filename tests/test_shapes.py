@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
-from flow_grpo.rewards.shapes import check, detect, shapes, shapes_dense, shapes_strict
+from flow_grpo.rewards.rules.shapes import check, detect, shapes, shapes_dense, shapes_strict
 
 ROOT = Path(__file__).parents[1]
 DATASET, TESTBED = ROOT / "dataset" / "shapes", ROOT / "scripts" / "testbed"
@@ -163,7 +163,7 @@ def test_foreign_rows_and_pictures_are_errors():
 
 
 def test_scoring_needs_no_torch():
-    code = "import sys, flow_grpo.rewards.shapes; sys.exit('torch' in sys.modules)"
+    code = "import sys, flow_grpo.rewards.rules.shapes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

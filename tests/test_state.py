@@ -4,8 +4,8 @@ import pytest
 import running
 import torch
 
-from flow_grpo.training import launch
-from flow_grpo.training.report import read_metrics
+from flow_grpo.launch import entry
+from flow_grpo.report.output import read_metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_logs")
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("fresh_logs")
 def test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation(files):
     run = running.prepare(running.arguments(files, run_name="still", train__learning_rate=0.0))
     before = {name: param.clone() for name, param in run.trained_parameters()}
-    launch.execute(run)
+    entry.execute(run)
     assert run.updater.num_updates == 4
     assert all(torch.equal(param, before[name]) for name, param in run.trained_parameters())
     first, last = read_metrics(run.folder, "eval")
@@ -40,7 +40,7 @@ def test_the_ema_follows_every_update_by_its_schedule(files):
         return norm
 
     run.updater.step = watch
-    launch.execute(run)
+    entry.execute(run)
     for n, value in enumerate(done):
         if (n + 1) % 2 == 0:
             decay = min(0.5, (1 + n) / (10 + n))
@@ -66,6 +66,6 @@ def test_old_checkpoints_are_pruned_and_nothing_half_written_stays(files):
     argv = running.arguments(files, run_name="prune", num_epochs=4, num_checkpoint_limit=2)
     run = running.prepare(argv)
     (run.folder / "checkpoints" / ".writing-checkpoint-1").mkdir(parents=True)
-    launch.execute(run)
+    entry.execute(run)
     left = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
     assert left == ["checkpoint-6", "checkpoint-8"]

@@ -11,8 +11,8 @@ import tiny
 import torch
 from tiny import LENGTH
 
-from flow_grpo.rollout import Size
-from flow_grpo.sampling import Draw
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Size
 
 APPLE, SIGN = "a photo of a red apple", 'a sign that says "Grüße 42"'
 SIZE = Size(64, 64)
@@ -21,7 +21,11 @@ SIZE = Size(64, 64)
 @pytest.mark.parametrize("name", list(tiny.MODELS))
 def test_the_velocity_responds_to_each_input(name):
     model = tiny.patched(name)
-    draw, images, others = Draw(seed=7, coordinates=()), tiny.pictures(name), tiny.pictures(name, 2)
+    randomness, images, others = (
+        Randomness(seed=7, coordinates=()),
+        tiny.pictures(name),
+        tiny.pictures(name, 2),
+    )
 
     def cond(text, references=images):
         return model.collate(model.encode([text], [references], LENGTH), LENGTH)
@@ -31,7 +35,7 @@ def test_the_velocity_responds_to_each_input(name):
     if model.needs_negative(4.5):
         negative = model.collate([model.negative(images, LENGTH)], LENGTH)
     first, second = (
-        model.initial_latents(SIZE, draw.normal("init", [row], model.noise_shape(SIZE)))
+        model.initial_latents(SIZE, randomness.normal("init", [row], model.noise_shape(SIZE)))
         for row in ((0, 0), (1, 0))
     )
 

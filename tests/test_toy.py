@@ -78,8 +78,8 @@ def test_every_step_of_every_row_draws_its_own_standard_normal_noise(tmp_path):
     rollout, noises = roll_out(run), []
     for column, steps in enumerate(rollout.steps.unbind(1)):
         latents = rollout.latents[:, column]
-        velocity = run.model(latents, run.sampler.sigmas[steps]).detach()
-        taken = replay(run.sampler, rollout, column, velocity)
+        velocity = run.model(latents, run.schedule.sigmas[steps]).detach()
+        taken = replay(run.schedule, rollout, column, velocity)
         noises.append((taken.next_latents - taken.mean) / taken.std)
     noises = torch.stack(noises)  # (steps, rows, elements)
     count = noises[0].numel()

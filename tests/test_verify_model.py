@@ -10,11 +10,11 @@ import torch
 from tiny import LENGTH, qwen
 
 from config.base import base
-from flow_grpo import verify
 from flow_grpo.diffusers_patch import FAMILIES
 from flow_grpo.diffusers_patch.sd3 import SD3
-from flow_grpo.rollout import Size
-from flow_grpo.stock import Task
+from flow_grpo.evaluation.stock import Task
+from flow_grpo.launch import verify
+from flow_grpo.records import Size
 from scripts import verify_model
 
 PROMPTS = ("a photo of a red apple", 'a sign that says "Grüße 42"')

@@ -14,12 +14,13 @@ from torch import nn
 
 from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.objectives.grpo import GRPO
-from flow_grpo.rollout import Size
-from flow_grpo.sampling import Draw, Sampler, sample
+from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.plan import Plan
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Size
+from flow_grpo.sampling import Schedule, sample
 from flow_grpo.training import scoring
 from flow_grpo.training.optimizer import Updater
-from flow_grpo.training.plan import Plan
 from flow_grpo.training.run import Run
 from flow_grpo.training.snapshots import Snapshots
 from flow_grpo.training.tracking import Tracker
@@ -70,14 +71,14 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
     train = config.train
     accelerator = Accelerator(cpu=True)
     pipeline = Toy(sigmas)
-    sampler = Sampler(
+    schedule = Schedule(
         sigmas,
         guidance_scale=1.0,
         kind=config.sample.sde_type,
         noise_level=config.sample.noise_level,
         same_latent=config.sample.same_latent,
     )
-    objective = objective_class(config, sampler)
+    objective = objective_class(config, schedule)
     model, base_optimizer = accelerator.prepare(
         pipeline.transformer, optimizer_class(pipeline.transformer.parameters())
     )
@@ -91,8 +92,8 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         pipeline=pipeline,
         model=model,
         size=Size(1, 1),
-        sampler=sampler,
-        eval_sampler=sampler,
+        schedule=schedule,
+        eval_schedule=schedule,
         objective=objective,
         updater=Updater(accelerator, model, base_optimizer, train, 1000),
         snapshots=Snapshots(model, names, use_lora=False),
@@ -122,8 +123,8 @@ def roll_out(run):
     rows = torch.arange(run.plan.num_groups * run.plan.group_size)
     batch = blank_batch(rows // run.plan.group_size, rows % run.plan.group_size)
     steps = run.trained_steps(batch.group.tolist())
-    draw = Draw(run.config.seed, (run.epoch,))
-    return sample(run.pipeline, run.model, batch, run.sampler, draw, steps=steps)
+    randomness = Randomness(run.config.seed, (run.epoch,))
+    return sample(run.pipeline, run.model, batch, run.schedule, randomness, steps=steps)
 
 
 def score(run, rollout):

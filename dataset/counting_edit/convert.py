@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dataset.files import write_by_image
 from flow_grpo.cli import user_errors
-from flow_grpo.rewards.geneval_rules import check_row
-from flow_grpo.training.dataset_files import write_by_image
+from flow_grpo.rewards.rules.geneval_rules import check_row
 
 MAX_BYTES = 64 << 20  # of a picture, uncompressed
 

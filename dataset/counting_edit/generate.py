@@ -25,10 +25,10 @@ import numpy as np
 from PIL import Image
 
 from config.base import base
+from dataset.files import write_by_image, write_lines
 from flow_grpo.cli import user_errors
-from flow_grpo.rewards import geneval_rules
-from flow_grpo.rewards.geneval_rules import CLASSES
-from flow_grpo.training.dataset_files import write_by_image, write_lines
+from flow_grpo.rewards.rules import geneval_rules
+from flow_grpo.rewards.rules.geneval_rules import CLASSES
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
@@ -145,7 +145,7 @@ def scene_prompt(name: str, count: int) -> str:
 def confirmed(pictures: Sequence[Path], scenes: Sequence[tuple[str, int]], detect: Callable):
     """Yield the (picture, class, count) of those that show as many things as they should.
 
-    detect: as flow_grpo.rewards.detector.Detector; as sure as GenEval's counting asks for.
+    detect: as flow_grpo.rewards.rules.detector.Detector; as sure as GenEval's counting asks for.
     """
     for picture, (name, count) in zip(pictures, scenes, strict=True):
         (found,) = detect([np.asarray(Image.open(picture).convert("RGB"))])
@@ -168,7 +168,7 @@ def write_drawn(args: argparse.Namespace, options: Sequence[str]) -> None:
 
     import torch
 
-    from flow_grpo.rewards.detector import Detector
+    from flow_grpo.rewards.rules.detector import Detector
 
     detect = Detector(args.detector, "cuda" if torch.cuda.is_available() else "cpu")
     (args.out / "images").mkdir(exist_ok=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dataset.files import read_tables, write_rows
 from flow_grpo.cli import user_errors
-from flow_grpo.training.dataset_files import read_tables, write_rows
 
 COLUMNS = {"prompt": ("prompts", "prompt"), "tag": ("category", "tag")}
 

@@ -15,9 +15,9 @@ from itertools import islice, permutations, product
 from pathlib import Path
 from typing import Any
 
+from dataset.files import write_rows
 from flow_grpo.cli import user_errors
-from flow_grpo.rewards.geneval_rules import CLASSES, COLORS, RELATIONS, check_row
-from flow_grpo.training.dataset_files import write_rows
+from flow_grpo.rewards.rules.geneval_rules import CLASSES, COLORS, RELATIONS, check_row
 
 FOLDER = Path(__file__).parent
 TEST = {  # distinct prompts of each tag, as many as the benchmark has

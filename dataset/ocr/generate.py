@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from flow_grpo.rewards.ocr import plain
-from flow_grpo.training.dataset_files import write_lines
+from dataset.files import write_lines
+from flow_grpo.rewards.rules.ocr import plain
 
 FOLDER = Path(__file__).parent
 PROMPTS = {"train": 20_000, "test": 1_000}

@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from dataset.files import held_out, read_tables, write_lines
 from flow_grpo.cli import user_errors
-from flow_grpo.training.dataset_files import held_out, read_tables, write_lines
 
 COLUMNS = ("caption", "prompt", "prompts", "text")
 

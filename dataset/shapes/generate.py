@@ -12,7 +12,7 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
-from flow_grpo.rewards.shapes import COLORS, RELATIONS, SHAPES
+from flow_grpo.rewards.rules.shapes import COLORS, RELATIONS, SHAPES
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 MIRRORED = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flow_grpo.diffusers_patch.loading import ENCODERS, Loading
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
     "attn.add_k_proj",
@@ -129,10 +129,10 @@ class PatchedPipeline(Loading):
     def sigmas(self, num_steps: int, size: Size) -> Tensor:
         """Return the stock scheduler's grid, (num_steps + 1,) fp32 on the CPU, 1 ... 0."""
         scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes its state
-        scheduler.set_timesteps(num_steps, **self.schedule(num_steps, size))
+        scheduler.set_timesteps(num_steps, **self.scheduler_arguments(num_steps, size))
         return scheduler.sigmas.clone()
 
-    def schedule(self, num_steps: int, size: Size) -> dict:
+    def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         """Further arguments of the scheduler's set_timesteps (sigmas, mu)."""
         return {}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
 from flow_grpo.diffusers_patch.packed import Packed
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 
 class Flux(Packed):

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows
 from flow_grpo.diffusers_patch.flux import position_ids
 from flow_grpo.diffusers_patch.packed import Packed, references_of, unpack
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 MIN_SIDE, MAX_ASPECT = 64, 8  # of a reference picture, as the stock pipeline checks
 REFERENCE_TIME = 10  # reference i lies at time 10 (i + 1), the picture that is denoised at 0
@@ -79,7 +79,7 @@ class Flux2Klein(Packed):
     def initial_latents(self, size: Size, noise: Tensor) -> Tensor:
         return noise.flatten(2).transpose(1, 2).contiguous()
 
-    def schedule(self, num_steps: int, size: Size) -> dict:
+    def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         height, width = self.grid(size)
         mu = compute_empirical_mu(height * width, num_steps)
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}

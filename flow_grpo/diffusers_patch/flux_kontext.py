@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flow_grpo.diffusers_patch.flux import Flux, position_ids
 from flow_grpo.diffusers_patch.packed import Edits, pack
-from flow_grpo.rollout import Size
+from flow_grpo.records import Size
 
 
 class FluxKontext(Edits, Flux):

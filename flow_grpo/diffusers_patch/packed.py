@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 
 class Packed(PatchedPipeline):
@@ -21,7 +21,7 @@ class Packed(PatchedPipeline):
         """Return the picture's height and width in tokens."""
         return size.height // (self.vae_scale * 2), size.width // (self.vae_scale * 2)
 
-    def schedule(self, num_steps: int, size: Size) -> dict:
+    def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         height, width = self.grid(size)
         mu = self.dynamic_shift(height * width, max_shift=1.15)
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}

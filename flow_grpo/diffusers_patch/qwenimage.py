@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows, unscale_channels
 from flow_grpo.diffusers_patch.packed import Packed, unpack
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 UNHEARD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 
@@ -17,7 +17,7 @@ UNHEARD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 class QwenImage(Packed):
     """Text is masked up to the epoch's common width, so a neighbour changes a row by rounding only.
 
-    A prompt alone in its call and not padded (Sampler.pad_to 0) gives the stock picture to the bit.
+    A prompt alone in its call and not padded (pad_to 0) gives the stock picture to the bit.
     """
 
     stock = QwenImagePipeline

@@ -18,7 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from flow_grpo.diffusers_patch.packed import Edits, pack, references_of
 from flow_grpo.diffusers_patch.qwenimage import QwenImage
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 
 class QwenImageEdit(Edits, QwenImage):

@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, PatchedPipeline
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 
 class SD3(PatchedPipeline):
@@ -30,7 +30,7 @@ class SD3(PatchedPipeline):
             for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
         ]
 
-    def schedule(self, num_steps: int, size: Size) -> dict:
+    def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
             return {}
         patch = self.transformer.config.patch_size * self.vae_scale

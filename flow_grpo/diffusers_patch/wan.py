@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPip
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline, repeat_rows, unscale_channels
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 
 class Wan(PatchedPipeline):

@@ -7,7 +7,7 @@ from diffusers import ZImagePipeline
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.rollout import Cond, Size
+from flow_grpo.records import Cond, Size
 
 
 class ZImage(PatchedPipeline):
@@ -42,7 +42,7 @@ class ZImage(PatchedPipeline):
         )
         return [Cond({"embeds": e.cpu()}) for e in embeds]
 
-    def schedule(self, num_steps: int, size: Size) -> dict:
+    def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         tokens = (size.height // self.vae_scale // 2) * (size.width // self.vae_scale // 2)
         return {
             "sigmas": torch.linspace(1.0, 1 / num_steps, num_steps).tolist(),

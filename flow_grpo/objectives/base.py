@@ -9,8 +9,9 @@ import ml_collections
 from torch import Tensor
 
 from flow_grpo.advantages import group_advantages
-from flow_grpo.rollout import Loss, Point, Rollout
-from flow_grpo.sampling import Draw, Sampler
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Loss, Point, Rollout
+from flow_grpo.sampling import Schedule
 
 Predict = Callable[[Point], Tensor]  # the policy's velocity (B, ...) fp32, without a gradient
 Reduce = Callable[[Tensor], Tensor]  # the sum over ranks
@@ -35,9 +36,9 @@ class Objective:
     def check(cls, config: ml_collections.ConfigDict) -> None:
         """Raise ValueError, before weights are loaded, if this objective can't run so."""
 
-    def __init__(self, config: ml_collections.ConfigDict, sampler: Sampler):
-        """config: the run's. sampler: how the rollout was drawn."""
-        self.sampler = sampler
+    def __init__(self, config: ml_collections.ConfigDict, schedule: Schedule):
+        """config: the run's. schedule: how the rollout was drawn."""
+        self.schedule = schedule
         self.adv_clip_max = config.train.adv_clip_max
         self.std = "global" if config.sample.global_std else "group"
         if config.reward_aggregation == "gdpo":
@@ -55,7 +56,7 @@ class Objective:
     def prepare(self, micro: Rollout, predict: Predict) -> None:
         """Freeze what belongs to the epoch's first weights; once a micro-batch."""
 
-    def points(self, micro: Rollout, draw: Draw) -> list[Point]:
+    def points(self, micro: Rollout, randomness: Randomness) -> list[Point]:
         """List where the velocity of these rows is needed; equally many points for any rows."""
         raise NotImplementedError
 

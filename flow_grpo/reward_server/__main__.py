@@ -18,9 +18,10 @@ import numpy as np
 
 from flow_grpo.cli import user_errors
 from flow_grpo.reward_server.batcher import Batcher
-from flow_grpo.rewards import loading, options, servers
+from flow_grpo.rewards import loading, options
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scorer
+from flow_grpo.rewards.remote import servers
 
 
 def main(argv: list[str]) -> None:

@@ -16,8 +16,8 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flow_grpo.reward_server.batcher import Batcher, Unscorable
-from flow_grpo.rewards import wire
 from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.remote import wire
 
 NUM_REMEMBERED = 4096  # answers, for retries of requests that were already scored
 RETRY_AFTER_S = 1
@@ -75,7 +75,7 @@ class Service:
         return PlainTextResponse("\n".join(lines) + "\n")
 
     async def score(self, request: Request) -> JSONResponse:
-        """Score pictures; flow_grpo/rewards/wire.py describes body and answer."""
+        """Score pictures; flow_grpo/rewards/remote/wire.py describes body and answer."""
         taken = self._admit(request)
         self.num_requests += 1
         self.num_bytes += taken

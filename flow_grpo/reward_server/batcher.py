@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from flow_grpo.rewards.batch import Batch
-from flow_grpo.rewards.wire import encode_answer
+from flow_grpo.rewards.remote.wire import encode_answer
 
 # What a scorer raises for an input that it can't take; anything else is its own failure.
 OF_INPUT = (ValueError, TypeError, LookupError, AttributeError)

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flow_grpo import summary
 from flow_grpo.cli import user_errors
+from flow_grpo.evaluation import tables
 from flow_grpo.rewards import REWARDS, loading, options, pictures
 from flow_grpo.rewards.combine import Scorer
 from flow_grpo.rewards.pictures import Missing, Picture
@@ -79,13 +79,13 @@ def report(found: list[Picture], scores: dict[str, np.ndarray], out: Path) -> No
     """Print a table and write the rows. Pictures without a prompt count as one each."""
     tags = [str((picture.metadata or {}).get("tag", "")) for picture in found]
     prompts = [str(picture.file) if picture.prompt is None else picture.prompt for picture in found]
-    print(summary.table(summary.summarise(scores, tags, prompts)))
+    print(tables.table(tables.summarise(scores, tags, prompts)))
     rows = [
         {"file": picture.file.name, "prompt": picture.prompt or "", "tag": tag}
         | {name: values[n].item() for name, values in scores.items()}
         for n, (picture, tag) in enumerate(zip(found, tags, strict=True))
     ]
-    summary.write_rows(out, rows)
+    tables.write_rows(out, rows)
     print(f"{len(found)} pictures, {len(set(prompts))} prompts; each one's scores: {out}")
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from flow_grpo.rewards import loading, servers
+from flow_grpo.rewards import loading
 from flow_grpo.rewards.base import Reward
-from flow_grpo.rewards.servers import Servers, SomeFailed
+from flow_grpo.rewards.remote import servers
+from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
 
 class Scorer:

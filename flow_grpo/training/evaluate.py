@@ -1,27 +1,22 @@
-"""Score the evaluation prompts by ODE sampling, each from its own fixed noise."""
+"""A run's own evaluations: a row of metrics, a sheet of pictures, the alarm."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container
 from typing import TYPE_CHECKING
 
 import numpy as np
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from flow_grpo.sampling import Draw, sample
-from flow_grpo.summary import summarise
-from flow_grpo.training import alarm
-from flow_grpo.training.prompts import Prompt, eval_batches
-from flow_grpo.training.reporting.recorded import read_metrics
-from flow_grpo.training.stop import Stopped
-from flow_grpo.training.tracking import progress
+from flow_grpo.evaluation import alarm
+from flow_grpo.evaluation.evaluate import metrics, score_prompts, spread
+from flow_grpo.parallel.stop import Stopped
+from flow_grpo.report.recorded import read_metrics
 
 if TYPE_CHECKING:
-    from flow_grpo.training.run import Evaluator, Run
+    from flow_grpo.training.run import Run
 
-NUM_SHOWN, NUM_COLUMNS = 48, 12  # pictures of a sheet, and of its row
+NUM_COLUMNS = 12  # pictures of a sheet's row
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -63,76 +58,3 @@ def _alarm(fallen: list[str]) -> str:
         f"reward hacking: since the second evaluation before, the trained reward rose and held-out "
         f"rewards fell: {', '.join(fallen)} (95 % intervals of the change)"
     )
-
-
-def spread(num_prompts: int) -> list[int]:
-    """Choose up to NUM_SHOWN rows to show, evenly over the file."""
-    return np.linspace(0, num_prompts - 1, min(NUM_SHOWN, num_prompts)).astype(int).tolist()
-
-
-def score_prompts(
-    evaluator: Evaluator,
-    prompts: list[Prompt],
-    shown: Container[int],
-    on_picture: Callable[[int, np.ndarray], None] = lambda number, image: None,
-) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
-    """Draw and score a picture for each prompt; every rank must call it.
-
-    A prompt's noise depends on the seed and its place in the list, so every evaluation of a run,
-    and any other with its seed, draws from the same noise. shown: rows whose pictures are returned.
-    on_picture: called with each row and picture on the rank that drew it, now and then twice.
-    Returns the scores (N,) by name, and the shown pictures by row, ascending.
-    """
-    config, accelerator, sampler = evaluator.config, evaluator.accelerator, evaluator.eval_sampler
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = eval_batches(prompts, config.sample.test_batch_size, rank, world_size)
-    draw, pending, pictures = Draw(config.seed, ()), [], {}
-    bar = progress(accelerator, len(batches) * sampler.num_steps, "evaluate")
-    for numbers in batches:
-        batch = evaluator.prompt_batch(
-            [prompts[n] for n in numbers],
-            [(n, -1) for n in numbers],  # member -1: no training row draws this noise
-            sampler.guidance_scale,
-        )
-        part = sample(evaluator.pipeline, evaluator.model, batch, sampler, draw, on_step=bar.update)
-        pending.append(
-            evaluator.scorer.submit(
-                part.images, batch.prompts, batch.metadata, batch.references, held_out=True
-            )
-        )
-        for number, image in zip(numbers, part.images, strict=True):
-            on_picture(number, image)
-            if number in shown:
-                pictures[number] = image
-        evaluator.stop.check()
-    bar.close()
-    table: dict[int, dict[str, float]] = {}
-    for numbers, scores in zip(batches, evaluator.scores(pending), strict=True):
-        for i, number in enumerate(numbers):
-            table[number] = {name: float(values[i]) for name, values in scores.items()}
-    rows = {k: v for part in gather_object([table]) for k, v in part.items()}
-    images = {k: v for part in gather_object([pictures]) for k, v in part.items()}
-    columns = {name: np.array([rows[n][name] for n in range(len(prompts))]) for name in rows[0]}
-    return columns, dict(sorted(images.items()))
-
-
-def metrics(scores: dict[str, np.ndarray], prompts: list[Prompt]) -> dict[str, float]:
-    """Average each score over all rows and over the rows of each tag, with 95 % intervals.
-
-    Returns {"shapes": mean, "shapes_low": .., "shapes_high": .., "shapes/count": mean over the rows
-    whose metadata has that "tag", "shapes_low/count": ..}. NaN scores are left out and counted
-    under "shapes_missing". What has no value (no row, or a single prompt's interval) is absent.
-    """
-    found = {}
-    tags = [prompt.tag for prompt in prompts]
-    for row in summarise(scores, tags, [prompt.text for prompt in prompts]):
-        suffix = f"/{row.tag}" if row.tag else ""
-        if row.num_missing and not row.tag:
-            found[f"{row.score}_missing"] = row.num_missing
-        values = {"": row.mean, "_low": row.low, "_high": row.high}
-        found |= {
-            f"{row.score}{end}{suffix}": value
-            for end, value in values.items()
-            if not math.isnan(value)
-        }
-    return found

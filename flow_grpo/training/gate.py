@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from flow_grpo.rollout import Rollout
-from flow_grpo.sampling import Draw
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Rollout
 from flow_grpo.training.run import Run
 
 
@@ -21,7 +21,7 @@ def gate(run: Run, rollout: Rollout) -> None:
     micro = rollout.rows(slice(0, run.plan.micro_batch_size))
     predict = run.predictor(micro)
     objective.prepare(micro, predict)
-    for point in objective.points(micro, Draw(run.config.seed, (run.epoch, 0))):
+    for point in objective.points(micro, Randomness(run.config.seed, (run.epoch, 0))):
         mismatch = objective.mismatch(predict(point), micro, point)
         if mismatch is not None:
             largest[point.column] = run.accelerator.gather(mismatch.max()).max().item()

@@ -6,17 +6,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from flow_grpo.rollout import Rollout
-from flow_grpo.sampling import Draw, sample
+from flow_grpo.cli import progress
+from flow_grpo.parallel.stop import Stopped
+from flow_grpo.prompts import epoch_prompts, micro_batch_order, rollout_rows
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Rollout
+from flow_grpo.report.output import redraw
+from flow_grpo.sampling import sample
 from flow_grpo.training.checkpoint import save
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
-from flow_grpo.training.prompts import epoch_prompts, micro_batch_order, rollout_rows
-from flow_grpo.training.report import redraw
 from flow_grpo.training.run import Run
 from flow_grpo.training.scoring import weigh
-from flow_grpo.training.stop import Stopped
-from flow_grpo.training.tracking import Statistics, memory, progress
+from flow_grpo.training.tracking import Statistics, memory
 
 
 def train(run: Run) -> None:
@@ -26,7 +28,8 @@ def train(run: Run) -> None:
     """
     config = run.config
     finished = run.tracker.num_bytes  # of metrics.jsonl
-    bar = progress(run.accelerator, config.num_epochs, "epochs", initial=run.epoch)
+    shown = run.accelerator.is_main_process
+    bar = progress(config.num_epochs, "epochs", shown=shown, initial=run.epoch)
     gate_open = False
     try:
         while run.epoch < config.num_epochs:
@@ -65,18 +68,20 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
             plan.group_size,
         )
     )
-    draw, parts, pending = Draw(config.seed, (run.epoch,)), [], []
-    bar = progress(run.accelerator, len(calls) * run.sampler.num_steps, "sample")
+    randomness, parts, pending = Randomness(config.seed, (run.epoch,)), [], []
+    bar = progress(
+        len(calls) * run.schedule.num_steps, "sample", shown=run.accelerator.is_main_process
+    )
     with run.timer("sample"), run.snapshots.using(objective.samples_with):
         for rows in calls:
             prompts = [plan.train_prompts[slots[group]] for group, _ in rows]
-            batch = run.prompt_batch(prompts, rows, run.sampler.guidance_scale)
+            batch = run.prompt_batch(prompts, rows, run.schedule.guidance_scale)
             part = sample(
                 run.pipeline,
                 run.model,
                 batch,
-                run.sampler,
-                draw,
+                run.schedule,
+                randomness,
                 steps=run.trained_steps([group for group, _ in rows]),
                 keep_steps=objective.keeps == "steps",
                 on_step=bar.update,
@@ -116,25 +121,29 @@ def update(run: Run, rollout: Rollout) -> None:
         for micro in micros:
             with torch.no_grad():
                 objective.prepare(micro, run.predictor(micro))
-        bar = progress(run.accelerator, len(micros) * config.train.num_inner_epochs, "update")
+        bar = progress(
+            len(micros) * config.train.num_inner_epochs,
+            "update",
+            shown=run.accelerator.is_main_process,
+        )
         for inner in range(config.train.num_inner_epochs):
-            draw = Draw(seed, (run.epoch, inner))
+            randomness = Randomness(seed, (run.epoch, inner))
             for chosen in micro_batch_order(
                 len(micros), plan.num_updates, rank, seed, run.epoch, inner
             ):
-                take_step(run, [micros[i] for i in chosen], draw)
+                take_step(run, [micros[i] for i in chosen], randomness)
                 bar.update(len(chosen))
         bar.close()
 
 
-def take_step(run: Run, micros: list[Rollout], draw: Draw) -> None:
+def take_step(run: Run, micros: list[Rollout], randomness: Randomness) -> None:
     """Make one optimizer step: the weighted mean over all rows of all ranks and all points."""
     objective, updater = run.objective, run.updater
-    statistics = Statistics(run.sampler.num_steps, run.accelerator.device)
+    statistics = Statistics(run.schedule.num_steps, run.accelerator.device)
     total = run.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)
     loss_sum = torch.zeros((), device=run.accelerator.device)
     for i, micro in enumerate(micros):
-        predict, points = run.predictor(micro), objective.points(micro, draw)
+        predict, points = run.predictor(micro), objective.points(micro, randomness)
         for k, point in enumerate(points):
             anchors = {name: run.frozen(name, predict, point) for name in objective.anchors}
             last = i == len(micros) - 1 and k == len(points) - 1
@@ -146,7 +155,7 @@ def take_step(run: Run, micros: list[Rollout], draw: Draw) -> None:
                     return
                 updater.backward(share)
             loss_sum += share.detach()
-            statistics.add(loss.stats, point.bins, micro.weights)
+            statistics.add(loss.stats, point.step, micro.weights)
     norm = updater.step()
     if norm is None:
         return

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flow_grpo import advantages, draws
-from flow_grpo.rollout import Rollout
-from flow_grpo.training import diversity
+from flow_grpo import advantages, randomness
+from flow_grpo.evaluation import diversity
+from flow_grpo.records import Rollout
 from flow_grpo.training.run import Run
 
 
@@ -23,7 +23,7 @@ def weigh(run: Run, rollout: Rollout, scores: dict[str, np.ndarray]) -> dict[str
     advantage, weight = run.objective.targets(combine(run.config, world, group), group)
     if run.config.train.shuffle_advantages:
         order = list(range(len(advantage)))
-        draws.rng(run.config.seed, "shuffle", run.epoch).shuffle(order)
+        randomness.rng(run.config.seed, "shuffle", run.epoch).shuffle(order)
         advantage, weight = advantage[order], weight[order]
     first = run.accelerator.process_index * len(rollout)
     mine = slice(first, first + len(rollout))

@@ -16,9 +16,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
-from tqdm import tqdm
 
-from flow_grpo.training.sheets import contact_sheet
+from flow_grpo.report.sheets import contact_sheet
 
 GIF_FRAMES_PER_SECOND = 16  # as Wan's videos are meant to be played
 MAX_GIF_SIDE = 1600  # pixels of a whole sheet
@@ -107,12 +106,6 @@ class Tracker:
             self._remote.finish()
 
 
-def progress(accelerator: Accelerator, total: int, desc: str, initial: int = 0) -> tqdm:
-    """Return a progress bar that only the main process shows, and only on a terminal."""
-    disable = None if accelerator.is_main_process else True
-    return tqdm(total=total, desc=desc, initial=initial, leave=False, disable=disable)
-
-
 class Timer:
     """Seconds spent in each phase since the last report."""
 
@@ -146,20 +139,20 @@ def memory() -> dict[str, float]:
 class Statistics:
     """Weighted mean and std of the rows' statistics, in all and per step index, on the device."""
 
-    def __init__(self, num_bins: int, device: torch.device):
-        self._num_bins, self._device = num_bins, device
+    def __init__(self, num_steps: int, device: torch.device):
+        self._num_steps, self._device = num_steps, device
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, stats: dict[str, Tensor], bins: Tensor, weights: Tensor) -> None:
-        """stats: name -> (B,). bins: (B,) int64 below num_bins. weights: (B,)."""
+    def add(self, stats: dict[str, Tensor], steps: Tensor, weights: Tensor) -> None:
+        """stats: name -> (B,). steps: (B,) int64 below num_steps. weights: (B,)."""
         weights = weights.double()
         for name, values in stats.items():
             sums = self._sums.setdefault(
-                name, torch.zeros(self._num_bins, 3, dtype=torch.float64, device=self._device)
+                name, torch.zeros(self._num_steps, 3, dtype=torch.float64, device=self._device)
             )
             values = values.double()
             parts = [weights, weights * values, weights * values**2]
-            sums.index_add_(0, bins, torch.stack(parts, dim=1))
+            sums.index_add_(0, steps, torch.stack(parts, dim=1))
 
     def collect(self, accelerator: Accelerator) -> dict[str, float]:
         """Return {"ratio": mean, "ratio_std": std, "ratio/3": at step 3, ...} over all ranks."""

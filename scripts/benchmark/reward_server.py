@@ -25,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flow_grpo.rewards.http import check
-from flow_grpo.rewards.remote import RemoteReward
-from flow_grpo.rewards.servers import Servers
+from flow_grpo.rewards.remote.client import RemoteReward
+from flow_grpo.rewards.remote.exchange import check
+from flow_grpo.rewards.remote.servers import Servers
 
 ROOT = Path(__file__).parent.parent.parent
 NAME = "scripts.benchmark.reward_server:corner"

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from flow_grpo.training.sheets import captioned_sheet
+    from flow_grpo.report.sheets import captioned_sheet
 
     args.out.mkdir(parents=True, exist_ok=True)
     pictures = []

@@ -26,7 +26,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from flow_grpo.rewards.shapes import COLORS, SHAPES, SIDE
+from flow_grpo.rewards.rules.shapes import COLORS, SHAPES, SIDE
 
 CLIP_LENGTH = (
     10  # tokens of the longest prompt, "a red circle left of a blue square", with its two marks

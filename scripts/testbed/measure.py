@@ -13,7 +13,7 @@ import torch
 from build import T5_LENGTH
 from diffusers import StableDiffusion3Pipeline
 
-from flow_grpo.rewards.shapes import shapes
+from flow_grpo.rewards.rules.shapes import shapes
 
 DATASET = Path(__file__).parents[2] / "dataset" / "shapes"
 TAGS = ("single", "count", "two", "position")

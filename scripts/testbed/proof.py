@@ -27,9 +27,9 @@ import matplotlib
 import numpy as np
 from tqdm import tqdm
 
-from flow_grpo.bootstrap import paired_interval
-from flow_grpo.summary import write_rows
-from flow_grpo.training.report import read_metrics
+from flow_grpo.evaluation.intervals import paired_interval
+from flow_grpo.evaluation.tables import write_rows
+from flow_grpo.report.output import read_metrics
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

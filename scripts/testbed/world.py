@@ -1,6 +1,6 @@
 """The world of shapes as pictures: a random scene for a row of dataset/shapes, and its rendering.
 
-The colours and shapes themselves are defined beside the checker, in flow_grpo/rewards/shapes.py.
+Colours and shapes are defined beside the checker, in flow_grpo/rewards/rules/shapes.py.
 """
 
 import random
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flow_grpo.rewards.shapes import COLORS, GROUND, SIDE, coverage
+from flow_grpo.rewards.rules.shapes import COLORS, GROUND, SIDE, coverage
 
 RADII = {
     1: (4.5, 10.0),

@@ -4,8 +4,8 @@ from defects.defect import SLIP, Defect
 
 ADVANTAGES = "flow_grpo/advantages.py"
 BASE = "flow_grpo/objectives/base.py"
-GRPO = "flow_grpo/objectives/grpo.py"
-NFT = "flow_grpo/objectives/nft.py"
+GRPO = "flow_grpo/objectives/ratio/grpo.py"
+NFT = "flow_grpo/objectives/forward/nft.py"
 LOOP = "flow_grpo/training/loop.py"
 SCORING = "flow_grpo/training/scoring.py"
 COMBINE = "flow_grpo/rewards/combine.py"
@@ -115,7 +115,7 @@ DEFECTS = [
         "kl-without-dt",
         "two published trainers of one method disagree",
         GRPO,
-        "kl = kl * (point.sigma - self.sampler.sigmas[point.bins + 1])",
+        "kl = kl * (point.sigma - self.schedule.sigmas[point.step + 1])",
         "pass",
         "test_grpo.py::test_the_kl_to_the_reference_has_this_value_and_gradient",
     ),
@@ -123,16 +123,16 @@ DEFECTS = [
         "dt-of-the-batch",
         "GRPO-Guard's scale averaged over rows of unlike steps",
         GRPO,
-        "(point.sigma - self.sampler.sigmas[point.bins + 1])",
-        "(point.sigma - self.sampler.sigmas[point.bins + 1]).mean()",
+        "(point.sigma - self.schedule.sigmas[point.step + 1])",
+        "(point.sigma - self.schedule.sigmas[point.step + 1]).mean()",
         "test_grpo.py::test_rows_at_different_steps_have_the_loss_that_they_have_alone",
     ),
     Defect(
         "old-log-probs-after-the-update",
         "replayed for every update: the ratio is always 1",
         LOOP,
-        "predict, points = run.predictor(micro), objective.points(micro, draw)",
-        "predict, points = run.predictor(micro), objective.points(micro, draw)\n"
+        "predict, points = run.predictor(micro), objective.points(micro, randomness)",
+        "predict, points = run.predictor(micro), objective.points(micro, randomness)\n"
         "        with torch.no_grad():\n"
         "            objective.prepare(micro, predict)",
         "test_toy.py::test_the_first_update_of_an_epoch_sees_ratio_one_and_the_second_does_not",

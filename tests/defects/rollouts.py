@@ -3,11 +3,11 @@
 from defects.defect import SLIP, Defect
 
 SAMPLING = "flow_grpo/sampling.py"
-NFT = "flow_grpo/objectives/nft.py"
+NFT = "flow_grpo/objectives/forward/nft.py"
 LOOP = "flow_grpo/training/loop.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 RUN = "flow_grpo/training/run.py"
-EVALUATE = "flow_grpo/training/evaluate.py"
+EVALUATE = "flow_grpo/evaluation/evaluate.py"
 SD3 = "flow_grpo/diffusers_patch/sd3.py"
 
 DEFECTS = [
@@ -23,8 +23,8 @@ DEFECTS = [
         "replay-at-another-sigma",
         "the column of the window taken for the step",
         SAMPLING,
-        "sampler.sigmas[steps + 1],",
-        "sampler.sigmas[column + 1],",
+        "schedule.sigmas[steps + 1],",
+        "schedule.sigmas[column + 1],",
         "test_sampling.py::test_replaying_a_rollout_gives_log_ratio_zero[sd3-1.0-sde-windows]",
     ),
     Defect(
@@ -88,8 +88,8 @@ DEFECTS = [
         "evaluation-noise-anew",
         "other noise at every evaluation",
         EVALUATE,
-        "Draw(config.seed, ())",
-        "Draw(np.random.randint(2**31), ())",
+        "Randomness(config.seed, ())",
+        "Randomness(np.random.randint(2**31), ())",
         "test_state.py::test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation",
     ),
     Defect(

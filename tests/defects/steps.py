@@ -3,7 +3,7 @@
 from defects.defect import SHIPPED, SLIP, Defect
 
 SDE = "flow_grpo/sde.py"
-WINDOW = "flow_grpo/window.py"
+WINDOW = "flow_grpo/rollouts.py"
 LOOP = "flow_grpo/training/loop.py"
 RUN = "flow_grpo/training/run.py"
 
@@ -94,6 +94,6 @@ DEFECTS = [
         WINDOW,
         "range(num_steps - 1), dtype",
         "range(num_steps), dtype",
-        "test_window.py::test_size_zero_trains_every_step_but_the_last",
+        "test_rollouts.py::test_size_zero_trains_every_step_but_the_last",
     ),
 ]

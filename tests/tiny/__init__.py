@@ -22,7 +22,7 @@ from flow_grpo.diffusers_patch.qwenimage_edit import QwenImageEdit, QwenImageEdi
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.diffusers_patch.wan import Wan
 from flow_grpo.diffusers_patch.zimage import ZImage
-from flow_grpo.rollout import PromptBatch, Size
+from flow_grpo.records import PromptBatch, Size
 from tiny import flux, flux2, qwen, sd3, wan, zimage
 from tiny.parts import LENGTH
 

@@ -1,0 +1,269 @@
+"""Put a run together from a checked config: load the model, choose what trains, wrap it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from pkgutil import resolve_name
+
+import ml_collections
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _check_attention_backend_requirements,
+)
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.launch import encoders
+from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.parallel.stop import Stop
+from flow_grpo.plan import Plan
+from flow_grpo.prompts import Prompt
+from flow_grpo.records import Size
+from flow_grpo.rewards.combine import Scorer
+from flow_grpo.sampling import Schedule
+from flow_grpo.training import checkpoint, folders, optimizer
+from flow_grpo.training.optimizer import Updater
+from flow_grpo.training.run import Run
+from flow_grpo.training.snapshots import Snapshots
+from flow_grpo.training.tracking import Tracker
+
+
+def build(
+    config: ml_collections.ConfigDict, name: str, plan: Plan, family: type[PatchedPipeline]
+) -> Run:
+    """Load the model and put a run together; nothing is written before all of it has worked.
+
+    family: the model's pipeline patch. name: the config's, for a run without one.
+    """
+    identity = folders.identity(config, family.__name__, plan.world_size)
+    resume_from = folders.resume_point(config, identity)
+    objective_class = resolve_name(OBJECTIVES[config.objective])
+    objective_class.check(config)
+    accelerator, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
+    schedule, eval_schedule = schedules(config, pipeline, size)
+    objective = objective_class(config, schedule)
+    scorer = Scorer.of(config, str(accelerator.device))
+
+    add_trained_weights(pipeline, config)
+    params = [p for p in pipeline.transformer.parameters() if p.requires_grad]
+    model, base_optimizer = accelerator.prepare(
+        pipeline.transformer, optimizer.build(params, config.train)
+    )
+    pipeline.input_dtype = pipeline.transformer.dtype  # its frozen weights'; fp32 where all train
+    names = (*objective.snapshots, *(["ema"] if config.train.ema else []))
+    total_updates = config.num_epochs * config.train.num_inner_epochs * plan.num_updates
+    folder = Path(config.logdir) / broadcast_object_list([folders.run_name(config, name)])[0]
+    run = Run(
+        config=config,
+        plan=plan,
+        identity=identity,
+        folder=folder,
+        accelerator=accelerator,
+        pipeline=pipeline,
+        model=model,
+        size=size,
+        schedule=schedule,
+        eval_schedule=eval_schedule,
+        objective=objective,
+        updater=Updater(accelerator, model, base_optimizer, config.train, total_updates),
+        snapshots=Snapshots(pipeline.transformer, names, config.use_lora),
+        conditioner=encoders.conditioner(config, pipeline),
+        scorer=scorer,
+        tracker=Tracker(accelerator, folder),
+        stop=Stop(accelerator),
+    )
+    if resume_from is None:
+        run.tracker.cut(0)  # of a run that ended before its first checkpoint
+    else:
+        checkpoint.load(run, resume_from)
+    run.tracker.start(config)
+    return run
+
+
+def load(
+    config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
+) -> tuple[Accelerator, PatchedPipeline, Size]:
+    """Load the model, as yet without anything that trains; first check that it suits the prompts.
+
+    Raises ValueError if it does not, or can't draw what the config asks for.
+    """
+    family = family.variant(config.pretrained.model, config.pretrained.revision)
+    family.check_prompts(prompts)
+    family.check_num_frames(config.num_frames)
+    _check_attention_backend(config.attention_backend, family)
+    accelerator = _accelerator(config)
+    pipeline = encoders.load_pipeline(config, family, prompts, accelerator)
+    height, width = config.height or config.resolution, config.width or config.resolution
+    size = Size(height, width, config.num_frames)
+    pipeline.check_size(size)
+    pipeline.batches_guidance = config.sample.batched_guidance
+    if config.attention_backend:
+        pipeline.transformer.set_attention_backend(config.attention_backend)
+    if config.vae_tiling:
+        pipeline.pipe.vae.enable_tiling()
+    if config.vae_slicing:
+        pipeline.pipe.vae.enable_slicing()
+    return accelerator, pipeline, size
+
+
+def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+    """Add a LoRA, or let the whole transformer train; in fp32, unless DeepSpeed casts it."""
+    transformer, train = pipeline.transformer, config.train
+    if config.activation_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    if not config.use_lora:
+        for name, param in transformer.named_parameters():
+            param.requires_grad_(pipeline.reaches_output(name))
+        return
+    if train.lora_path:
+        _load_lora(pipeline, config)
+    else:
+        targets = list(train.lora_targets) or list(pipeline.lora_target_modules)
+        torch.manual_seed(config.seed)  # peft draws A from the global generator
+        transformer.add_adapter(
+            LoraConfig(
+                r=train.lora_rank,
+                lora_alpha=train.lora_alpha,
+                init_lora_weights="gaussian",
+                target_modules=targets,
+            )
+        )
+    for name, param in transformer.named_parameters():
+        param.requires_grad_("lora_" in name and pipeline.reaches_output(name))
+        if "lora_" in name:
+            param.data = param.data.float()
+
+
+def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+    """Start from a LoRA. Raises ValueError if the config says otherwise than its file."""
+    path = config.train.lora_path
+    add_lora(pipeline, path)
+    found = pipeline.transformer.peft_config["default"]
+    for key, value in (("lora_rank", found.r), ("lora_alpha", found.lora_alpha)):
+        if config.train[key] != value:
+            raise ValueError(
+                f"config.train.{key}={config.train[key]}, but that of the LoRA in {path!r} is "
+                f"{value}. Set config.train.{key}={value}."
+            )
+
+
+def add_lora(pipeline: PatchedPipeline, path: str) -> None:
+    """Add a LoRA in diffusers' or PEFT's format. Raises ValueError if it does not fit."""
+    if (Path(path) / "adapter_config.json").is_file():
+        _load_peft(path, pipeline.transformer)
+        return
+    weights, metadata = pipeline.stock.lora_state_dict(path, return_lora_metadata=True)
+    pipeline.stock.load_lora_into_transformer(
+        weights, pipeline.transformer, adapter_name="default", metadata=metadata
+    )
+    given = [key for key in weights if key.startswith("transformer.") and ".lora_" in key]
+    added = [name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name]
+    if not given or len(given) > len(added):
+        raise ValueError(
+            f"the LoRA {path!r} does not fit {type(pipeline.transformer).__name__}: of its "
+            f"{len(weights)} weights {len(given)} are a transformer's, and this one took "
+            f"{len(added)}. A LoRA of config.pretrained.model's transformer is needed."
+        )
+
+
+def _load_peft(path: str, transformer: torch.nn.Module) -> None:
+    """Add the adapter that PeftModel.save_pretrained wrote."""
+    transformer.add_adapter(LoraConfig.from_pretrained(path))
+    prefix = "base_model.model."
+    weights = {k.removeprefix(prefix): v for k, v in load_peft_weights(path, "cpu").items()}
+    outcome = set_peft_model_state_dict(transformer, weights, adapter_name="default")
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    if missing or outcome.unexpected_keys:
+        raise ValueError(
+            f"config.train.lora_path={path!r}: its adapter does not fit the model "
+            f"({len(missing)} weights missing, {len(outcome.unexpected_keys)} unknown, such as "
+            f"{(missing + outcome.unexpected_keys)[0]}). A LoRA of config.pretrained.model's "
+            f"transformer is needed."
+        )
+
+
+def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:
+    if name and not family.has_attention_backends:
+        raise ValueError(
+            f"config.attention_backend={name!r}: {family.__name__} has no choice, diffusers gives "
+            f"it torch's attention. Leave it empty."
+        )
+    known = [backend.value for backend in AttentionBackendName]
+    if name and name not in known:
+        raise ValueError(
+            f"config.attention_backend={name!r}: one of diffusers' is needed: {', '.join(known)}; "
+            f"or leave it empty for its default."
+        )
+    try:
+        _check_attention_backend_requirements(AttentionBackendName(name or "native"))
+    except RuntimeError as error:
+        raise ValueError(f"config.attention_backend={name!r} can't be used here: {error}") from None
+
+
+def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
+    on_gpu = torch.cuda.is_available()
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    if config.mixed_precision == "fp16" and not on_gpu:
+        raise ValueError(
+            "config.mixed_precision=fp16 needs a GPU. Set config.mixed_precision=bf16 or no."
+        )
+    if config.train.use_8bit_adam:
+        try:
+            import_module("bitsandbytes")
+        except ImportError:
+            raise ValueError(
+                "config.train.use_8bit_adam=True needs the package bitsandbytes: "
+                "pip install bitsandbytes, or set it to False."
+            ) from None
+    # A rank may wait this long for another one's rewards.
+    group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), group]
+    if folders.uses_deepspeed() and not on_gpu:
+        group.backend = "gloo"
+        # Without this DeepSpeed compiles a kernel that gloo does not need.
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.zero_stage == 3:
+            raise ValueError("DeepSpeed ZeRO stage 3 is not supported yet: use stage 2.")
+        plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.train.batch_size
+            or config.sample.train_batch_size,
+            "train_batch_size": "auto",
+            "gradient_accumulation_steps": 1,  # optimizer.Updater sets the boundary
+            "gradient_clipping": config.train.max_grad_norm,
+        }
+    return accelerator
+
+
+def schedules(
+    config: ml_collections.ConfigDict, pipeline: PatchedPipeline, size: Size
+) -> tuple[Schedule, Schedule]:
+    """Return how the training's and the evaluation's pictures are drawn."""
+    sample, device = config.sample, pipeline.device
+    schedule = Schedule(
+        sigmas=pipeline.sigmas(sample.num_steps, size).to(device),
+        guidance_scale=sample.guidance_scale,
+        kind=sample.sde_type,
+        noise_level=sample.noise_level,
+        same_latent=sample.same_latent,
+        pad_to=config.max_sequence_length,
+    )
+    scale = sample.eval_guidance_scale
+    eval_schedule = Schedule(
+        sigmas=pipeline.sigmas(sample.eval_num_steps, size).to(device),
+        guidance_scale=sample.guidance_scale if scale is None else scale,
+        pad_to=config.max_sequence_length,
+    )
+    return schedule, eval_schedule

@@ -1,0 +1,145 @@
+"""Load a model with its text encoders, or encode every prompt once and go without them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_collections
+import torch
+from accelerate import Accelerator
+
+from flow_grpo.cli import progress
+from flow_grpo.conditioning import Conditioner, Item, Store
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.prompts import Prompt
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_pipeline(
+    config: ml_collections.ConfigDict,
+    family: type[PatchedPipeline],
+    prompts: list[Prompt],
+    accelerator: Accelerator,
+) -> PatchedPipeline:
+    """Load the model onto the device; every rank must call it.
+
+    config.encoders=precompute: if any prompt is not on disk yet, each rank encodes its share, on
+    the device, while the transformer is on the CPU. A damaged file counts as none.
+    Raises ValueError if a rank does not see what another one wrote.
+    """
+    if config.encoders != "precompute":
+        return _load(config, family, accelerator.device)
+    world, held, items = accelerator, store(config, family), _items(config, family, prompts)
+    mine = list(items)[world.process_index :: world.num_processes]
+    missing = [item for item in mine if not held.holds(item)]
+    count = torch.tensor([len(missing)], device=world.device)
+    if not world.reduce(count, "sum").item():
+        return _load(config, family, world.device, encoders=False)
+    pipeline = _load(config, family, torch.device("cpu"))
+    pipeline.pipe.vae.to(world.device)
+    pipeline.move_encoders(world.device)
+    for item in missing:
+        damaged = held.path(item)
+        if damaged.exists():
+            print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
+    _precompute(pipeline, held, {item: items[item] for item in missing}, config, world)
+    pipeline.drop_encoders()
+    pipeline.pipe.to(world.device)
+    world.wait_for_everyone()
+    if not all(held.path(item).exists() for item in items):
+        raise ValueError(
+            f"config.encoder_cache: {held.folder} does not hold what other ranks wrote. A folder "
+            f"that all machines share is needed; set config.encoder_cache to one."
+        )
+    return pipeline
+
+
+def conditioner(config: ml_collections.ConfigDict, pipeline: PatchedPipeline) -> Conditioner:
+    """Return what encodes prompts as config.encoders wants it."""
+    precomputed = config.encoders == "precompute"
+    return Conditioner(
+        pipeline,
+        config.max_sequence_length,
+        store=store(config, type(pipeline)) if precomputed else None,
+        offload=config.encoders == "offload",
+    )
+
+
+def store(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> Store:
+    """Return where conditionings are kept. family: the class of the checkpoint (variant())."""
+    folder, model = config.encoder_cache, config.pretrained.model
+    return Store(
+        Path(folder) if folder else Path(config.logdir) / "conditionings",
+        {
+            "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
+            "revision": config.pretrained.revision,
+            "pipeline": family.stock.__name__,
+            "negative_prompt": family.negative_prompt,
+            "precision": config.mixed_precision,
+            "max_sequence_length": config.max_sequence_length,
+            "reference_area": reference_area(config, family),
+        },
+    )
+
+
+def reference_area(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> int:
+    """Return the pixels of a reference picture as the model sees it."""
+    if config.reference_area or not family.enlarges_references:
+        return config.reference_area or family.reference_area
+    return (config.height or config.resolution) * (config.width or config.resolution)
+
+
+def _load(
+    config: ml_collections.ConfigDict,
+    family: type[PatchedPipeline],
+    device: torch.device,
+    encoders: bool = True,
+) -> PatchedPipeline:
+    dtype = DTYPES[config.mixed_precision]
+    pipeline = family.from_pretrained(
+        config.pretrained.model,
+        dtype=dtype,
+        transformer_dtype=dtype if config.use_lora else torch.float32,
+        device=device,
+        revision=config.pretrained.revision,
+        encoders=encoders,
+    )
+    pipeline.reference_area = reference_area(config, family)
+    return pipeline
+
+
+def _items(
+    config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
+) -> dict[Item, Prompt]:
+    """List what the run will ask for, and a prompt that holds its pictures."""
+    sample, items = config.sample, {}
+    scales = (sample.guidance_scale, sample.eval_guidance_scale or 0.0)
+    guided = any(family.may_need_negative(scale) for scale in scales)
+    for prompt in prompts:
+        items[Item(prompt.text, prompt.images)] = prompt
+        if guided:
+            items.setdefault(Item(None, prompt.images), prompt)
+    return items
+
+
+@torch.no_grad()
+def _precompute(
+    pipeline: PatchedPipeline,
+    held: Store,
+    items: dict[Item, Prompt],
+    config: ml_collections.ConfigDict,
+    accelerator: Accelerator,
+) -> None:
+    encoder = Conditioner(pipeline, config.max_sequence_length, cache_bytes=0)
+    bar = progress(len(items), "encode prompts", shown=accelerator.is_main_process)
+    for item, prompt in items.items():
+        images = prompt.load_images()
+        cond = (
+            encoder.negative(item.image_paths, images)
+            if item.prompt is None
+            else encoder.cond(item.prompt, item.image_paths, images)
+        )
+        held.save(item, cond)
+        bar.update()
+    bar.close()

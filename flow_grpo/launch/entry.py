@@ -1,0 +1,90 @@
+"""The entry of every training script: read the config, refuse what can't work, then train."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
+
+from flow_grpo.cli import user_errors
+
+if TYPE_CHECKING:
+    from flow_grpo.training.run import Run
+
+
+def main(family: str, default_config: str) -> None:
+    """Run a training script.
+
+    family: "module:class" of the model's pipeline patch. default_config: FILE.py:RUN.
+    Exits with 1 and one message where the config, the data or the checkpoint is at fault, and with
+    128 + the signal's number after SIGTERM or SIGINT.
+    """
+    with user_errors():
+        run = prepare(sys.argv, family, default_config)
+    leave(execute(run))
+
+
+def leave(status: int) -> None:
+    """End the process. The interpreter's own way out aborts in gloo's threads, now and then."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def prepare(argv: list[str], family: str, default_config: str) -> Run:
+    """Check everything, the cheapest first, then load the model. Raises ValueError."""
+    from flow_grpo.launch import model_files, preflight, settings  # no torch: it is slow
+    from flow_grpo.training import folders  # no torch: it is slow
+
+    config, name = settings.load(argv, default_config)
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = preflight.check(config, world_size)
+    if os.environ.get("RANK", "0") == "0":
+        notes = (
+            plan,
+            plan.beside_published(config.sample.num_batches_per_epoch),
+            model_files.to_download(config),
+        )
+        print(*filter(None, notes), sep="\n", flush=True)
+    identity = folders.identity(config, family.split(":")[1], world_size)
+    resume_from = folders.resume_point(config, identity)
+
+    from flow_grpo.launch import provenance
+    from flow_grpo.launch.build import build
+
+    run = build(config, name, plan, resolve_name(family))
+    if run.accelerator.is_main_process:
+        provenance.record(run.folder, argv, world_size, resume_from)
+    return run
+
+
+def execute(run: Run) -> int:
+    """Train, say what came of it, and return the exit status."""
+    from flow_grpo.parallel.stop import Stopped
+    from flow_grpo.report import output
+    from flow_grpo.training import loop
+
+    main_process = run.accelerator.is_main_process
+    if main_process:
+        passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)
+        print(f"{run.folder}; passes of a picture an epoch: {passes}", flush=True)
+    status = 0
+    try:
+        loop.train(run)
+        if main_process:
+            print(
+                f"\n{output.table(run.folder)}\n\nEverything is in {run.folder}; "
+                f"report.html shows it.",
+                flush=True,
+            )
+    except Stopped as stopped:
+        if main_process:
+            remedy = f"--config.run_name={run.folder.name} --config.resume_from=latest"
+            print(f"{stopped}; saved in {run.folder}, {remedy} continues it", file=sys.stderr)
+        status = stopped.exit_status
+    finally:
+        run.scorer.close()
+        run.tracker.close()
+    run.accelerator.end_training()
+    return status

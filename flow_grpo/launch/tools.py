@@ -1,0 +1,128 @@
+"""What scripts share that draw with a checkpoint outside a run: options, loading, what is drawn."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, NamedTuple
+
+import ml_collections
+
+from flow_grpo.diffusers_patch import FAMILIES
+from flow_grpo.launch import model_files
+
+if TYPE_CHECKING:
+    import torch
+
+    from flow_grpo.diffusers_patch.base import PatchedPipeline
+    from flow_grpo.evaluation.stock import Task
+
+PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class Loaded(NamedTuple):
+    family: str  # "module:class"
+    dtype: torch.dtype
+    pipeline: PatchedPipeline
+    task: Task
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what load() reads, but for the prompts."""
+    scripts = sorted({path.split(":")[0].rpartition(".")[2] for path in FAMILIES.values()})
+    parser.add_argument("--model", required=True, help="a pipeline's folder or hub id")
+    parser.add_argument("--revision", default="main")
+    parser.add_argument("--script", choices=scripts, help="default: by the model's own class")
+    parser.add_argument("--dtype", choices=tuple(PRECISION), default="fp32")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--size", default="512", help="pixels: 512, or HEIGHTxWIDTH")
+    parser.add_argument("--num_frames", type=int, default=1, help="of a video")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--max_sequence_length", type=int, default=128, help="tokens")
+    parser.add_argument(
+        "--reference", action="append", type=Path, help="an editing model's picture; may repeat"
+    )
+
+
+def load(
+    args: argparse.Namespace, prompts: tuple[str, ...], config: ml_collections.ConfigDict
+) -> Loaded:
+    """Check the options, write them into the config, and load the model.
+
+    An editing model without a --reference is given a drawn one. Raises ValueError naming an option.
+    """
+    family = _settle(args, config)
+    _quieten()
+    from flow_grpo.launch import encoders  # torch takes seconds
+
+    dtype = encoders.DTYPES[config.mixed_precision]
+    chosen = resolve_name(family).variant(args.model, args.revision)
+    chosen.check_num_frames(args.num_frames)
+    pipeline = chosen.from_pretrained(
+        args.model, dtype=dtype, device=_device(args.device), revision=args.revision
+    )
+    return Loaded(family, dtype, pipeline, _task(args, prompts, config, pipeline))
+
+
+def _quieten() -> None:
+    """Let transformers and diffusers speak of errors alone."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for each in (diffusers_logging, transformers_logging):
+        each.set_verbosity_error()
+
+
+def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> str:
+    """Return the model's "module:class"."""
+    config.pretrained.model, config.pretrained.revision = args.model, args.revision
+    config.mixed_precision = PRECISION[args.dtype]
+    height, _, width = args.size.partition("x")
+    try:
+        config.height, config.width = int(height), int(width or height)
+    except ValueError:
+        raise ValueError(f"--size={args.size}: 512 or 512x768 is needed.") from None
+    config.num_frames, config.max_sequence_length = args.num_frames, args.max_sequence_length
+    if args.steps < 2:
+        raise ValueError(f"--steps={args.steps}: at least 2 are needed, the last has no noise.")
+    for path in args.reference or ():
+        if not path.is_file():
+            raise ValueError(f"--reference={path}: there is no such file.")
+    model_files.check(config)
+    family = model_files.family(config)
+    if args.script and not family.split(":")[0].endswith(f".{args.script}"):
+        raise ValueError(
+            f"--script={args.script}: {args.model} is for {family}. Leave --script out, or change "
+            f"the model."
+        )
+    return family
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _task(
+    args: argparse.Namespace,
+    prompts: tuple[str, ...],
+    config: ml_collections.ConfigDict,
+    pipeline: PatchedPipeline,
+) -> Task:
+    import numpy as np
+    from PIL import Image
+
+    from flow_grpo.evaluation.stock import Task
+    from flow_grpo.records import Size
+
+    size = Size(config.height, config.width, config.num_frames)
+    pipeline.check_size(size)
+    images = tuple(np.asarray(Image.open(path).convert("RGB")) for path in args.reference or ())
+    if not images and pipeline.num_references[0]:
+        rows, columns = np.mgrid[0 : size.height, 0 : size.width]
+        waves = [np.sin(rows / 9 + n) + np.cos(columns / (11 + n)) for n in range(3)]
+        images = (((np.stack(waves, axis=-1) + 2) * 63).astype(np.uint8),)
+    return Task(prompts, images, size, args.steps, args.guidance, args.max_sequence_length)

@@ -1,0 +1,115 @@
+"""DiffusionNFT (arXiv:2509.16117): contrast two implicit policies on noised final pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flow_grpo.objectives.base import Frozen, Objective, Reduce
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Loss, Point, Rollout
+from flow_grpo.sampling import Schedule
+
+
+class NFT(Objective):
+    """Rolls out with an old copy of the policy, needs no log-probs, and trains at fresh noisings.
+
+    With v the policy's and o the old copy's velocity, v+ = b v + (1 - b) o and
+    v- = (1 + b) o - b v; the loss weighs the errors of their clean predictions by the picture's
+    optimality q = 1/2 + A / (2 A_max).
+    """
+
+    samples_with = "old"
+    keeps = "final"
+
+    def __init__(self, config, schedule: Schedule):
+        super().__init__(config, schedule)
+        self.beta, self.kl_beta = config.nft.beta, config.nft.kl_beta
+        self.num_times, self.steps = config.nft.num_times, tuple(config.nft.steps)
+        self.decay = config.nft.decay
+        self.snapshots = self.anchors = ("old", "reference") if self.kl_beta else ("old",)
+
+    def points(self, micro: Rollout, randomness: Randomness) -> list[Point]:
+        """Noise the final latents at noise levels of the rollout's own grid.
+
+        At those of config.nft.steps, or at some that are drawn for each picture.
+        """
+        device, sigmas = micro.final.device, self.schedule.sigmas
+        points = []
+        for k in range(len(self.steps) or self.num_times):
+            group, member = micro.batch.group.tolist(), micro.batch.member.tolist()
+            rows = [(g, m, k) for g, m in zip(group, member, strict=True)]
+            if self.steps:
+                steps = torch.full((len(rows),), self.steps[k])
+            else:
+                steps = (randomness.uniform("time", rows) * (len(sigmas) - 1)).long()
+            steps = steps.to(device)
+            noise = randomness.normal("noising", rows, micro.final.shape[1:]).to(device)
+            sigma = sigmas[steps]
+            wide = _wide(sigma, noise)
+            latents = (1 - wide) * micro.final + wide * noise
+            points.append(Point(latents, sigma, step=steps, column=k, noise=noise))
+        return points
+
+    def loss(
+        self,
+        velocity: Tensor,
+        anchors: dict[str, Tensor],
+        micro: Rollout,
+        point: Point,
+        reduce: Reduce,
+    ) -> Loss:
+        value, stats = contrast(
+            velocity,
+            anchors["old"],
+            point.noise - micro.final,
+            point.sigma,
+            micro.advantages,
+            self.beta,
+            self.adv_clip_max,
+        )
+        if self.kl_beta:
+            kl = ((velocity - anchors["reference"]) ** 2).flatten(1).mean(1)
+            value = value + self.kl_beta * kl
+            stats["kl"] = kl.detach()
+        return Loss(value, stats)
+
+    def after_epoch(self, frozen: Frozen, num_updates: int) -> None:
+        frozen.update("old", old_decay(self.decay, num_updates))
+
+
+def contrast(
+    velocity: Tensor,
+    old: Tensor,
+    target: Tensor,
+    sigma: Tensor,
+    advantages: Tensor,
+    beta: float,
+    adv_clip_max: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss (B,) of each row. target: x1 - x0 of the noising, (B, ...)."""
+    quality = (0.5 + advantages.clamp(-adv_clip_max, adv_clip_max) / (2 * adv_clip_max)).clamp(0, 1)
+    positive = beta * velocity + (1 - beta) * old
+    negative = (1 + beta) * old - beta * velocity
+    wide = _wide(sigma, target)
+    losses = []
+    for implicit in (positive, negative):
+        error = wide * (target - implicit)  # of the clean prediction
+        scale = error.detach().double().abs().flatten(1).mean(1).clamp(min=1e-5)
+        losses.append((error**2).flatten(1).mean(1) / scale.to(error.dtype))
+    value = adv_clip_max * (quality * losses[0] + (1 - quality) * losses[1]) / beta
+    drift = ((velocity - old) ** 2).flatten(1).mean(1)
+    return value, {"drift": drift.detach(), "positive_loss": losses[0].detach()}
+
+
+def old_decay(kind: str, num_updates: int) -> float:
+    """How much of the old policy stays after an epoch: nothing, up to .5, or up to .999."""
+    if kind == "on_policy":
+        return 0.0
+    if kind == "half":
+        return min(0.001 * num_updates, 0.5)
+    return 0.0 if num_updates < 75 else min(0.0075 * (num_updates - 75), 0.999)
+
+
+def _wide(sigma: Tensor, like: Tensor) -> Tensor:
+    return torch.reshape(sigma, (-1,) + (1,) * (like.ndim - 1))

@@ -1,0 +1,230 @@
+"""Prompt files, and which prompt each row of an epoch gets. No torch.
+
+    python -m flow_grpo.prompts check dataset/mine
+
+reads all files of a data set and says what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from flow_grpo import randomness
+from flow_grpo.cli import user_errors
+
+SPLITS = ("train", "dev", "test")
+JPEG_END = b"\xff\xd9"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    metadata: dict = field(default_factory=dict, hash=False)
+    images: tuple[str, ...] = ()  # paths of the reference pictures
+    image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each
+
+    @property
+    def tag(self) -> str:
+        """The kind of prompt that evaluations are broken down by; "" if it has none."""
+        return str(self.metadata.get("tag", ""))
+
+    def load_images(self) -> tuple[np.ndarray, ...]:
+        """Read the reference pictures, uint8 (H, W, 3) each."""
+        return tuple(_read_image(path) for path in self.images)
+
+
+@lru_cache(maxsize=256)
+def _read_image(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def read(folder: str, split: str) -> list[Prompt]:
+    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl.
+
+    A jsonl row needs "prompt"; "image" (a path or a list of paths, relative to the folder) is
+    optional, and the whole row reaches the rewards as metadata.
+    Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    root = Path(folder)
+    text, rows = root / f"{split}.txt", root / f"{split}_metadata.jsonl"
+    if text.is_file() == rows.is_file():
+        found = "both" if text.is_file() else "neither"
+        makers = [root / name for name in ("generate.py", "convert.py")]
+        hint = "".join(f" {path} makes it; see its README.md." for path in makers if path.is_file())
+        raise ValueError(
+            f"config.dataset={folder!r}: exactly one of {text.name} and {rows.name} is needed in "
+            f"this folder; there is {found}.{hint if found == 'neither' else ''}"
+        )
+    path = text if text.is_file() else rows
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at other Unicode line ends
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}).") from None
+    parse = _parse_text if path is text else _parse_row
+    prompts = [parse(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise ValueError(f"config.dataset={folder!r}: {path} has no prompts.")
+    return prompts
+
+
+def _parse_text(line: str, path: Path, number: int) -> Prompt:
+    return Prompt(line.strip())
+
+
+def _parse_row(line: str, path: Path, number: int) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f'{path}, line {number}: an object with a "prompt" text is needed.')
+    named = row.get("image", [])
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}, line {number}: "image" must be a path or a list of paths.')
+    images = tuple(str(path.parent / name) for name in names)
+    return Prompt(row["prompt"], row, images, tuple(_image_size(i, path, number) for i in images))
+
+
+def _image_size(image: str, path: Path, number: int) -> tuple[int, int]:
+    try:
+        with Image.open(image) as opened:
+            size, kind = opened.size, opened.format
+            opened.verify()  # checksums, where the format has some; JPEG has none
+        if kind == "JPEG" and JPEG_END not in _tail(image):
+            raise OSError("its end is missing")
+        return size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path}, line {number}: cannot read the picture {image} ({error})."
+        ) from None
+
+
+def _tail(image: str) -> bytes:
+    """The end of a file; some cameras write a little more behind a JPEG's end."""
+    with open(image, "rb") as file:
+        file.seek(max(os.path.getsize(image) - 4096, 0))
+        return file.read()
+
+
+def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
+    """Give the prompt of each group slot of an epoch.
+
+    Epochs walk through one random permutation of the prompts after another, so that each prompt
+    comes equally often, whatever the world size and wherever a run resumes.
+    """
+    slots = range(epoch * num_groups, (epoch + 1) * num_groups)
+    orders: dict[int, list[int]] = {}
+    for lap in {slot // num_prompts for slot in slots}:
+        orders[lap] = list(range(num_prompts))
+        randomness.rng(seed, "prompts", lap).shuffle(orders[lap])
+    return [orders[slot // num_prompts][slot % num_prompts] for slot in slots]
+
+
+def rollout_rows(
+    rank: int, num_batches: int, batch_size: int, group_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield the (group, member) of each row, a list a batch of this rank.
+
+    Rows lie group after group and are cut into equal runs, so the same rows share a call on any
+    number of ranks.
+    """
+    for batch in range(rank * num_batches, (rank + 1) * num_batches):
+        rows = range(batch * batch_size, (batch + 1) * batch_size)
+        yield [divmod(row, group_size) for row in rows]
+
+
+def eval_batches(
+    prompts: list[Prompt], batch_size: int, rank: int, world_size: int
+) -> list[list[int]]:
+    """Deal prompts to ranks in batches of equal size; every rank gets equally many.
+
+    Prompts whose reference pictures differ in size never share a batch. Batches are filled up, and
+    ranks without one are given a batch again: whoever gathers must drop rows seen before.
+    """
+    batch_size = min(batch_size, len(prompts))
+    buckets: dict[tuple, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        buckets.setdefault(prompt.image_sizes, []).append(number)
+    batches = []
+    for bucket in buckets.values():
+        for start in range(0, len(bucket), batch_size):
+            batch = bucket[start : start + batch_size]
+            batches.append(batch + [batch[-1]] * (batch_size - len(batch)))
+    batches += [batches[-1]] * (-len(batches) % world_size)
+    return batches[rank::world_size]
+
+
+def micro_batch_order(
+    num_micro_batches: int, num_updates: int, rank: int, seed: int, epoch: int, inner_epoch: int
+) -> list[list[int]]:
+    """Deal this rank's micro-batches to the optimizer steps of one pass.
+
+    Each run of `num_updates` micro-batches gives one to every update, in an order drawn for that
+    run among all ranks' runs: one rank with twice the micro-batches makes the same updates as two.
+    """
+    updates: list[list[int]] = [[] for _ in range(num_updates)]
+    num_runs = num_micro_batches // num_updates
+    for run in range(num_runs):
+        order = list(range(num_updates))
+        randomness.rng(seed, "updates", epoch, inner_epoch, rank * num_runs + run).shuffle(order)
+        for offset, update in enumerate(order):
+            updates[update].append(run * num_updates + offset)
+    return updates
+
+
+def check(folder: str) -> list[str]:
+    """Describe a data set, a line a fact, having decoded every picture.
+
+    Counts, tags, picture sizes, repeated rows, rows that two splits share: these make a test easier
+    than it looks. Raises ValueError naming the file and line that can't be read.
+    """
+    root, lines, seen = Path(folder), [], {}
+    for split in SPLITS:
+        names = (f"{split}.txt", f"{split}_metadata.jsonl")
+        if any((root / name).is_file() for name in names):
+            rows = read(folder, split)
+            seen[split] = {(row.text, row.images) for row in rows}
+            lines += _facts(split, rows, len(seen[split]))
+    if not seen:
+        raise ValueError(f"{folder}: no train.txt, train_metadata.jsonl or other split is there.")
+    lines += [f"there is no {split} split" for split in ("train", "test") if split not in seen]
+    for first, second in combinations(seen, 2):
+        shared = seen[first] & seen[second]
+        example = f", such as {min(shared)[0]!r}" if shared else ""
+        lines.append(f"{first} and {second} share {len(shared)} rows{example}")
+    return lines
+
+
+def _facts(split: str, rows: list[Prompt], num_distinct: int) -> Iterator[str]:
+    pictures = {path for row in rows for path in row.images}
+    for path in sorted(pictures):
+        try:
+            _read_image(path)
+        except OSError as error:
+            raise ValueError(f"{split}: cannot decode the picture {path} ({error}).") from None
+    yield f"{split}: {len(rows)} rows, {len(rows) - num_distinct} of them repeated"
+    if tags := Counter(row.tag for row in rows if row.tag):
+        yield f"{split} tags: {', '.join(f'{tag} {n}' for tag, n in tags.most_common())}"
+    if pictures:
+        sizes = Counter(size for row in rows for size in row.image_sizes)
+        shown = ", ".join(f"{width} x {height}: {n}" for (width, height), n in sizes.most_common(5))
+        yield f"{split} pictures: {len(pictures)} files of {len(sizes)} sizes ({shown})"
+
+
+if __name__ == "__main__":
+    with user_errors():
+        if len(sys.argv) != 3 or sys.argv[1] != "check":
+            raise ValueError("usage: python -m flow_grpo.prompts check FOLDER")
+        print(*check(sys.argv[2]), sep="\n")

@@ -1,0 +1,200 @@
+"""Which charts a run gets, from its rows of metrics."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from flow_grpo.report.plots import Chart, Series, colour, ramp
+from flow_grpo.report.recorded import Recorded, interval
+
+STEP_STATISTICS = {  # of an update: what is drawn, for each denoising step
+    "ratio_std": ("Ratio, standard deviation", "how far the policy moved since sampling"),
+    "ratio": ("Ratio, mean − 1", "exactly 0 before an epoch's first update"),
+    "clip_high": ("Clipped above", "share of ratios above 1 + clip_range"),
+    "clip_low": ("Clipped below", "share of ratios below 1 − clip_range"),
+    "approx_kl": ("Approximate KL", "mean of (log-ratio)² / 2"),
+    "kl": ("KL to the reference", "in the unit of train.kl_mode"),
+    "drift": ("Drift", "squared distance to the old policy's velocity"),
+    "positive_loss": ("Loss of the positive branch", "before its weight"),
+}
+UPDATE_VALUES = {
+    "loss": ("Loss", "weighted mean over rows and trained steps"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "learning_rate": ("Learning rate", "of each optimizer step"),
+}
+PHASES = ("sample", "reward", "update", "eval", "save")
+
+
+def evaluation(run: Recorded, others: list[Recorded]) -> list[Chart]:
+    """A chart a score, with its interval; the runs compared with lie over it."""
+    charts = []
+    for name in run.scores():
+        series = [_evaluated(run, name, None, run.name, 0, bool(others))]
+        for number, other in enumerate(others, start=1):
+            series.append(_evaluated(other, name, None, other.name, number, True))
+        series = [one for one in series if one.x]
+        charts.append(Chart(name, "", series, markers=True))
+    return charts
+
+
+def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
+    """A chart a tag, all with one scale."""
+    shown = run.scores() if _shares(run) and not others else run.scores()[:1]
+    charts = []
+    for tag in run.tags():
+        series = [_evaluated(run, name, tag, name, i) for i, name in enumerate(shown)]
+        if others:
+            runs = enumerate((run, *others))
+            series = [_evaluated(one, shown[0], tag, one.name, i, True) for i, one in runs]
+        charts.append(([one for one in series if one.x], tag))
+    values = [v for series, _ in charts for one in series for v in _extent(one)]
+    limits = _padded(values)
+    return [
+        Chart(tag, "", series, limits=limits, markers=True, width="narrow")
+        for series, tag in charts
+        if series
+    ]
+
+
+def rewards(run: Recorded) -> list[Chart]:
+    """The training reward, its spread, and what teaches nothing."""
+    rows = run.epochs
+    trained = [name for name, weight in run.config["reward_fn"].items() if weight]
+    names = ["avg", *trained] if len(trained) > 1 else ["avg"]
+    means = [_over(rows, f"reward/{name}", name, colour(i)) for i, name in enumerate(names)]
+    band = [_over(rows, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
+    charts = [
+        Chart("Mean reward", "of an epoch's pictures", means, "epoch"),
+        Chart("Mean reward ± standard deviation", "over an epoch's pictures", band, "epoch"),
+        _single(rows, "reward/zero_std_fraction", "Groups of equal scores", "they teach nothing"),
+    ]
+    return _present(charts)
+
+
+def denoising(run: Recorded) -> list[Chart]:
+    """Statistics of the policy's steps over training, a line a denoising step."""
+    charts = []
+    for name, (title, note) in STEP_STATISTICS.items():
+        keys = _step_keys(run.updates, name)
+        series = [
+            _over(
+                run.updates,
+                key,
+                f"step {step}",
+                ramp(n, len(keys)),
+                origin=1.0 if name == "ratio" else 0.0,
+            )
+            for n, (step, key) in enumerate(keys.items())
+        ]
+        charts.append(Chart(title, note, series))
+    return _present(charts)
+
+
+def updates(run: Recorded) -> list[Chart]:
+    """What the optimizer saw."""
+    charts = [
+        Chart(title, note, [_over(run.updates, key, key, colour(0))])
+        for key, (title, note) in UPDATE_VALUES.items()
+    ]
+    return _present(charts)
+
+
+def speed(run: Recorded) -> list[Chart]:
+    """Where the time and the memory went."""
+    rows = run.epochs
+    held = [phase for phase in PHASES if any(f"seconds/{phase}" in row for row in rows)]
+    phases = [
+        Series(
+            phase,
+            [row["epoch"] for row in rows],
+            [row.get(f"seconds/{phase}", 0.0) for row in rows],
+            colour(i),
+        )
+        for i, phase in enumerate(held)
+    ]
+    memory = [
+        _over(rows, f"memory/{place}_gib", place, colour(i))
+        for i, place in enumerate(("device", "host"))
+    ]
+    memory = [series for series in memory if series.x]
+    charts = [
+        Chart("Seconds of an epoch", "on the main process", phases, "epoch", "stack"),
+        _single(rows, "images_per_second", "Pictures a second", "evaluation left out"),
+        Chart("Peak memory, GiB", "so far, of the main process", memory, "epoch"),
+    ]
+    return _present(charts)
+
+
+def _evaluated(
+    run: Recorded, name: str, tag: str | None, label: str, number: int, several: bool = False
+) -> Series:
+    """A score over the evaluations; of several runs all but the first are dashed."""
+    key = f"{name}/{tag}" if tag else name
+    rows = [row for row in run.evals if key in row]
+    ends = [interval(row, name, tag) for row in rows]
+    low, high = zip(*ends, strict=True) if rows and None not in ends else (None, None)
+    return Series(
+        label,
+        [row["step"] for row in rows],
+        [row[key] for row in rows],
+        colour(number),
+        low and list(low),
+        high and list(high),
+        dashed=several and number > 0,
+    )
+
+
+def _over(
+    rows: list[dict],
+    key: str,
+    label: str,
+    shade: str,
+    spread: str | None = None,
+    origin: float = 0.0,
+) -> Series:
+    """A key of updates over the optimizer steps, or of epochs over the epochs.
+
+    spread: the key of the band's half width. origin: is taken off every value.
+    """
+    held = [row for row in rows if key in row]
+    x = [row["step" if row["kind"] == "update" else "epoch"] for row in held]
+    y = [row[key] - origin for row in held]
+    if spread is None:
+        return Series(label, x, y, shade)
+    ends = [(v - row[spread], v + row[spread]) for v, row in zip(y, held, strict=True)]
+    return Series(label, x, y, shade, [low for low, _ in ends], [high for _, high in ends])
+
+
+def _single(rows: list[dict], key: str, title: str, note: str) -> Chart:
+    return Chart(title, note, [_over(rows, key, title, colour(0))], "epoch")
+
+
+def _step_keys(rows: list[dict], name: str) -> dict[int, str]:
+    """The denoising steps that have this statistic, and each one's key."""
+    base = name.removesuffix("_std")
+    pattern = re.compile(rf"{base}/(\d+){name[len(base) :]}")
+    keys = {key for row in rows for key in row}
+    return dict(sorted((int(found[1]), key) for key in keys if (found := pattern.fullmatch(key))))
+
+
+def _present(charts: list[Chart]) -> list[Chart]:
+    return [chart for chart in charts if any(series.x for series in chart.series)]
+
+
+def _shares(run: Recorded) -> bool:
+    """Whether all scores are shares, so that they can lie in one chart."""
+    return all(0 <= row[name] <= 1 for row in run.evals for name in run.scores() if name in row)
+
+
+def _extent(series: Series) -> list[float]:
+    return [v for values in (series.y, series.low or [], series.high or []) for v in values]
+
+
+def _padded(values: list[float]) -> tuple[float, float] | None:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    low, high = min(finite), max(finite)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin

@@ -1,0 +1,153 @@
+"""A run in words and numbers: its headline, its settings, how it was started. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from config.base import base
+from flow_grpo.report.recorded import Recorded, interval
+
+LEAVES = ("reward_fn", "reward_urls")  # a dict that is one setting
+PER_RUN = ("run_name", "logdir", "resume_from", "tracker", "project_name")  # no news if changed
+
+
+@dataclass(frozen=True)
+class Change:
+    """A score before and after; texts, "" where there is nothing to say."""
+
+    name: str
+    before: str
+    after: str
+    difference: str
+    rises: bool
+    interval_before: str
+    interval_after: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    key: str
+    value: str
+    default: str
+    changed: bool
+
+
+def number(value: float | None) -> str:
+    """Write a number with three digits behind the point, or three that matter if it is small."""
+    if value is None:
+        return "–"
+    if value != 0 and (abs(value) < 0.01 or abs(value) >= 1e5):
+        return f"{value:.3g}"
+    return f"{value:.3f}" if isinstance(value, float) else f"{value}"
+
+
+def changes(run: Recorded) -> list[Change]:
+    """Compare the first evaluation with the last, for each score."""
+    found = []
+    for name in run.scores():
+        before, after = run.evals[0].get(name), run.evals[-1].get(name)
+        gain = "" if before is None or after is None else _signed(after - before)
+        found.append(
+            Change(
+                name,
+                number(before),
+                number(after),
+                gain,
+                gain.startswith("+"),
+                _written(interval(run.evals[0], name)),
+                _written(interval(run.evals[-1], name)),
+            )
+        )
+    return found
+
+
+def _signed(gain: float) -> str:
+    """Write a difference with its sign, as precisely as number() writes what is not tiny."""
+    precise = f"{abs(gain):.3f}" if abs(gain) >= 0.0005 else number(abs(gain))
+    return f"{'−' if gain < 0 else '+'}{precise}"
+
+
+def _written(ends: tuple[float, float] | None) -> str:
+    return f"{number(ends[0])} – {number(ends[1])}" if ends else ""
+
+
+def what(run: Recorded) -> str:
+    """Say what was trained on what, in a sentence."""
+    config, train = run.config, run.config["train"]
+    how = f"a LoRA of rank {train['lora_rank']}" if config["use_lora"] else "all weights"
+    rewards = " + ".join(
+        name if weight == 1 else f"{weight:g} × {name}"
+        for name, weight in config["reward_fn"].items()
+        if weight
+    )
+    return (
+        f"{config['pretrained']['model']}, {how}, trained by {config['objective']} "
+        f"on {rewards} with the prompts of {config['dataset']}"
+    )
+
+
+def duration(run: Recorded) -> str:
+    """The wall-clock of the finished epochs, with their evaluations."""
+    seconds = sum(_seconds(row) for row in run.epochs)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def headline(run: Recorded) -> dict[str, str]:
+    """What stands below the scores: how much was done, on what."""
+    last, machines = run.evals[-1], {machine(launch) for launch in run.launches}
+    pictures = sum(round(row["images_per_second"] * _seconds(row, "eval")) for row in run.epochs)
+    return {
+        "epochs": f"{len(run.epochs)} of {run.config['num_epochs']}",
+        "optimizer steps": f"{last['step']:,}",
+        "pictures": f"{pictures:,}",
+        "time": duration(run),
+        "machine": "; ".join(sorted(machines)) or "not recorded",
+    }
+
+
+def _seconds(row: dict, *without: str) -> float:
+    """The seconds of an epoch's phases but for some."""
+    skipped = {f"seconds/{phase}" for phase in without}
+    return sum(v for k, v in row.items() if k.startswith("seconds/") and k not in skipped)
+
+
+def machine(launch: dict) -> str:
+    """A launch's machine, in words."""
+    held = launch["machine"]
+    cpu = f"{held['cores']} cores of {held['cpu']}, {held['memory_gib']:.0f} GiB"
+    return ", ".join([*held["gpus"], cpu])
+
+
+def compared(run: Recorded, others: list[Recorded]) -> dict[str, list[str]]:
+    """The scores of several runs before and after, a list a run; empty without others."""
+    names = run.scores()
+    return {
+        one.name: [f"{number(one.evals[0].get(n))} → {number(one.evals[-1].get(n))}" for n in names]
+        for one in ((run, *others) if others else ())
+    }
+
+
+def settings(run: Recorded) -> list[Setting]:
+    """Every key of the run beside its default in config/base.py, in that file's order."""
+    defaults, own = _flat(json.loads(base().to_json_best_effort())), _flat(run.config)
+    found = []
+    for key in [*defaults, *(key for key in own if key not in defaults)]:
+        if key not in own:
+            continue  # the run is older than the key
+        value, default = own[key], defaults.get(key)
+        changed = key not in PER_RUN and (key not in defaults or value != default)
+        found.append(Setting(key, json.dumps(value), json.dumps(default), changed))
+    return found
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in LEAVES:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

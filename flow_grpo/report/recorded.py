@@ -1,0 +1,84 @@
+"""Read what a run wrote. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+MEAN_OF_TAGS = "mean_of_tags"  # stands where a tag does: each tag counts alike, as in GenEval
+
+
+def read_metrics(folder: Path, kind: str) -> list[dict]:
+    """Return the rows of one kind (update | epoch | eval) of a run's metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def score_names(row: dict) -> list[str]:
+    """Return the scores of an evaluation's row, without counts and the ends of intervals."""
+    ends = {f"{name}_{end}" for name in row for end in ("low", "high")}
+    other = {"kind", "epoch", "step", "hacking_alarm"} | ends
+    return [
+        key for key in row if key not in other and "/" not in key and not key.endswith("_missing")
+    ]
+
+
+def tag_names(row: dict) -> list[str]:
+    """Return the tags of an evaluation's row, sorted, and then their mean if there is one."""
+    found = {key.split("/", 1)[1] for key in row if "/" in key}
+    return sorted(found, key=lambda tag: (tag == MEAN_OF_TAGS, tag))
+
+
+def interval(row: dict, name: str, tag: str | None = None) -> tuple[float, float] | None:
+    """Return an evaluated score's interval, if the run wrote one."""
+    behind = f"/{tag}" if tag else ""
+    ends = row.get(f"{name}_low{behind}"), row.get(f"{name}_high{behind}")
+    return None if None in ends else ends
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A run as its folder has it; rows are those of metrics.jsonl."""
+
+    folder: Path
+    config: dict
+    launches: list[dict]  # see provenance.py; empty for a run that did not write them
+    evals: list[dict]
+    epochs: list[dict]
+    updates: list[dict]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def scores(self) -> list[str]:
+        """The evaluated scores, what was trained first; avg only where it is a sum of several."""
+        found = score_names(self.evals[-1])
+        trained = [name for name, weight in self.config["reward_fn"].items() if weight]
+        first = [name for name in trained if name in found]
+        if "avg" in found and len(trained) > 1:
+            first = ["avg", *first]
+        return first + [name for name in found if name not in first and name != "avg"] or found
+
+    def tags(self) -> list[str]:
+        return tag_names(self.evals[-1])
+
+
+def load(folder: Path) -> Recorded:
+    """Read a run's folder. Raises ValueError if it is none, or has no evaluation yet."""
+    missing = [n for n in ("config.json", "metrics.jsonl") if not (folder / n).is_file()]
+    if missing or not read_metrics(folder, "eval"):
+        raise ValueError(
+            f"{str(folder)!r} has no {missing[0] if missing else 'evaluation in metrics.jsonl'}: "
+            f"a run's folder, logs/<run_name>, is needed, after its first evaluation."
+        )
+    launches = folder / "launches.json"
+    return Recorded(
+        folder=folder,
+        config=json.loads((folder / "config.json").read_text()),
+        launches=json.loads(launches.read_text()) if launches.is_file() else [],
+        evals=read_metrics(folder, "eval"),
+        epochs=read_metrics(folder, "epoch"),
+        updates=read_metrics(folder, "update"),
+    )

@@ -1,0 +1,126 @@
+"""Which rewards are scored by HTTP, and where; checked at start-up. httpx loads only if any is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import ml_collections
+import numpy as np
+
+from flow_grpo.rewards.base import Reward, check_package
+
+MIN_TOKEN = 16  # characters
+ENCODINGS = ("raw", "png", "webp", "jpeg")
+
+
+@dataclass(frozen=True)
+class Servers:
+    """config.reward_urls and what belongs to them."""
+
+    urls: Mapping[str, list[str]] = field(default_factory=dict)  # by reward
+    timeout_s: float = 600.0  # of a call, its retries included
+    token: str = field(default="", repr=False)
+    encoding: str = "raw"
+
+
+class SomeFailed(RuntimeError):
+    """A server scored some rows and gave errors for others; `scores` has NaN for these."""
+
+    def __init__(self, message: str, scores: dict[str, np.ndarray]):
+        super().__init__(message)
+        self.scores = scores
+
+
+def of(config: ml_collections.ConfigDict) -> Servers:
+    """Read the keys. Raises ValueError naming the one at fault."""
+    urls = {name: _urls(name, value) for name, value in config.reward_urls.items()}
+    wanted = (*config.reward_fn, *config.eval_reward_fn)
+    for name in urls:
+        if name not in wanted:
+            raise ValueError(
+                f"config.reward_urls={config.reward_urls.to_dict()}: neither config.reward_fn nor "
+                f"config.eval_reward_fn has a reward {name!r}. Add it there, with weight 0 to "
+                f"monitor it, or remove the URL."
+            )
+    if urls:
+        check_package("httpx", "rewards")
+        if config.reward_encoding != "raw":
+            check_package("msgpack", "server")
+    token_file = config.reward_token_file
+    token = read_token(token_file, "config.reward_token_file") if token_file and urls else ""
+    return Servers(urls, config.reward_timeout, token, config.reward_encoding)
+
+
+def read_token(path: str, key: str) -> str:
+    """Return the token in a file. Raises ValueError. key: who names the file, for the message."""
+    try:
+        token = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{key}={path!r} can't be read: {error}.") from None
+    if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
+        raise ValueError(
+            f"{key}={path!r}: one line of at least {MIN_TOKEN} characters without spaces is "
+            f"needed. Make one with: openssl rand -hex 32 > {path}"
+        )
+    return token
+
+
+def check(servers: Servers) -> None:
+    """Ask every server for its health, all at once. Raises ValueError naming reward and URL."""
+    if not servers.urls:
+        return
+    from flow_grpo.rewards.remote import exchange
+
+    for name, problems in exchange.check(servers).items():
+        for url, problem in zip(servers.urls[name], problems, strict=True):
+            if problem:
+                raise ValueError(
+                    f"config.reward_urls: the server of reward {name!r} at {problem}. Start it "
+                    f"(python -m flow_grpo.reward_server --reward {name} --port "
+                    f"{urlsplit(url).port or 80}) and wait until it has loaded, or correct the URL."
+                )
+
+
+def connect(name: str, servers: Servers) -> Reward:
+    """Return the scorer of a reward that has a URL."""
+    from flow_grpo.rewards.remote.client import RemoteReward
+
+    return RemoteReward(name, servers)
+
+
+def _urls(name: str, value: object) -> list[str]:
+    found = [value] if isinstance(value, str) else list(value) if value else []
+    for url in found:
+        try:
+            parts = urlsplit(url)
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except (ValueError, AttributeError, TypeError):
+            valid = False
+        if not valid or parts.query or parts.fragment or parts.username:
+            raise ValueError(
+                f"config.reward_urls: {url!r} of {name!r} is no http://HOST:PORT, such as "
+                f"http://127.0.0.1:18085."
+            )
+    if not found or len(set(found)) < len(found):
+        raise ValueError(
+            f"config.reward_urls: {name!r} has {found!r}; one URL or several different ones are "
+            f"needed, such as --config.reward_urls=\"{{'{name}': ['http://127.0.0.1:18085']}}\"."
+        )
+    return [url.rstrip("/") for url in found]
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Raise ValueError for a number out of range."""
+    if not 0 < config.reward_timeout < math.inf:
+        raise ValueError(
+            f"config.reward_timeout={config.reward_timeout}: a number of seconds above 0 is needed."
+        )
+    if not 0 <= config.max_masked_fraction < 1:
+        raise ValueError(
+            f"config.max_masked_fraction={config.max_masked_fraction}: a share of an epoch's "
+            f"pictures in [0, 1) is needed."
+        )
