@@ -21,7 +21,6 @@ class Schedule:
     """How pictures are drawn: what sample(), replay() and an objective must agree on."""
 
     sigmas: Tensor  # (N + 1,) fp32 on the device, 1 ... 0
-    guidance_scale: float
     kind: str = "ode"  # of the stochastic steps
     noise_level: float = 0.0
     same_latent: bool = False
@@ -53,7 +52,7 @@ def sample(
         schedule.sigmas,
         list(zip(batch.group.tolist(), batch.member.tolist(), strict=True)),
     )
-    cond, negative = collate(pipeline, batch, schedule.pad_to)
+    conditioning = collate(pipeline, batch, schedule.pad_to)
     firsts = [(group, 0) for group, _ in owners] if schedule.same_latent else owners
     noise = randomness.normal("init", firsts, pipeline.noise_shape(batch.size))
     latents = pipeline.initial_latents(batch.size, _send(noise, pipeline.device))
@@ -63,9 +62,7 @@ def sample(
 
     for i in range(schedule.num_steps):
         sigma = sigmas[i].expand(len(batch))
-        velocity = pipeline.velocity(
-            model, latents, sigma, cond, negative, schedule.guidance_scale, batch.size
-        )
+        velocity = pipeline.velocity(model, latents, sigma, conditioning)
         before = latents
         now = (velocity, latents, sigma, sigmas[i + 1])
         latents = sde.step("ode", *now, 0.0, sigma_guard=sigmas[1]).next_latents

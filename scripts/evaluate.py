@@ -17,7 +17,6 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import NamedTuple
 
 import ml_collections
@@ -25,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flow_grpo.cli import user_errors
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation import tables
 from flow_grpo.launch import model_files, preflight, settings, weights
 from flow_grpo.launch.weights import Weights
@@ -57,7 +57,7 @@ class Job(NamedTuple):
     """What the command line asks for, checked."""
 
     config: ml_collections.ConfigDict
-    family: str
+    family: type[PatchedPipeline]
     checkpoints: list[Weights]  # one or two
     prompts: list[Prompt]
     out: Path
@@ -147,7 +147,7 @@ def score(job: Job, number: int) -> Result:
 
     checkpoint, prompts = job.checkpoints[number], job.prompts
     folder = job.out / ("first", "second")[number] if len(job.checkpoints) == 2 else job.out
-    evaluator = build_evaluator(job.config, resolve_name(job.family), checkpoint, prompts)
+    evaluator = build_evaluator(job.config, job.family, checkpoint, prompts)
     evaluator.accelerator.wait_for_everyone()  # all have seen --out empty
     pictures = folder / "images"
     (pictures if job.write_images else folder).mkdir(parents=True, exist_ok=True)

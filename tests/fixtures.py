@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo import sde
-from flow_grpo.records import Cond, PromptBatch, Size
+from flow_grpo.records import Cond, Guidance, PromptBatch, Size
 
 F64 = torch.float64
 NOISE_LEVEL = {"sde": 0.7, "dance": 0.3, "cps": 0.8}
@@ -101,8 +101,8 @@ def clean_grid(num_steps):
 def blank_batch(group: Tensor, member: Tensor) -> PromptBatch:
     """Rows of these groups and members, without a prompt or a size; group, member: (B,) int64."""
     return PromptBatch(
-        conds=[Cond({})],
-        negatives=None,
+        branches={"positive": [Cond({})]},
+        guidance=Guidance(1.0),
         index=torch.zeros_like(group),
         group=group,
         member=member,

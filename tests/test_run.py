@@ -12,6 +12,7 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from flow_grpo.launch import entry
 from flow_grpo.randomness import Randomness
+from flow_grpo.records import Guidance
 from flow_grpo.report.output import read_metrics
 from flow_grpo.sampling import sample
 
@@ -61,7 +62,7 @@ def test_the_gate_stops_a_run_that_scores_something_else(files):
 def test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_base(files):
     run = running.prepare(running.arguments(files, **running.lora(files)))
     base = running.prepare(running.arguments(files))
-    batch = run.prompt_batch(run.plan.train_prompts[:2], [(0, 0), (1, 0)], 1.0)
+    batch = run.prompt_batch(run.plan.train_prompts[:2], [(0, 0), (1, 0)], Guidance(1.0))
 
     def final(which, name):
         with which.snapshots.using(name):
@@ -118,7 +119,7 @@ def test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline(files):
     )
     run = running.train(argv)
     prompts = run.plan.eval_prompts
-    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_schedule.guidance_scale)
+    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_guidance)
     randomness = Randomness(run.config.seed, ())
     with run.snapshots.using("ema"):
         ours = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]

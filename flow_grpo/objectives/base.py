@@ -9,6 +9,7 @@ import ml_collections
 from torch import Tensor
 
 from flow_grpo.advantages import group_advantages
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -33,7 +34,7 @@ class Objective:
     anchors: tuple[str, ...] = ()  # those whose velocity loss() needs at every point
 
     @classmethod
-    def check(cls, config: ml_collections.ConfigDict) -> None:
+    def check(cls, config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> None:
         """Raise ValueError, before weights are loaded, if this objective can't run so."""
 
     def __init__(self, config: ml_collections.ConfigDict, schedule: Schedule):

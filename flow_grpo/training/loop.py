@@ -75,7 +75,7 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
     with run.timer("sample"), run.snapshots.using(objective.samples_with):
         for rows in calls:
             prompts = [plan.train_prompts[slots[group]] for group, _ in rows]
-            batch = run.prompt_batch(prompts, rows, run.schedule.guidance_scale)
+            batch = run.prompt_batch(prompts, rows, run.guidance)
             part = sample(
                 run.pipeline,
                 run.model,

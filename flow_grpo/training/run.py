@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from flow_grpo.conditioning import collate
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Objective, Predict
 from flow_grpo.plan import Plan
-from flow_grpo.records import Point, Rollout
+from flow_grpo.records import Conditioning, Guidance, Point, Rollout
 from flow_grpo.sampling import Schedule
 from flow_grpo.training.optimizer import Updater
 from flow_grpo.training.snapshots import Snapshots, ema_decay
@@ -31,6 +31,7 @@ class Run(Evaluator):
     identity: dict
     folder: Path
     schedule: Schedule
+    guidance: Guidance
     objective: Objective
     updater: Updater
     snapshots: Snapshots
@@ -45,17 +46,22 @@ class Run(Evaluator):
 
     def predictor(self, micro: Rollout) -> Predict:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
-        rows = cache(lambda: collate(self.pipeline, micro.batch, self.schedule.pad_to))
-        scale = self.schedule.guidance_scale
-        if self.pipeline.needs_negative(scale) and not self.config.train.cfg:
-            scale = self.pipeline.unguided_scale
+
+        @cache
+        def conditioning() -> Conditioning:
+            collated = collate(self.pipeline, micro.batch, self.schedule.pad_to)
+            return replace(collated, guidance=self.trained_guidance)
 
         def predict(point: Point) -> Tensor:
-            return self.pipeline.velocity(
-                self.model, point.latents, point.sigma, *rows(), scale, self.size
-            )
+            return self.pipeline.velocity(self.model, point.latents, point.sigma, conditioning())
 
         return predict
+
+    @property
+    def trained_guidance(self) -> Guidance:
+        """The guidance that training predicts with: the rollout's, or none with train.cfg=False."""
+        guided = self.pipeline.needs_negative(self.guidance)
+        return self.pipeline.unguided if guided and not self.config.train.cfg else self.guidance
 
     @torch.no_grad()
     def frozen(self, name: str, predict: Predict, point: Point) -> Tensor:
@@ -81,7 +87,7 @@ class Run(Evaluator):
         return self.plan.passes(
             self.config,
             num_trained=self.trained_steps([0]).shape[1],
-            guided=self.pipeline.needs_negative(self.schedule.guidance_scale),
+            guided=self.pipeline.needs_negative(self.guidance),
             num_anchors=len(self.objective.anchors),
         )
 
