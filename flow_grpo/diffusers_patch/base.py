@@ -1,4 +1,4 @@
-"""What a model must provide: a stock pipeline, cut into encode, sigmas, velocity and decode."""
+"""What a model must provide: a stock pipeline, cut into what sampling and training call."""
 
 from __future__ import annotations
 
