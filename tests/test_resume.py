@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import running
 import torch
-from safetensors.torch import load_file
 
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
@@ -61,7 +60,7 @@ def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
     names = [path.name for path in folders.checkpoints(old.folder)]
     assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     first = folders.checkpoints(old.folder)[0]
-    before = load_file(old.folder / "checkpoints/checkpoint-6/weights.safetensors")
+    before = running.checkpoint_weights(old.folder / "checkpoints" / "checkpoint-6")
 
     argv = running.arguments(
         files, run_name="branch", num_epochs=3, resume_from=first, train__learning_rate=1e-2
@@ -71,7 +70,7 @@ def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
     entry.execute(new)
     assert [path.name for path in folders.checkpoints(new.folder)] == names
     assert steps(new.folder) == [1, 2, 3, 4, 5, 6]
-    after = load_file(new.folder / "checkpoints/checkpoint-6/weights.safetensors")
+    after = running.checkpoint_weights(new.folder / "checkpoints" / "checkpoint-6")
     name, param = next(iter(new.trained_parameters()))
     assert after[f"policy/{name}"].equal(param) and not before[f"policy/{name}"].equal(param)
 
@@ -91,7 +90,7 @@ def test_settings_of_the_optimizer_come_from_the_config_and_moments_from_the_che
     argv = running.arguments(
         files, run_name="settings", resume_from="latest", train__adam_weight_decay=0.5
     )
-    optimizer = running.prepare(argv).updater.optimizer
+    optimizer = running.prepare(argv).engine.optimizer
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     assert all(state["step"] == 4 for state in optimizer.state.values())
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from fixtures import blank_batch, clean_grid
 from torch import nn
 
 from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.parallel.plain import Plain
 from flow_grpo.plan import Plan
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Size
@@ -64,12 +64,12 @@ class Toy(PatchedPipeline):
         return latents.new_zeros(len(latents), 3, 1, 1)
 
 
-def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, **keys):
+def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, engine=None, **keys):
     config = base()
     config.tracker = "none"
     config.update_from_flattened_dict({key.replace("__", "."): keys[key] for key in keys})
     train = config.train
-    accelerator = Accelerator(cpu=True)
+    engine = engine or Plain("no", cpu=True)
     pipeline = Toy(sigmas)
     schedule = Schedule(
         sigmas,
@@ -79,8 +79,10 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         same_latent=config.sample.same_latent,
     )
     objective = objective_class(config, schedule)
-    model, base_optimizer = accelerator.prepare(
-        pipeline.transformer, optimizer_class(pipeline.transformer.parameters())
+    engine.wrap(
+        pipeline.transformer,
+        optimizer_class(pipeline.transformer.parameters()),
+        train.max_grad_norm,
     )
     names = (*objective.snapshots, *(["ema"] if train.ema else []))
     run = Run(
@@ -88,18 +90,19 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         plan=plan,
         identity={},
         folder=folder,
-        accelerator=accelerator,
+        ranks=engine.ranks,
         pipeline=pipeline,
-        model=model,
+        model=engine.model,
         size=Size(1, 1),
         schedule=schedule,
         eval_schedule=schedule,
         objective=objective,
-        updater=Updater(accelerator, model, base_optimizer, train, 1000),
-        snapshots=Snapshots(model, names, use_lora=False),
+        engine=engine,
+        updater=Updater(engine, train, 1000),
+        snapshots=Snapshots(engine, names, use_lora=False),
         conditioner=None,
         scorer=None,
-        tracker=Tracker(accelerator, Path(folder)),
+        tracker=Tracker(engine.ranks, Path(folder)),
         stop=None,
     )
     run.tracker.start(config)

@@ -24,7 +24,7 @@ def gate(run: Run, rollout: Rollout) -> None:
     for point in objective.points(micro, Randomness(run.config.seed, (run.epoch, 0))):
         mismatch = objective.mismatch(predict(point), micro, point)
         if mismatch is not None:
-            largest[point.column] = run.accelerator.gather(mismatch.max()).max().item()
+            largest[point.column] = run.ranks.gather(mismatch.max()).max().item()
     if not all(value <= objective.tolerance for value in largest.values()):  # NaN is not
         raise RuntimeError(
             f"before the first update the largest |log-ratio| of each trained step is {largest}; "

@@ -28,7 +28,7 @@ def train(run: Run) -> None:
     """
     config = run.config
     finished = run.tracker.num_bytes  # of metrics.jsonl
-    shown = run.accelerator.is_main_process
+    shown = run.ranks.is_main
     bar = progress(config.num_epochs, "epochs", shown=shown, initial=run.epoch)
     gate_open = False
     try:
@@ -48,7 +48,7 @@ def train(run: Run) -> None:
                 save(run, finished)
             run.stop.check()
             bar.update()
-            if run.accelerator.is_main_process:
+            if run.ranks.is_main:
                 tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
         _evaluate(run)
     except Stopped:
@@ -62,16 +62,14 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
     slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, config.seed, run.epoch)
     calls = list(
         rollout_rows(
-            run.accelerator.process_index,
+            run.ranks.rank,
             config.sample.num_batches_per_epoch,
             config.sample.train_batch_size,
             plan.group_size,
         )
     )
     randomness, parts, pending = Randomness(config.seed, (run.epoch,)), [], []
-    bar = progress(
-        len(calls) * run.schedule.num_steps, "sample", shown=run.accelerator.is_main_process
-    )
+    bar = progress(len(calls) * run.schedule.num_steps, "sample", shown=run.ranks.is_main)
     with run.timer("sample"), run.snapshots.using(objective.samples_with):
         for rows in calls:
             prompts = [plan.train_prompts[slots[group]] for group, _ in rows]
@@ -116,7 +114,7 @@ def update(run: Run, rollout: Rollout) -> None:
     config, plan, objective = run.config, run.plan, run.objective
     size = plan.micro_batch_size
     micros = [rollout.rows(slice(i * size, (i + 1) * size)) for i in range(plan.num_micro_batches)]
-    rank, seed = run.accelerator.process_index, config.seed
+    rank, seed = run.ranks.rank, config.seed
     with run.timer("update"):
         for micro in micros:
             with torch.no_grad():
@@ -124,7 +122,7 @@ def update(run: Run, rollout: Rollout) -> None:
         bar = progress(
             len(micros) * config.train.num_inner_epochs,
             "update",
-            shown=run.accelerator.is_main_process,
+            shown=run.ranks.is_main,
         )
         for inner in range(config.train.num_inner_epochs):
             randomness = Randomness(seed, (run.epoch, inner))
@@ -137,38 +135,39 @@ def update(run: Run, rollout: Rollout) -> None:
 
 
 def take_step(run: Run, micros: list[Rollout], randomness: Randomness) -> None:
-    """Make one optimizer step: the weighted mean over all rows of all ranks and all points."""
-    objective, updater = run.objective, run.updater
-    statistics = Statistics(run.schedule.num_steps, run.accelerator.device)
-    total = run.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)
-    loss_sum = torch.zeros((), device=run.accelerator.device)
+    """Make one optimizer step: the weighted mean over all rows of all ranks and all points.
+
+    Nothing waits for the device before all gradients are there. Then one sum over ranks holds the
+    loss, which is finite only if every part of it is, and the statistics, and is read once.
+    """
+    objective, engine, ranks = run.objective, run.engine, run.ranks
+    statistics = Statistics(run.schedule.num_steps, ranks.device)
+    total = ranks.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)
+    loss_sum = torch.zeros((), device=ranks.device)
     for i, micro in enumerate(micros):
         predict, points = run.predictor(micro), objective.points(micro, randomness)
         for k, point in enumerate(points):
             anchors = {name: run.frozen(name, predict, point) for name in objective.anchors}
             last = i == len(micros) - 1 and k == len(points) - 1
-            with updater.accumulate(last):
-                loss = objective.loss(predict(point), anchors, micro, point, run.total)
+            with engine.accumulate(last):
+                loss = objective.loss(predict(point), anchors, micro, point, ranks.total)
                 share = (loss.value * micro.weights).sum() / (total * len(points))
-                if not updater.all_finite(share.detach()):
-                    updater.skip()
-                    return
-                updater.backward(share)
+                engine.backward(share)
             loss_sum += share.detach()
             statistics.add(loss.stats, point.step, micro.weights)
-    norm = updater.step()
-    if norm is None:
+    sums = ranks.total(torch.cat([loss_sum.double()[None], statistics.sums()]))
+    mean, *moments, norm = torch.cat([sums, engine.norm().double()[None]]).tolist()
+    if not run.updater.finish(mean, norm):
         return
     run.move_snapshots()
-    metrics = {"loss": run.total(loss_sum).item(), "grad_norm": norm}
-    metrics |= {"learning_rate": updater.optimizer.param_groups[0]["lr"]}
-    run.log("update", metrics | statistics.collect(run.accelerator))
+    metrics = {"loss": mean, "grad_norm": norm, "learning_rate": engine.learning_rate}
+    run.log("update", metrics | statistics.metrics(moments))
 
 
 def _evaluate(run: Run) -> None:
     """Evaluate; once there is something to tell, draw report.html anew."""
     evaluate(run)
-    if run.epoch and run.accelerator.is_main_process:
+    if run.epoch and run.ranks.is_main:
         redraw(run.folder)
 
 

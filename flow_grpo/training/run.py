@@ -15,6 +15,7 @@ from flow_grpo import rollouts
 from flow_grpo.conditioning import collate
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Objective, Predict
+from flow_grpo.parallel.engine import Engine
 from flow_grpo.plan import Plan
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -32,6 +33,7 @@ class Run(Evaluator):
     folder: Path
     schedule: Schedule
     objective: Objective
+    engine: Engine
     updater: Updater
     snapshots: Snapshots
     tracker: Tracker

@@ -17,7 +17,7 @@ from flow_grpo.training.run import Run
 
 def weigh(run: Run, rollout: Rollout, scores: dict[str, np.ndarray]) -> dict[str, float]:
     """Turn the scores of all ranks into advantages and weights for this rank's rows."""
-    gather, device = run.accelerator.gather, run.accelerator.device
+    gather, device = run.ranks.gather, run.ranks.device
     group = gather(rollout.batch.group.to(device)).cpu()
     world = {k: gather(torch.from_numpy(v).to(device)).cpu() for k, v in scores.items()}
     advantage, weight = run.objective.targets(combine(run.config, world, group), group)
@@ -25,7 +25,7 @@ def weigh(run: Run, rollout: Rollout, scores: dict[str, np.ndarray]) -> dict[str
         order = list(range(len(advantage)))
         randomness.rng(run.config.seed, "shuffle", run.epoch).shuffle(order)
         advantage, weight = advantage[order], weight[order]
-    first = run.accelerator.process_index * len(rollout)
+    first = run.ranks.rank * len(rollout)
     mine = slice(first, first + len(rollout))
     rollout.advantages = advantage[mine].float().to(device)
     rollout.weights = weight[mine].float().to(device)
