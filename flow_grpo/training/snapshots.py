@@ -45,7 +45,7 @@ class Snapshots:
         self._show(name)
 
     def values(self, name: str) -> dict[str, Tensor]:
-        """Return the whole weights of `name` ("policy": its own), fp32 or finer."""
+        """Return the whole weights of `name` ("policy": its own), fp32 or finer, until it moves."""
         masters = self._engine.masters()
         return dict(self._engine.full(masters if name == "policy" else self._held[name]))
 
@@ -98,7 +98,7 @@ class Snapshots:
     def _hold(self, name: str, weights: Parts) -> None:
         self._held[name] = weights
         if self._use_lora:
-            _add_adapter(self._engine.module, name)
+            _add_adapter(self._engine.module, name, blank=name == "reference")
             self._show(name)
 
     @torch.no_grad()
@@ -134,8 +134,11 @@ def _other_adapter(module: nn.Module, name: str) -> Iterator[None]:
             set_adapter(module, POLICY)
 
 
-def _add_adapter(module: nn.Module, name: str) -> None:
-    """Give a module one more adapter, which equals the policy's and does not train."""
+def _add_adapter(module: nn.Module, name: str, blank: bool) -> None:
+    """Give a module one more adapter, which does not train.
+
+    It equals the policy's, also in what of that does not train; blank: it does nothing.
+    """
     with _same_weights_train(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft: "This will lead to having multiple adapters"
         inject_adapter_in_model(deepcopy(module.peft_config[POLICY]), module, name)
@@ -143,7 +146,8 @@ def _add_adapter(module: nn.Module, name: str) -> None:
         params = dict(module.named_parameters())
         for key, param in params.items():
             if f".{POLICY}" in key and "lora_" in key:
-                params[_of_adapter(key, name)].data = param.detach().clone()
+                value = zeros_like(param) if blank and "lora_B" in key else param.detach().clone()
+                params[_of_adapter(key, name)].data = value
 
 
 @contextmanager
