@@ -1,9 +1,11 @@
 """What every engine is put through on its ranks; test_engines.py judges what comes out."""
 
+import json
 import math
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,10 +99,13 @@ def weights(engine) -> dict[str, torch.Tensor]:
 
 
 def take(engine, number: int) -> dict:
-    """Take an update; returns what was seen on the way."""
+    """Take an update, once fp16 has found its loss scale; returns what was seen on the way."""
     before = weights(engine)
     accumulate(engine, number)
-    norm, between = engine.norm(), weights(engine)
+    while not torch.isfinite(norm := engine.norm()) and engine.looks_for_scale:
+        engine.discard(overflow=True)
+        accumulate(engine, number)
+    between = weights(engine)
     engine.learning_rate = SETTINGS["lr"] / (1 + number)
     engine.step(norm.item())
     return {"before": before, "norm": norm, "between": between, "after": masters(engine)}
@@ -151,6 +156,23 @@ def contract(folder: Path, precision: str) -> None:
     calm.put(own)
     seen["put back"] = masters(calm), weights(calm)
     torch.save(seen, folder / f"contract-{engine.ranks.rank}.pt")
+
+
+def overflowed(folder: Path, precision: str) -> None:
+    """Let a loss be NaN, then gradients overflow twice; writes what the loss scale was."""
+    engine = wrapped(precision, Net())
+    scales = [engine._scale()]
+    for kind in ("loss", "gradient", "gradient"):
+        hooked = next(param for param in engine.module.parameters() if param.requires_grad)
+        hook = hooked.register_hook(lambda g, kind=kind: g * math.inf if kind == "gradient" else g)
+        accumulate(
+            engine, 0, lambda k, loss, kind=kind: loss * math.nan if kind == "loss" else loss
+        )
+        hook.remove()
+        assert not torch.isfinite(engine.norm())
+        engine.discard(overflow=kind == "gradient")
+        scales.append(engine._scale())
+    (folder / f"scales-{engine.ranks.rank}.json").write_text(json.dumps(scales))
 
 
 def predictions(engine, snapshots) -> dict[str, torch.Tensor]:
@@ -263,6 +285,9 @@ def updates(folder: Path) -> None:
 
 def everything(folder: Path, precision: str) -> None:
     """Called on every rank of an engine."""
+    if precision == "fp16":  # of which DeepSpeed says that a CPU lacks it
+        get_accelerator().is_fp16_supported = lambda: True
+        overflowed(folder, precision)
     contract(folder, precision)
     for lora in (False, True):
         anchored(folder, precision, lora)

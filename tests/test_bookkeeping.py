@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 
 from config.base import base
 from flow_grpo.parallel.plain import Plain
@@ -85,28 +85,31 @@ def test_snapshots_hold_trained_weights_alone_in_fp32_and_survive_a_file():
 
 
 def test_the_reference_of_a_lora_is_the_module_without_it():
-    module, calls = layer(), []
-    module.disable_adapters = lambda: calls.append("off")
-    module.enable_adapters = lambda: calls.append("on")
-    snapshots = Snapshots(module, ["reference"], use_lora=True)
-    assert snapshots.state_dict() == {}
+    rows, module = torch.ones(1, 3), torch.nn.Sequential(layer())
+    base = module(rows)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), module)
+    policy = module(rows)
+    snapshots = snapshots_of(module, ["reference"], use_lora=True)
+    assert snapshots.state_dict() == {} and not torch.equal(policy, base)
     with pytest.raises(KeyError, match="inside"), snapshots.using("reference"):
-        assert calls == ["off"]
+        assert torch.equal(module(rows), base)
         raise KeyError("inside")
-    assert calls == ["off", "on"]
+    assert torch.equal(module(rows), policy)
 
 
-def test_a_weight_that_did_not_train_does_not_train_after_the_reference_was_asked():
+def test_a_weight_that_did_not_train_does_not_train_after_a_snapshot_was_asked():
     """peft lets every adapter train that it switches on again."""
     module = tiny.patched("qwenimage").transformer
     module.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q", "attn.add_q_proj"]))
     for name, param in module.named_parameters():
         param.requires_grad_("lora_" in name and "add_q_proj" not in name)
     before = [name for name, param in module.named_parameters() if param.requires_grad]
-    with Snapshots(module, ["reference"], use_lora=True).using("reference"):
-        pass
-    after = [name for name, param in module.named_parameters() if param.requires_grad]
-    assert after == before and 0 < len(before)
+    snapshots = snapshots_of(module, ["old", "reference"], use_lora=True)
+    for name in ("reference", "old", "policy"):
+        with snapshots.using(name):
+            pass
+        after = [name for name, param in module.named_parameters() if param.requires_grad]
+        assert after == before and 0 < len(before)
 
 
 @pytest.mark.parametrize(

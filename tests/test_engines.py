@@ -9,6 +9,7 @@ import torch
 from engines import MAX_GRAD_NORM, NUM_POINTS, SETTINGS, Net, data, losses, with_lora
 from forking import ON_CPU, on_ranks, zero
 
+from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.parallel import choose
 
 ENGINES = {  # ranks, environment, precision
@@ -17,6 +18,7 @@ ENGINES = {  # ranks, environment, precision
     "zero1": (2, zero(1), "no"),
     "zero2": (2, zero(2), "no"),
     "zero2-bf16": (2, zero(2), "bf16"),
+    "zero2-fp16": (2, zero(2), "fp16"),
 }
 FP32 = [name for name, (*_, precision) in ENGINES.items() if precision == "no"]
 on_every_engine = pytest.mark.parametrize("name", ENGINES)
@@ -135,9 +137,8 @@ def test_a_saved_training_goes_on_bit_for_bit_in_an_engine_that_started_elsewher
 def test_a_saved_training_is_safetensors_and_json(name, seen):
     seen("contract")
     parts = range(ENGINES[name][0] if name.startswith("zero") else 1)
-    saved = {path.name for path in seen.folder.iterdir() if path.is_file()} - {
-        path.name for path in seen.folder.glob("*.pt")
-    }
+    ours = {*seen.folder.glob("*.pt"), *seen.folder.glob("scales-*")}
+    saved = {path.name for path in seen.folder.iterdir() if path.is_file() and path not in ours}
     files = {f"{kind}-{part}.safetensors" for kind in ("weights", "optimizer") for part in parts}
     assert saved == files | {"index.json"}
     index = json.loads((seen.folder / "index.json").read_text())
@@ -162,8 +163,7 @@ def test_the_state_of_other_weights_or_of_other_ranks_is_refused(seen):
 def predicted(net: Net, weights: dict, precision: str) -> torch.Tensor:
     """What a fresh Net with these weights gives."""
     params = dict(net.named_parameters())
-    if precision == "bf16":
-        net.bfloat16()
+    net.to(DTYPES[precision])
     with torch.no_grad():
         for key, value in weights.items():
             params[key].copy_(value)
@@ -174,6 +174,16 @@ def without_frozen_lora(net: Net) -> Net:
     """As a reference is, which starts without any of the adapter."""
     net.middle.lora_B.default.weight.data.zero_()
     return net
+
+
+@pytest.mark.parametrize("name", ["zero2-fp16"])
+def test_an_overflow_lowers_the_loss_scale_and_a_loss_that_is_not_finite_does_not(name, seen):
+    seen("contract")
+    for rank in range(2):
+        scales = json.loads((seen.folder / f"scales-{rank}.json").read_text())
+        values = [scale["cur_scale"] for scale in scales]
+        assert values == [2**16, 2**16, 2**16, 2**15]  # DeepSpeed's gives the first one away
+        assert scales[1] == scales[0]
 
 
 with_and_without_lora = pytest.mark.parametrize("lora", [False, True])
