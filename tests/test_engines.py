@@ -1,6 +1,7 @@
 """The contract of an engine (parallel/engine.py), on every engine alike: see engines.py."""
 
 import json
+import pickle
 from itertools import pairwise
 
 import engines
@@ -263,6 +264,51 @@ def test_the_loop_abandons_an_update_for_a_loss_or_a_gradient_on_one_rank(seen):
 @on_every_fp32_engine
 def test_the_loop_reads_no_number_before_all_gradients_are_there(seen):
     assert all(rank["reads"] == [0] for rank in seen("updates"))
+
+
+class Counting(torch.optim.SGD):
+    """Keeps what optimizers of 8 bits do: tensors of several dtypes, one shared, and numbers."""
+
+    table = torch.arange(4.0)
+
+    @torch.no_grad()
+    def step(self):
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if not state:
+                state |= {"step": 0, "rate": 0.1, "seen": None, "table": self.table}
+                state["bits"] = torch.zeros(len(param), 2, dtype=torch.uint8)
+            state["step"] += 1
+            state["rate"] *= 0.7
+            state["bits"] += state["step"]
+            param -= state["rate"] * state["table"][state["step"] % 4] * state["bits"].sum()
+
+
+def counting(folder):
+    engine, net = choose.start("no"), Net()
+    params = [param for param in net.parameters() if param.requires_grad]
+    engine.wrap(net, Counting(params), MAX_GRAD_NORM)
+    if folder is not None:
+        engine.load(folder)
+    return engine
+
+
+def test_an_optimizer_s_state_of_any_dtype_and_its_numbers_survive(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    engine = counting(None)
+    for number in range(2):
+        engines.take(engine, number)
+    for module in (torch, pickle):
+        monkeypatch.setattr(module, "load", None)
+    monkeypatch.setattr(pickle, "loads", None)
+    engine.save(tmp_path, {})
+    again = counting(tmp_path)
+    states = (each.optimizer.state.values() for each in (again, engine))
+    for ours, theirs in zip(*states, strict=True):
+        assert list(ours) == list(theirs) and ours["bits"].dtype == torch.uint8
+        assert all(type(ours[key]) is type(theirs[key]) for key in theirs)
+    for number in range(2, 5):
+        assert equal(engines.take(again, number)["after"], engines.take(engine, number)["after"])
 
 
 @pytest.mark.parametrize("stage, message", [(3, "stage 3 is not supported yet: use stage 2")])

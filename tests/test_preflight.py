@@ -329,6 +329,15 @@ def test_a_damaged_checkpoint_is_refused(resuming, damage):
         folders.resume_point(resuming, {})
 
 
+def test_a_checkpoint_of_the_format_that_was_unpickled_is_refused(resuming):
+    path = make_checkpoint(resuming, 3) / folders.STATE
+    state = json.loads(path.read_text())
+    del state["format"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="is of an older version.* lora/ can be carried over"):
+        folders.resume_point(resuming, {})
+
+
 @pytest.mark.parametrize(
     "key, value",
     [

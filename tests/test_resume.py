@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,22 @@ def test_four_epochs_equal_two_and_a_resume_and_two(files):
     ours, theirs = running.weights(resumed.folder), running.weights(whole.folder)
     assert set(ours) == set(theirs) and any(key.startswith("ema/") for key in ours)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_resume_unpickles_nothing(files, monkeypatch):
+    settings = running.lora(files) | {"run_name": "plain", "train__ema": True}
+    run = running.train(running.arguments(files, **settings, num_epochs=1))
+    saved = folders.checkpoints(run.folder)[-1]
+    kinds = {path.suffix for path in saved.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("a pickle could execute")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, refuse)
+    argv = running.arguments(files, **settings, resume_from="latest", num_epochs=2)
+    assert running.train(argv).updater.num_updates == 4
 
 
 def test_a_resumed_run_may_be_made_longer(files):
