@@ -133,7 +133,12 @@ def metrics(folder: Path) -> list[dict]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return the trained weights of a run's last checkpoint."""
     last = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
-    return load_file(last / "weights.safetensors")
+    return checkpoint_weights(last)
+
+
+def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the policy's and the snapshots' weights in a checkpoint, as "policy/<weight>" ..."""
+    return load_file(folder / "weights-0.safetensors")
 
 
 def gate(folder: Path, figure: str = "log_ratio") -> dict[str, float]:
@@ -154,11 +159,13 @@ def break_losses(run: Run, broken: set[int]) -> None:
             value.value = value.value * float("nan")
         return value
 
-    def counted(function):
-        return lambda: (tried.append(1), calls.clear(), function())[-1]
+    def counted(*numbers):
+        tried.append(1)
+        calls.clear()
+        return finish(*numbers)
 
-    run.objective.loss = loss
-    run.updater.step, run.updater.skip = counted(run.updater.step), counted(run.updater.skip)
+    finish = run.updater.finish
+    run.objective.loss, run.updater.finish = loss, counted
 
 
 def record_rollouts(folder: Path, rank: int) -> None:
@@ -179,9 +186,9 @@ def record_rollouts(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":  # train_sd3.py with something done to it: MODE is break or a folder
     trained = entry.prepare(sys.argv, SD3, DEFAULT)
-    rank = trained.accelerator.process_index
+    rank = trained.ranks.rank
     if os.environ["MODE"] != "break":
         record_rollouts(Path(os.environ["MODE"]), rank)
-    elif rank == trained.accelerator.num_processes - 1:  # the others must learn of it
+    elif rank == trained.ranks.num_ranks - 1:  # the others must learn of it
         break_losses(trained, {0})
     entry.leave(entry.execute(trained))

@@ -94,6 +94,34 @@ def test_the_loop_names_no_model_and_no_objective():
         assert not re.search(rf"\b{name}\b", source), name
 
 
+def words(path: Path) -> list[str]:
+    """The identifiers of a file and its strings, docstrings excepted."""
+    tree, found = ast.parse(path.read_text()), []
+    told = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            found.append(node.value)
+        found += [getattr(node, name) for name in ("id", "attr", "arg") if hasattr(node, name)]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found += [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+    return [word for word in found if isinstance(word, str)]
+
+
+def test_only_parallel_knows_an_engine():
+    names = re.compile(r"deepspeed|_hp_|gloo|GradScaler|Distributed|Accelerat(or|ed)\b", re.I)
+    for path in [*(ROOT / "flow_grpo").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+        if path.parent.name != "parallel":
+            assert not [word for word in words(path) if names.search(word)], path
+
+
+@pytest.mark.parametrize("folder", ["parallel", "training", "launch"])
+def test_a_training_s_state_is_never_unpickled(folder):
+    for path in (ROOT / "flow_grpo" / folder).glob("*.py"):
+        calls = {word for word in words(path) if not word.startswith("__")}
+        assert not calls & {"pickle", "load_checkpoint", "save_checkpoint"}, path
+        assert not re.search(r"torch\.(load|save)\b", path.read_text()), path
+
+
 def functions(path: Path) -> list[ast.FunctionDef]:
     return [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
 

@@ -6,6 +6,7 @@ from fixtures import F64, blank_batch, close
 
 from config.base import base
 from flow_grpo.objectives.forward.nft import NFT, old_decay
+from flow_grpo.parallel.plain import Plain
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -149,7 +150,9 @@ def test_the_old_policy_keeps_this_share_after_n_updates():
 @pytest.mark.parametrize("decay, num_updates, kept", [("on_policy", 300, 0), ("half", 300, 0.3)])
 def test_an_epoch_moves_the_old_policy_towards_the_policy(decay, num_updates, kept):
     layer = torch.nn.Linear(3, 2)
-    snapshots = Snapshots(layer, ("old",), use_lora=False)
+    engine = Plain("no", cpu=True)
+    engine.wrap(layer, torch.optim.SGD(layer.parameters()), max_grad_norm=0)
+    snapshots = Snapshots(engine, ("old",), use_lora=False)
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight += 1

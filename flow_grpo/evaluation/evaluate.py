@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import ml_collections
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from flow_grpo.cli import progress
 from flow_grpo.conditioning import Conditioner
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.tables import summarise
+from flow_grpo.parallel.engine import Ranks
 from flow_grpo.parallel.stop import Stop, Stopped
 from flow_grpo.prompts import Prompt, eval_batches
 from flow_grpo.randomness import Randomness
@@ -36,9 +35,9 @@ class Evaluator:
     """What drawing and scoring pictures takes, with or without a training around it."""
 
     config: ml_collections.ConfigDict
-    accelerator: Accelerator
+    ranks: Ranks
     pipeline: PatchedPipeline
-    model: nn.Module  # the transformer as accelerate wrapped it
+    model: nn.Module  # the transformer as the engine wrapped it
     size: Size
     eval_schedule: Schedule
     eval_guidance: Guidance
@@ -66,10 +65,6 @@ class Evaluator:
             references=[images[prompt] for prompt in prompts] if any(images.values()) else None,
         )
 
-    def total(self, value: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self.accelerator.reduce(value, "sum")
-
     def scores(self, pending: list[Future]) -> list[dict[str, np.ndarray]]:
         """Wait for scores, a dict of (B,) for each future, of equal keys on all ranks.
 
@@ -87,7 +82,7 @@ class Evaluator:
             if failure:
                 break
         names = list(dict.fromkeys(name for part in scores for name in part))
-        world = gather_object([(failure, names)])
+        world = self.ranks.gather_objects((failure, names))
         if failures := [each for each, _ in world if each]:
             raise Stopped(failures[0])
         names = dict.fromkeys(name for _, each in world for name in each)
@@ -96,7 +91,7 @@ class Evaluator:
     def check_masked(self, average: np.ndarray) -> None:
         """Stop where too few of an epoch's pictures have a score. average: (N,) of this rank."""
         counts = [float(np.isnan(average).sum()), float(len(average))]
-        masked, total = self.total(torch.tensor(counts, device=self.accelerator.device)).tolist()
+        masked, total = self.ranks.total(torch.tensor(counts, device=self.ranks.device)).tolist()
         if masked > self.config.max_masked_fraction * total:
             raise Stopped(
                 f"{masked:.0f} of {total:.0f} pictures could not be scored, more than "
@@ -123,11 +118,10 @@ def score_prompts(
     on_picture: called with each row and picture on the rank that drew it, now and then twice.
     Returns the scores (N,) by name, and the shown pictures by row, ascending.
     """
-    config, accelerator, schedule = evaluator.config, evaluator.accelerator, evaluator.eval_schedule
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = eval_batches(prompts, config.sample.test_batch_size, rank, world_size)
+    config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.eval_schedule
+    batches = eval_batches(prompts, config.sample.test_batch_size, ranks.rank, ranks.num_ranks)
     randomness, pending, pictures = Randomness(config.seed, ()), [], {}
-    bar = progress(len(batches) * schedule.num_steps, "evaluate", shown=accelerator.is_main_process)
+    bar = progress(len(batches) * schedule.num_steps, "evaluate", shown=ranks.is_main)
     for numbers in batches:
         batch = evaluator.prompt_batch(
             [prompts[n] for n in numbers],
@@ -160,8 +154,8 @@ def score_prompts(
     for numbers, scores in zip(batches, evaluator.scores(pending), strict=True):
         for i, number in enumerate(numbers):
             table[number] = {name: float(values[i]) for name, values in scores.items()}
-    rows = {k: v for part in gather_object([table]) for k, v in part.items()}
-    images = {k: v for part in gather_object([pictures]) for k, v in part.items()}
+    rows = {k: v for part in ranks.gather_objects(table) for k, v in part.items()}
+    images = {k: v for part in ranks.gather_objects(pictures) for k, v in part.items()}
     columns = {name: np.array([rows[n][name] for n in range(len(prompts))]) for name in rows[0]}
     return columns, dict(sorted(images.items()))
 

@@ -26,7 +26,7 @@ def main(family: type[PatchedPipeline], default_config: str) -> None:
 
 
 def leave(status: int) -> None:
-    """End the process. The interpreter's own way out aborts in gloo's threads, now and then."""
+    """End the process. The interpreter's own way out aborts in the ranks' threads, now and then."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -54,7 +54,7 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
     from flow_grpo.launch.build import build
 
     run = build(config, name, plan, family)
-    if run.accelerator.is_main_process:
+    if run.ranks.is_main:
         provenance.record(run.folder, argv, world_size, resume_from)
     return run
 
@@ -65,7 +65,7 @@ def execute(run: Run) -> int:
     from flow_grpo.report import output
     from flow_grpo.training import loop
 
-    main_process = run.accelerator.is_main_process
+    main_process = run.ranks.is_main
     if main_process:
         passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)
         print(f"{run.folder}; passes of a picture an epoch: {passes}", flush=True)
@@ -86,5 +86,5 @@ def execute(run: Run) -> int:
     finally:
         run.scorer.close()
         run.tracker.close()
-    run.accelerator.end_training()
+    run.engine.leave()
     return status
