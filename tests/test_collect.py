@@ -7,6 +7,7 @@ import pytest
 import running
 import torch
 
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
 from flow_grpo.sampling import to_uint8
 from flow_grpo.training import loop
@@ -52,7 +53,7 @@ def test_an_advantage_belongs_to_the_picture_beside_it(arguments):
         decoded = (run.pipeline.decode(z, run.size) for z in rollout.final.split(BATCH_SIZE))
         pictures = [picture for call in decoded for picture in to_uint8(call)]
         none = [None] * len(pictures)
-        rewards = jpeg_incompressibility(pictures, none, none)["jpeg_incompressibility"]
+        rewards = jpeg_incompressibility(Batch(pictures, none, none))["jpeg_incompressibility"]
         rewards = grouped(torch.from_numpy(rewards))
         expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
         assert len(expected.unique()) == expected.numel()

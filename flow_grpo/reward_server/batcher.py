@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -41,11 +41,18 @@ class Batcher:
     Rows of equal group stay in one call. linger_s: how long a call that is not full waits for more.
     """
 
-    def __init__(self, score: Score, max_rows: int, linger_s: float):
+    def __init__(
+        self,
+        score: Score,
+        max_rows: int,
+        linger_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._score, self._max_rows, self._linger_s = score, max_rows, linger_s
+        self._clock = clock
         self._queue: queue.Queue[_Job | None] = queue.Queue()  # None: the end
         self._held: _Job | None = None  # taken, but for the next call
-        self.busy_since: float | None = None  # on time.monotonic()'s clock
+        self._busy_since: float | None = None
         self.num_calls = self.num_scored = self.num_row_errors = 0
         self.seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
@@ -57,6 +64,11 @@ class Batcher:
         self._queue.put(job)
         return job.answer
 
+    def busy_s(self) -> float:
+        """Return the seconds that the scorer's present call has taken."""
+        since = self._busy_since
+        return 0.0 if since is None else self._clock() - since
+
     def close(self, patience_s: float) -> bool:
         """Finish what is queued. Returns False if that takes longer."""
         self._queue.put(None)
@@ -65,15 +77,15 @@ class Batcher:
 
     def _work(self) -> None:
         while jobs := self._gather():
-            self.busy_since = start = time.monotonic()
+            self._busy_since = start = self._clock()
             try:
                 self._serve(jobs)
             except BaseException as error:  # a bug here must not leave anyone waiting
                 for job in jobs:
                     if not job.answer.done():
                         job.answer.set_exception(error)
-            self.busy_since = None
-            self.seconds += time.monotonic() - start
+            self._busy_since = None
+            self.seconds += self._clock() - start
 
     def _gather(self) -> list[_Job]:
         """Wait for a request and take those that may share its call; [] at the end."""
@@ -178,18 +190,9 @@ class Batcher:
 
 def _merge(batches: list[Batch]) -> Batch:
     """Put requests of one kind together; their groups are numbered anew, and stay apart."""
-    first, offset, groups, errors = batches[0], 0, [], {}
+    groups: list[np.ndarray] = []
     for batch in batches:
-        errors |= {offset + row: text for row, text in (batch.errors or {}).items()}
-        offset += len(batch)
         if batch.group is not None:
             _, index = np.unique(batch.group, return_inverse=True)
             groups.append(index + (groups[-1].max() + 1 if groups else 0))
-    return Batch(
-        images=[image for batch in batches for image in batch.images],
-        prompts=[prompt for batch in batches for prompt in batch.prompts],
-        metadata=[row for batch in batches for row in batch.metadata],
-        references=first.references and [row for b in batches for row in b.references],
-        group=np.concatenate(groups) if groups else None,
-        errors=errors or None,
-    )
+    return replace(Batch.cat(batches), group=np.concatenate(groups) if groups else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -12,6 +11,7 @@ from flow_grpo.prompts import epoch_prompts, micro_batch_order, rollout_rows
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Rollout
 from flow_grpo.report.output import redraw
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.sampling import sample
 from flow_grpo.training.checkpoint import save
 from flow_grpo.training.evaluate import evaluate
@@ -68,7 +68,7 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
             plan.group_size,
         )
     )
-    randomness, parts, pending = Randomness(config.seed, (run.epoch,)), [], []
+    randomness, parts, scoring = Randomness(config.seed, (run.epoch,)), [], run.scorer.start()
     bar = progress(
         len(calls) * run.schedule.num_steps, "sample", shown=run.accelerator.is_main_process
     )
@@ -86,8 +86,8 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
                 keep_steps=objective.keeps == "steps",
                 on_step=bar.update,
             )
-            pending.append(
-                run.scorer.submit(
+            scoring.add(
+                Batch(
                     part.images,
                     batch.prompts,
                     batch.metadata,
@@ -99,9 +99,8 @@ def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
             run.stop.check()
     bar.close()
     with run.timer("reward"):
-        scored = run.scores(pending)
+        scores = run.scores(scoring)
     rollout = Rollout.cat(parts)
-    scores = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
     run.check_masked(scores["avg"])
     metrics = weigh(run, rollout, scores)
     if run.epoch % config.eval_freq == 0:

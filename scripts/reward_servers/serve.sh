@@ -8,7 +8,7 @@ name="$1" packages="$2"
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 venv=".servers/$name"
-server="fastapi uvicorn msgpack numpy pillow safetensors ml_collections absl-py"
+server="fastapi uvicorn numpy pillow safetensors ml_collections absl-py tqdm"
 if [[ ! -f "$venv/.installed" ]]; then
     python3 -m venv "$venv"
     # shellcheck disable=SC2086 # several packages

@@ -1,0 +1,101 @@
+"""The way of rows from sampling to a reward: they wait for their group, then for its thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+from flow_grpo.rewards.batch import Batch
+
+
+class Worker:
+    """Makes the calls of one reward, one after the other, in a thread of its own.
+
+    The thread is a daemon's: a reward that hangs must not keep the process from ending.
+    """
+
+    def __init__(self, name: str):
+        self._jobs: SimpleQueue = SimpleQueue()  # of (future, function, argument); None: the end
+        self._ended = False
+        self._thread = threading.Thread(target=self._work, name=f"reward-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, function: Callable[[Batch], Any], batch: Batch) -> Future:
+        """Queue a call."""
+        future: Future = Future()
+        self._jobs.put((future, function, batch))
+        return future
+
+    def end(self) -> None:
+        """Drop what is queued; the call that is made now goes on."""
+        self._ended = True
+        self._jobs.put(None)
+
+    def join(self, patience_s: float) -> bool:
+        """Wait for the thread after end(). Returns False if it takes longer."""
+        self._thread.join(patience_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            future, function, batch = job
+            if self._ended:
+                future.cancel()
+                continue
+            try:
+                future.set_result(function(batch))
+            except BaseException as error:
+                future.set_exception(error)
+            del job, future, batch  # the images, while the next call is awaited
+
+
+class Lane:
+    """The rows of one scoring on their way through one reward.
+
+    hand_over: starts a call. group_size: 0: each batch is handed over as it comes; otherwise rows
+    wait until their group has so many, however many batches that takes. Groups that a batch
+    completes share a call.
+    """
+
+    def __init__(self, hand_over: Callable[[Batch], Future], group_size: int = 0):
+        self._hand_over, self._group_size = hand_over, group_size
+        self._waiting: dict[int, list[tuple[int, Batch]]] = {}  # by group: number and row
+        self._calls: list[tuple[list[int], Future]] = []  # the numbers of its rows, their scores
+
+    def add(self, batch: Batch, first: int) -> None:
+        """Take rows in. first: the number of the first one."""
+        numbers = list(range(first, first + len(batch)))
+        if self._group_size and batch.group is not None:
+            whole = self._complete(batch, first)
+            if not whole:
+                return
+            numbers = [number for number, _ in whole]
+            batch = Batch.cat([row for _, row in whole])
+        self._calls.append((numbers, self._hand_over(batch)))
+
+    def result(self, num_rows: int, patience_s: float | None) -> dict[str, np.ndarray]:
+        """Wait for the scores of all rows, each (num_rows,), NaN where a call lacks a column.
+
+        patience_s: for each call. Raises TimeoutError, or what a call raised.
+        """
+        assert not self._waiting, f"groups {sorted(self._waiting)} are not whole"
+        columns: dict[str, np.ndarray] = {}
+        for numbers, future in self._calls:
+            for name, values in future.result(patience_s).items():
+                columns.setdefault(name, np.full(num_rows, np.nan))[numbers] = values
+        return columns
+
+    def _complete(self, batch: Batch, first: int) -> list[tuple[int, Batch]]:
+        """Take rows in and give out those of the groups that are whole now."""
+        whole = []
+        for row, group in enumerate(batch.group.tolist()):
+            members = self._waiting.setdefault(group, [])
+            members.append((first + row, batch.rows([row])))
+            if len(members) == self._group_size:
+                whole += self._waiting.pop(group)
+        return whole
