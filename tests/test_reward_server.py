@@ -22,7 +22,7 @@ from serving import HANG_S, HTTP, client, mean, pictures, rows, serve
 from flow_grpo.reward_server.__main__ import main
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.registry import REWARDS
-from flow_grpo.rewards.remote import wire
+from flow_grpo.rewards.remote import health, wire
 from flow_grpo.rewards.remote.servers import Servers
 from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
 
