@@ -209,10 +209,9 @@ def test_a_reward_that_hangs_is_named_and_does_not_keep_the_scorer_open(scorer, 
     with pytest.raises(RuntimeError, match="reward 'hangs' gave no scores for a call in 0.01 s"):
         scoring.result(0.01)
     made.close()  # returns
-    worker = made._workers["hangs"]
-    assert not worker.join(0)
+    (thread,) = (each for each in threading.enumerate() if each.name.startswith("reward-hangs"))
     ended.set()
-    assert worker.join(HANG_S)
+    thread.join(HANG_S)
     assert seen == [[0, 1, 2]]  # the second call was dropped
 
 
@@ -227,7 +226,9 @@ def test_closing_waits_for_the_call_that_is_being_made(scorer, monkeypatch):
         return {"slow": np.zeros(len(batch))}
 
     made = scorer({"slow": slow})
-    made.start().add(rows(range(3)))
+    scoring = made.start()
+    scoring.add(rows(range(3)))
+    scoring.add(rows(range(3)))  # queued, and dropped
     assert begun.wait(HANG_S)
     threading.Timer(0.05, may_finish.set).start()
     made.close()

@@ -422,7 +422,7 @@ def test_an_epoch_says_how_diverse_its_pictures_are(files):
         ({"eval_reward_fn": "('shapes',)"}, "'shapes' is trained"),
         ({"eval_reward_fn": "('shaps',)"}, "Did you mean 'shapes'"),
         ({"eval_reward_fn": "('unifiedreward_pairs',)"}, "evaluations have no groups"),
-        ({"dataset": "dataset/geneval"}, "reward 'shapes': metadata row .* needed are a class"),
+        ({"dataset": "dataset/ocr"}, "reward 'shapes': metadata row 0 has no 'include'"),
         ({"reward_token_file": "no", "reward_urls": {"shapes": ["http://a:1"]}}, "can't be read"),
     ],
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import ml_collections
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.batch import Batch
-from flow_grpo.rewards.queue import Lane, Worker
+from flow_grpo.rewards.queue import Lane
 from flow_grpo.rewards.remote import health, servers
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
@@ -58,7 +59,8 @@ class Scorer:
             else loading.load(name, settings, device)
             for name in names
         }
-        self._workers = {name: Worker(name) for name in names}
+        self._threads = {name: ThreadPoolExecutor(1, f"reward-{name}") for name in names}
+        self._calls: WeakSet[Future] = WeakSet()
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, device: str) -> Scorer:
@@ -81,9 +83,9 @@ class Scorer:
 
     def lane(self, name: str) -> Lane:
         """Return the way of a scoring's rows through a reward."""
-        hand_over = partial(self._workers[name].submit, partial(self._call, name))
         assert self._group_size or name not in self._comparing, name
-        return Lane(hand_over, self._group_size if name in self._comparing else 0)
+        group_size = self._group_size if name in self._comparing else 0
+        return Lane(partial(self._hand_over, name), group_size)
 
     def score(self, batch: Batch, held_out: bool = False) -> dict[str, np.ndarray]:
         """Score now, in this thread. Raises RuntimeError naming the reward that failed."""
@@ -107,17 +109,20 @@ class Scorer:
 
         Called once no score is wanted any more.
         """
-        for worker in self._workers.values():
-            worker.end()
+        for thread in self._threads.values():
+            thread.shutdown(wait=False, cancel_futures=True)
         for scorer in self._scorers.values():
             if isinstance(scorer, Reward):
                 scorer.close()
-        deadline = time.monotonic() + CLOSE_S
-        for worker in self._workers.values():
-            worker.join(max(0.0, deadline - time.monotonic()))
+        wait([call for call in self._calls if not call.cancelled()], CLOSE_S)
 
     def _names(self, held_out: bool) -> Collection[str]:
         return self._scorers if held_out else self.weights
+
+    def _hand_over(self, name: str, batch: Batch) -> Future:
+        call = self._threads[name].submit(self._call, name, batch)
+        self._calls.add(call)
+        return call
 
     def _call(self, name: str, batch: Batch) -> dict[str, np.ndarray]:
         """Score with one reward; where failures are masked, its rows are NaN."""

@@ -1,57 +1,13 @@
-"""The way of rows from sampling to a reward: they wait for their group, then for its thread."""
+"""The way of rows from sampling to a reward: they wait for their group, if it compares."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 
 from flow_grpo.rewards.batch import Batch
-
-
-class Worker:
-    """Makes the calls of one reward, one after the other, in a thread of its own.
-
-    The thread is a daemon's: a reward that hangs must not keep the process from ending.
-    """
-
-    def __init__(self, name: str):
-        self._jobs: SimpleQueue = SimpleQueue()  # of (future, function, argument); None: the end
-        self._ended = False
-        self._thread = threading.Thread(target=self._work, name=f"reward-{name}", daemon=True)
-        self._thread.start()
-
-    def submit(self, function: Callable[[Batch], Any], batch: Batch) -> Future:
-        """Queue a call."""
-        future: Future = Future()
-        self._jobs.put((future, function, batch))
-        return future
-
-    def end(self) -> None:
-        """Drop what is queued; the call that is made now goes on."""
-        self._ended = True
-        self._jobs.put(None)
-
-    def join(self, patience_s: float) -> bool:
-        """Wait for the thread after end(). Returns False if it takes longer."""
-        self._thread.join(patience_s)
-        return not self._thread.is_alive()
-
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, function, batch = job
-            if self._ended:
-                future.cancel()
-                continue
-            try:
-                future.set_result(function(batch))
-            except BaseException as error:
-                future.set_exception(error)
-            del job, future, batch  # the images, while the next call is awaited
 
 
 class Lane:
