@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.remote.wire import encode_answer
 
 # What a scorer raises for an input that it can't take; anything else is its own failure.
@@ -137,9 +137,8 @@ class Batcher:
 
     def _take_apart(self, job: _Job, error: Exception) -> None:
         """Score a request row by row (or group by group), so that only the guilty go without."""
-        columns: dict[str, np.ndarray] = {}
         errors: list[str | None] = [None] * len(job.batch)
-        units, num_failed = job.batch.units(), 0
+        units, num_failed, parts = job.batch.units(), 0, []
         for unit in units:
             try:
                 if len(units) == 1:
@@ -151,14 +150,13 @@ class Batcher:
             except Exception as reason:
                 job.answer.set_exception(reason)
                 return
-            for name, values in scores.items():
-                columns.setdefault(name, np.full(len(job.batch), np.nan))[unit] = values
+            parts.append((unit, scores))
             for row, unit_error in zip(unit, unit_errors, strict=True):
                 errors[row] = unit_error
         if num_failed == len(units):
             job.answer.set_exception(Unscorable(errors[0]))
         else:
-            self._answer(job, columns, errors)
+            self._answer(job, scatter(parts, len(job.batch)), errors)
 
     def _rows(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str | None]]:
         """Score what can be read, in calls of at most max_rows where groups allow it."""
@@ -167,19 +165,16 @@ class Batcher:
         rows = [row for row in range(len(batch)) if row not in unreadable]
         if not rows:
             raise ValueError(errors[0])
-        readable, columns = batch.rows(rows), {}
+        readable, parts = batch.rows(rows), []
         calls: list[list[int]] = [[]]
         for unit in readable.units():
             if calls[-1] and len(calls[-1]) + len(unit) > self._max_rows:
                 calls.append([])
             calls[-1] += unit
         for call in calls:
-            scores = self._score(readable.rows(call))
+            parts.append(([rows[n] for n in call], self._score(readable.rows(call))))
             self.num_calls += 1
-            places = np.array(rows)[call]
-            for name, values in scores.items():
-                columns.setdefault(name, np.full(len(batch), np.nan))[places] = values
-        return columns, errors
+        return scatter(parts, len(batch)), errors
 
     def _answer(self, job: _Job, scores: dict[str, np.ndarray], errors: list) -> None:
         num_errors = sum(error is not None for error in errors)

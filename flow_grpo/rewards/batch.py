@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,3 +67,17 @@ class Batch:
     def num_bytes(self) -> int:
         images = [*self.images, *(each for row in self.references or () for each in row)]
         return sum(each.nbytes for each in images if each is not None)
+
+
+def scatter(
+    parts: Iterable[tuple[Sequence[int], Mapping[str, np.ndarray]]], num_rows: int
+) -> dict[str, np.ndarray]:
+    """Put the scores of parts of a batch, each with its rows' numbers, in their places.
+
+    Returns {name: (num_rows,) float64}, NaN where a part lacks a column.
+    """
+    columns: dict[str, np.ndarray] = {}
+    for rows, scores in parts:
+        for name, values in scores.items():
+            columns.setdefault(name, np.full(num_rows, np.nan))[list(rows)] = values
+    return columns

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.batch import Batch, scatter
 
 
 class Lane:
@@ -40,11 +40,9 @@ class Lane:
         patience_s: for each call. Raises TimeoutError, or what a call raised.
         """
         assert not self._waiting, f"groups {sorted(self._waiting)} are not whole"
-        columns: dict[str, np.ndarray] = {}
-        for numbers, future in self._calls:
-            for name, values in future.result(patience_s).items():
-                columns.setdefault(name, np.full(num_rows, np.nan))[numbers] = values
-        return columns
+        return scatter(
+            ((numbers, call.result(patience_s)) for numbers, call in self._calls), num_rows
+        )
 
     def _complete(self, batch: Batch, first: int) -> list[tuple[int, Batch]]:
         """Take rows in and give out those of the groups that are whole now."""

@@ -64,8 +64,8 @@ DEFECTS = [
         "rewards-of-the-row-before",
         "asynchronous rewards, collected out of order",
         QUEUE,
-        "[numbers] = values",
-        "[numbers] = np.roll(values, 1)",
+        "((numbers, call",
+        "((numbers[::-1], call",
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
     ),
     Defect(
@@ -76,6 +76,16 @@ DEFECTS = [
         "    rollout = Rollout.cat(parts)\n"
         '    scores, run.late = getattr(run, "late", scores), scores\n',
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
+    ),
+    Defect(
+        "part-of-a-group-is-compared",
+        "a comparing reward sees what a call holds",
+        QUEUE,
+        "if self._group_size and batch.group is not None:",
+        "if self._group_size is None:",
+        "test_reward_queue.py::"
+        "test_a_comparing_reward_gets_whole_groups_however_many_calls_they_took",
+        "RuntimeError: reward 'places' failed",
     ),
     Defect(
         "nft-samples-with-the-policy",

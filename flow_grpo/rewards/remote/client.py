@@ -25,7 +25,7 @@ from tenacity import (
 )
 
 from flow_grpo.rewards.base import Reward
-from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.remote import health, wire
 from flow_grpo.rewards.remote.exchange import Refused, Retry, Unscorable, connect, send
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
@@ -110,7 +110,7 @@ class RemoteReward(Reward):
                 f"{self._endpoints[0].url}: {len(batch)} images still wait for their turn after "
                 f"config.reward_timeout={self.servers.timeout_s:g} s"
             ) from None
-        scores = _join(self.name, answers, [len(r) for r in rows])
+        scores = scatter(zip(rows, (part for part, _ in answers), strict=True), len(batch))
         errors = [error for _, part in answers for error in part]
         failed = [row for row, error in enumerate(errors) if error is not None]
         if failed:
@@ -233,7 +233,7 @@ class RemoteReward(Reward):
                 raise
             except Unscorable as error:  # each row has an error
                 endpoint.answered()
-                return {}, [str(error)] * part.num_rows
+                return {self.name: np.full(part.num_rows, np.nan)}, [str(error)] * part.num_rows
             finally:
                 endpoint.num_in_flight -= 1
         endpoint.answered()
@@ -248,15 +248,3 @@ _BACKOFF = wait_random_exponential(2 * BACKOFF_S, MAX_BACKOFF_S, min=BACKOFF_S)
 
 def _pause(state: RetryCallState) -> float:
     return max(_BACKOFF(state), state.outcome.exception().after_s)
-
-
-def _join(
-    reward: str, answers: list[tuple[dict, list]], num_rows: list[int]
-) -> dict[str, np.ndarray]:
-    """Put the parts' columns together; NaN where a server left one out."""
-    names = dict.fromkeys([reward, *(name for scores, _ in answers for name in scores)])
-    blank = [np.full(count, np.nan) for count in num_rows]
-    return {
-        name: np.concatenate([s.get(name, b) for (s, _), b in zip(answers, blank, strict=True)])
-        for name in names
-    }
