@@ -169,11 +169,10 @@ def chatter():
     """Return chatter(reply) -> (Chat, Endpoint, pauses) whose time passes while it sleeps alone."""
     made = []
 
-    def make(reply, timeout_s=HANG_S):
+    def make(reply):
         endpoint, pauses = Endpoint(reply), []
-        judge = Chat(
-            endpoint.url, "m", 1, timeout_s, clock=lambda: sum(pauses), sleep=pauses.append
-        )
+        clock, sleep = lambda: sum(pauses), pauses.append
+        judge = Chat(endpoint.url, "m", 1, HANG_S, clock, sleep)
         made.extend((judge, endpoint))
         return judge, endpoint, pauses
 
@@ -182,16 +181,17 @@ def chatter():
         each.close()
 
 
-def test_a_question_is_not_asked_again_when_its_time_would_be_over(chatter):
+def test_a_question_is_not_asked_again_when_its_time_would_be_over(chatter, monkeypatch):
     judge, endpoint, pauses = chatter(lambda *question: (503, b"busy"))
     with pytest.raises(ConnectionError, match="503"):
         judge.ask([(PICTURES[:1], "?")])
     assert len(endpoint.requests) == chat.NUM_ATTEMPTS and len(pauses) == chat.NUM_ATTEMPTS - 1
     assert all(0.5 <= pause <= 2**n for n, pause in enumerate(pauses))
-    judge, endpoint, pauses = chatter(lambda *question: (503, b"busy"), timeout_s=0.4)
+    monkeypatch.setattr(chat, "BACKOFF_S", 3 * HANG_S)  # the least pause is half of it
+    judge, endpoint, pauses = chatter(lambda *question: (503, b"busy"))
     with pytest.raises(ConnectionError, match="503"):
         judge.ask([(PICTURES[:1], "?")])
-    assert len(endpoint.requests) == 1 and not pauses  # the least pause is 0.5 s
+    assert len(endpoint.requests) == 1 and not pauses
 
 
 def test_nothing_of_the_environment_is_sent_but_the_judge_s_own_key(chatter, monkeypatch, tmp_path):
@@ -242,9 +242,14 @@ def test_an_answer_that_is_none_is_nan_and_counted(body, ask):
     assert not found["qwenvl_unparsed"].any()
 
 
-def test_an_endpoint_that_drips_is_given_up_at_the_deadline(ask):
-    with pytest.raises(ConnectionError, match="no complete answer in 0.3 s"):
-        ask("qwenvl", lambda *question: DRIPS, judge_timeout_s=0.3)
+def test_an_endpoint_that_drips_is_given_up_at_the_deadline(chatter):
+    def drip(*question):
+        passed.append(HANG_S + 1)
+        return DRIPS
+
+    judge, _, passed = chatter(drip)
+    with pytest.raises(ConnectionError, match="no complete answer in 600 s"):
+        judge.ask([(PICTURES[:1], "?")])
 
 
 def test_an_endpoint_that_is_not_there_is_named(ask):

@@ -68,7 +68,7 @@ def ask(servers: Servers, names: Collection[str]) -> dict[str, list[Health]]:
 def _ask(answers: dict[tuple[str, str], Health], name: str, url: str, token: str) -> None:
     try:
         answers[name, url] = _judge(name, url, *_get(f"{url}/health", token))
-    except requests.Timeout:
+    except (requests.Timeout, urllib3.exceptions.TimeoutError):
         pass  # as is said already
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         answers[name, url] = Health(f"{url} does not answer ({type(error).__name__}: {error})")
