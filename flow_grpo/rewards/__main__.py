@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     args = _parse(argv)
     if args.list:
         for name, reward in REWARDS.items():
-            print(f"{name:24} {reward.__doc__.partition(chr(10))[0]}")
+            print(f"{name:24} {reward.__doc__.splitlines()[0]}")
         return
     with user_errors():
         if args.folder is None or not args.reward:
