@@ -38,9 +38,9 @@ def base() -> ml_collections.ConfigDict:
     # Rewards scored by HTTP: {name: [url, ..]}, for example
     # --config.reward_urls="{'pickscore': ['http://127.0.0.1:18085']}"
     config.reward_urls = ml_collections.ConfigDict()
-    config.reward_timeout = 600.0  # seconds for a reward to score a call's pictures, with retries
+    config.reward_timeout = 600.0  # seconds of one call of a reward, with its retries
     config.reward_token_file = ""  # holds the servers' bearer token
-    config.reward_encoding = "raw"  # to servers: raw | png | webp (all exact) | jpeg (quality 95)
+    config.reward_encoding = "raw"  # to servers: raw (exact) | jpeg (quality 95)
     config.ocr_engine = "rapidocr"  # rapidocr | paddleocr; their scores differ
     config.resolution = 512  # pixels, a square; height and width override it
     config.height = placeholder(int)

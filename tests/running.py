@@ -168,6 +168,30 @@ def break_losses(run: Run, broken: set[int]) -> None:
     run.objective.loss, run.updater.finish = loss, counted
 
 
+class Watched:
+    """A scoring whose batches are counted and whose result is changed."""
+
+    def __init__(self, scoring, held_out, batches, change):
+        self.scoring, self.held_out, self.batches, self.change = scoring, held_out, batches, change
+
+    def add(self, batch) -> None:
+        self.batches.append((len(batch), self.held_out))
+        self.scoring.add(batch)
+
+    def result(self, patience_s) -> dict:
+        return self.change(self.scoring.result(patience_s), self.held_out)
+
+
+def watch_scores(run: Run, change=lambda scores, held_out: scores) -> list[tuple[int, bool]]:
+    """Return what will hold each sampling call's number of images and whether it evaluates.
+
+    change: what becomes of the scores of an epoch or an evaluation.
+    """
+    start, batches = run.scorer.start, []
+    run.scorer.start = lambda held_out=False: Watched(start(held_out), held_out, batches, change)
+    return batches
+
+
 def record_rollouts(folder: Path, rank: int) -> None:
     """Save what each rank holds of every epoch, once it has its advantages."""
     honest = collect.weigh

@@ -145,7 +145,7 @@ def weigh(run, rollout, scores=None):
     Returns what collect.weigh() gets and gives: the rows, what is arranged, the metrics.
     """
     scores = reward(rollout) if scores is None else scores
-    sampled = collect.Sampled(rollout, rollout.images, [], None)
+    sampled = collect.Sampled(rollout, rollout.images, None, None)
     return sampled, *collect.weigh(run, sampled, {"avg": scores.numpy()}, run.epoch)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import ml_collections
@@ -11,8 +12,8 @@ from flow_grpo import plan, rollouts, sde
 from flow_grpo.launch import model_files
 from flow_grpo.objectives import OBJECTIVES
 from flow_grpo.prompts import Prompt
-from flow_grpo.rewards import REWARDS, loading
-from flow_grpo.rewards.remote import servers
+from flow_grpo.rewards import loading
+from flow_grpo.rewards.remote import health, servers
 
 CHOICES = {
     "objective": tuple(OBJECTIVES),
@@ -84,7 +85,7 @@ def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
     found = plan.make(config, world_size)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
     _check_folder(config)
-    servers.check(servers.of(config))
+    _check_comparing(config, health.check(servers.of(config)))
     return found
 
 
@@ -95,7 +96,7 @@ def check_evaluation(config: ml_collections.ConfigDict) -> list[Prompt]:
     model_files.check(config)
     found = plan.eval_prompts(config)
     _check_prompts(config, found)
-    servers.check(servers.of(config))
+    _check_comparing(config, health.check(servers.of(config)))
     return found
 
 
@@ -130,14 +131,6 @@ def _check_rewards(config: ml_collections.ConfigDict) -> None:
                 f"config.reward_fn={dict(config.reward_fn)}: the weight of {name!r} must be a "
                 f"finite number."
             )
-        compares = _compares(name, config, f"config.reward_fn={dict(config.reward_fn)}")
-        sample = config.sample
-        if compares and sample.train_batch_size % sample.num_image_per_prompt:
-            raise ValueError(
-                f"config.sample.train_batch_size={sample.train_batch_size}: the reward {name!r} "
-                f"compares the pictures of a group, so a multiple of "
-                f"sample.num_image_per_prompt {sample.num_image_per_prompt} is needed."
-            )
     if not any(config.reward_fn.values()):
         raise ValueError(
             f"config.reward_fn={dict(config.reward_fn)}: a reward of non-zero weight is needed, "
@@ -145,18 +138,28 @@ def _check_rewards(config: ml_collections.ConfigDict) -> None:
         )
     _check_held_out(config)
     servers.check_values(config)
-    servers.of(config)
+    _check_names(config)
+
+
+def _check_names(config: ml_collections.ConfigDict) -> None:
+    where = servers.of(config)
+    both = {"reward_fn": dict(config.reward_fn), "eval_reward_fn": tuple(config.eval_reward_fn)}
+    for key, given in both.items():
+        for name in given:
+            try:
+                compares = not where.alone_knows(name) and loading.needs_groups(name)
+            except ValueError as error:
+                raise ValueError(f"config.{key}={given}: {error}") from error
+            _check_comparing(config, {name} if compares else ())
 
 
 def _check_held_out(config: ml_collections.ConfigDict) -> None:
     held_out = tuple(config.eval_reward_fn)
     for name in held_out:
-        trained = config.reward_fn.get(name, 0)
-        if trained or _compares(name, config, f"config.eval_reward_fn={held_out}"):
-            why = "is trained" if trained else "compares a group's pictures; evaluations have none"
+        if config.reward_fn.get(name, 0):
             raise ValueError(
-                f"config.eval_reward_fn={held_out}: {name!r} {why}. Name rewards that score each "
-                f"picture alone and have no weight in config.reward_fn."
+                f"config.eval_reward_fn={held_out}: {name!r} is trained. Name rewards that have no "
+                f"weight in config.reward_fn."
             )
     if config.hacking_alarm != "none" and not held_out:
         raise ValueError(
@@ -165,14 +168,26 @@ def _check_held_out(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _compares(name: str, config: ml_collections.ConfigDict, key: str) -> bool:
-    """Whether a reward needs whole groups; of a server's own reward only the server knows."""
-    if name in config.reward_urls and name not in REWARDS:
-        return False
-    try:
-        return loading.needs_groups(name)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
+def _check_comparing(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
+    """Refuse rewards that compare a group's images where they would not get whole groups."""
+    sample, held_out = config.sample, tuple(config.eval_reward_fn)
+    rows = sample.train_batch_size * sample.num_batches_per_epoch
+    step = math.lcm(sample.train_batch_size, sample.num_image_per_prompt) // sample.train_batch_size
+    for name in names:
+        if name in held_out:
+            raise ValueError(
+                f"config.eval_reward_fn={held_out}: {name!r} compares a group's images, and "
+                f"evaluations have no groups. Name rewards that score each image alone."
+            )
+        if rows % sample.num_image_per_prompt:
+            nearest = max(1, (2 * sample.num_batches_per_epoch + step) // (2 * step)) * step
+            raise ValueError(
+                f"config.sample.num_batches_per_epoch={sample.num_batches_per_epoch}: the reward "
+                f"{name!r} compares a group's images, so each rank must hold whole groups, and "
+                f"{rows} images (train_batch_size {sample.train_batch_size} x num_batches_per_epoch"
+                f") are no multiple of sample.num_image_per_prompt {sample.num_image_per_prompt}. "
+                f"The nearest num_batches_per_epoch is {nearest}."
+            )
 
 
 def _check_prompts(config: ml_collections.ConfigDict, prompts: list[Prompt]) -> None:

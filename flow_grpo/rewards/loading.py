@@ -11,8 +11,9 @@ from typing import Any
 
 import ml_collections
 
-from flow_grpo.rewards import REWARDS
-from flow_grpo.rewards.base import Reward
+from flow_grpo.rewards.base import Plain, Reward
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.registry import REWARDS
 
 
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -20,21 +21,79 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {**config.rewards, "ocr_engine": config.ocr_engine}
 
 
-def find(name: str) -> Callable:
-    """Return the function or the Reward class of a name.
+def find(name: str) -> type[Reward] | Plain:
+    """Return the reward of a name.
 
     name: a key of REWARDS, or the user's own "module:attribute"; the module may lie in the current
-    folder. Raises ValueError if there is none.
+    folder. Raises ValueError if there is none, or if it is a function that can't be called.
     """
     if name in REWARDS:
-        return resolve_name(REWARDS[name])
-    if ":" not in name:
+        found = REWARDS[name]
+    elif ":" in name:
+        found = _own(name)
+    else:
         near = difflib.get_close_matches(name, REWARDS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"there is no reward {name!r}; there are {', '.join(sorted(REWARDS))}, and "
             f"module:function is one's own.{hint}"
         )
+    if isinstance(found, (type, Plain)):
+        return found
+    try:
+        return Plain(found)
+    except ValueError as error:
+        raise ValueError(f"the reward {name!r} can't be called: {error}") from error
+
+
+def needs_groups(name: str) -> bool:
+    """Tell whether a reward compares the images of a group."""
+    return find(name).needs_groups
+
+
+def check(
+    name: str, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
+) -> None:
+    """Raise ValueError if a reward does not exist or can't score these prompts. Loads nothing.
+
+    prompts, metadata: those of every row that will be scored.
+    """
+    found = find(name)
+    try:
+        found.check({**found.defaults, **settings}, prompts, metadata)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
+
+
+def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[[Batch], dict]:
+    """Build a reward's scorer; its weights load here.
+
+    The scores of the user's own "module:attribute" may be named after the attribute, or be an array
+    without a name.
+    """
+    found = find(name)
+    settings = {**found.defaults, **settings}
+    scorer = found.scorer(settings) if isinstance(found, Plain) else found(settings, device)
+    return _Renamed(name, scorer) if name not in REWARDS else scorer
+
+
+class _Renamed(Reward):
+    def __init__(self, name: str, scorer: Callable[[Batch], Any]):
+        self.name, self.scorer = name, scorer
+
+    def __call__(self, batch: Batch) -> dict:
+        scores = self.scorer(batch)
+        if not isinstance(scores, dict):
+            return {self.name: scores}
+        own = self.name.partition(":")[2]
+        return {self.name if key == own else key: value for key, value in scores.items()}
+
+    def close(self) -> None:
+        if isinstance(self.scorer, Reward):
+            self.scorer.close()
+
+
+def _own(name: str) -> Callable:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
@@ -50,51 +109,3 @@ def find(name: str) -> Callable:
             f"flow_grpo.rewards.base.Reward."
         )
     return found
-
-
-def check(
-    name: str, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
-) -> None:
-    """Raise ValueError if a reward does not exist or can't score these prompts. Loads nothing.
-
-    prompts, metadata: those of every row that will be scored.
-    """
-    found = find(name)
-    if isinstance(found, type):
-        try:
-            found.check(settings, prompts, metadata)
-        except ValueError as error:
-            raise ValueError(f"reward {name!r}: {error}") from error
-
-
-def needs_groups(name: str) -> bool:
-    """Tell whether a reward compares the pictures of a group."""
-    found = find(name)
-    return isinstance(found, type) and found.needs_groups
-
-
-def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[..., dict]:
-    """Build a reward's scorer; its weights load here.
-
-    The scores of the user's own "module:attribute" may be named after the attribute, or be an array
-    without a name.
-    """
-    found = find(name)
-    scorer = found(settings, device) if isinstance(found, type) else found
-    return _Renamed(name, scorer) if name not in REWARDS else scorer
-
-
-class _Renamed(Reward):
-    def __init__(self, name: str, scorer: Callable):
-        self.name, self.scorer = name, scorer
-
-    def __call__(self, *arguments) -> dict:
-        found = self.scorer(*arguments)
-        if not isinstance(found, dict):
-            return {self.name: found}
-        own = self.name.partition(":")[2]
-        return {self.name if key == own else key: value for key, value in found.items()}
-
-    def close(self) -> None:
-        if isinstance(self.scorer, Reward):
-            self.scorer.close()

@@ -8,9 +8,13 @@ from config.base import base
 from flow_grpo.rewards import loading
 
 
-def settings(given: list[str]) -> dict[str, Any]:
-    """Return config.rewards with what --set KEY=VALUE changes. Raises ValueError."""
-    settings = loading.settings(base())
+def settings(given: list[str], rewards: list[str]) -> dict[str, Any]:
+    """Return config.rewards and the rewards' own settings as --set KEY=VALUE changes them.
+
+    Raises ValueError.
+    """
+    own = {key: value for name in rewards for key, value in loading.find(name).defaults.items()}
+    settings = own | loading.settings(base())
     for each in given:
         key, equals, value = each.partition("=")
         if not equals or key not in settings:

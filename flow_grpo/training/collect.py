@@ -16,6 +16,8 @@ from flow_grpo.evaluation import diversity
 from flow_grpo.prompts import epoch_prompts
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, Rollout, RowTable
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.combine import Scoring
 from flow_grpo.rollouts import states_to_save
 from flow_grpo.sampling import Denoised, decode, denoise, parents
 from flow_grpo.training.arrange import arrange
@@ -28,7 +30,7 @@ class Sampled:
 
     rollout: Rollout  # N rows
     images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
-    pending: list  # scores of each call's leaves, to come
+    scoring: Scoring | None  # of the leaves, under way
     for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
     first_row: int = 0  # the number of its first row among all ranks'
 
@@ -41,7 +43,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
     calls = world[run.ranks.rank]
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
     done: list[Denoised] = []
-    images, pending, gated = [], [], []
+    images, gated, scoring = [], [], run.scorer.start()
     num_steps = sum(call.segment.grid.shape[1] - 1 for call in calls)
     bar = progress(num_steps, "sample", shown=run.ranks.is_main)
     weights = objective.samples_with(epoch, run.updater.num_updates)
@@ -73,8 +75,8 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                 done.append(part)
                 if call.leaf:
                     decoded = decode(run.pipeline, part.rollout)
-                    pending.append(
-                        run.scorer.submit(
+                    scoring.add(
+                        Batch(
                             decoded,
                             batch.prompts,
                             batch.metadata,
@@ -88,7 +90,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
     return Sampled(
         rollout=Rollout.cat([part.rollout for part in done]),
         images=images,
-        pending=pending,
+        scoring=scoring,
         for_gate=Rollout.cat(gated) if gated else None,
     )
 
@@ -96,8 +98,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
 def score(run: Run, sampled: Sampled) -> dict[str, np.ndarray]:
     """Wait for the scores of this rank's leaves, (L,) each. Raises Stopped if too few have one."""
     with run.timer("reward"):
-        scored = run.scores(sampled.pending)
-    scores = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+        scores = run.scores(sampled.scoring)
     run.check_masked(scores["avg"])
     return scores
 

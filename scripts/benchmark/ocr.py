@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from config.base import base
 from flow_grpo.rewards import loading
+from flow_grpo.rewards.batch import Batch
 
 SIDE, NUM_PICTURES = 512, 60
 FONTS = (
@@ -83,9 +84,9 @@ def main() -> None:
     prompts = [f'a sign that says "{text}"' for text in texts]
     loading.check("ocr", settings, prompts, [{}] * NUM_PICTURES)
     scorer = loading.load("ocr", settings, "cpu")
-    scorer(list(pictures[:1]), prompts[:1], [{}])  # starts the process
+    scorer(Batch(list(pictures[:1]), prompts[:1], [{}]))  # starts the process
     start = time.perf_counter()
-    scores = scorer(list(pictures), prompts, [{}] * NUM_PICTURES)["ocr"]
+    scores = scorer(Batch(list(pictures), prompts, [{}] * NUM_PICTURES))["ocr"]
     milliseconds = 1000 * (time.perf_counter() - start) / NUM_PICTURES
     scorer.close()
     for number, picture in enumerate(pictures if args.write else ()):
