@@ -49,25 +49,28 @@ class Plan:
         return f"published runs have {published}; here: {', '.join(few)}"
 
     def passes(
-        self, config: ml_collections.ConfigDict, num_trained: int, guided: bool, num_anchors: int
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        guided: bool,
+        num_points: int,
+        num_anchors: int,
+        num_prepared: int,
     ) -> dict[str, int]:
-        """Count an epoch's passes of one picture through the transformer, on all ranks.
+        """Count an epoch's passes of one image through the transformer, on all ranks.
 
-        num_trained: stochastic steps of a picture, which are the points an objective trains unless
-        its section of the config says otherwise. guided: sampling makes two passes a step.
-        num_anchors: frozen predictions at each point. Evaluation is not counted.
+        guided: sampling makes two passes a step. num_points: where an objective trains an image;
+        at each, num_anchors frozen predictions in every update, num_prepared before the first.
+        Evaluation is not counted.
         """
-        pictures, train = self.num_groups * self.group_size, config.train
-        own = config.get(config.objective, {})
-        points = len(own.get("steps", ())) or own.get("num_times", num_trained)
-        points *= pictures * (2 if guided and train.cfg else 1)
+        images, train = self.num_groups * self.group_size, config.train
+        points = num_points * images * (2 if guided and train.cfg else 1)
         trained = points * train.num_inner_epochs
-        replayed = config.objective == "grpo" and train.old_log_prob == "replay"
         return {
-            "sampling": pictures * config.sample.num_steps * (2 if guided else 1),
+            "sampling": images * config.sample.num_steps * (2 if guided else 1),
             "forward and backward": trained,
             "frozen predictions": trained * num_anchors,
-            "old log-probs": points if replayed else 0,
+            "before the first update": points * num_prepared,
         }
 
 
@@ -86,7 +89,7 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
             f"a multiple of sample.num_image_per_prompt {group_size}. Change one of the four."
         )
     micro_batch_size = _micro_batch_size(config)
-    if micro_batch_size < 1 or rows % micro_batch_size:
+    if rows % micro_batch_size:
         raise ValueError(
             f"config.train.batch_size={micro_batch_size} does not divide the {rows} pictures of a "
             f"rank's epoch (sample.train_batch_size x sample.num_batches_per_epoch)."

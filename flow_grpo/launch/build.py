@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 
 import ml_collections
 import torch
@@ -24,7 +23,7 @@ from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.launch import encoders
-from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.objectives.registry import find
 from flow_grpo.parallel.stop import Stop
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import Prompt
@@ -47,7 +46,7 @@ def build(
     """
     identity = folders.identity(config, family.__name__, plan.world_size)
     resume_from = folders.resume_point(config, identity)
-    objective_class = resolve_name(OBJECTIVES[config.objective])
+    objective_class = find(config.objective)
     objective_class.check(config)
     accelerator, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
     schedule, eval_schedule = schedules(config, pipeline, size)

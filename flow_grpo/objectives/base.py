@@ -9,6 +9,7 @@ import ml_collections
 from torch import Tensor
 
 from flow_grpo.advantages import group_advantages
+from flow_grpo.keys import Key
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -27,10 +28,12 @@ class Frozen(Protocol):
 class Objective:
     """One algorithm. The methods stand in the order in which the loop calls them."""
 
+    keys: ClassVar[dict[str, Key]] = {}  # of the config, that only it reads: "section.key"
     samples_with: ClassVar[str] = "policy"  # whose weights roll out: policy | old | ema | reference
     keeps: ClassVar[str] = "steps"  # of a rollout: "steps" (states and log-probs) | "final"
     snapshots: tuple[str, ...] = ()  # frozen copies to hold: "old", "reference"
     anchors: tuple[str, ...] = ()  # those whose velocity loss() needs at every point
+    num_prepared: int = 0  # predictions that prepare() makes at every point
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
@@ -59,6 +62,10 @@ class Objective:
     def points(self, micro: Rollout, randomness: Randomness) -> list[Point]:
         """List where the velocity of these rows is needed; equally many points for any rows."""
         raise NotImplementedError
+
+    def num_points(self, num_trained: int) -> int:
+        """Count the points of an image. num_trained: stochastic steps of its rollout."""
+        return num_trained
 
     def loss(
         self,

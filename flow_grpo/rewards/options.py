@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from config.base import base
+from config.base import COMMON, base
+from flow_grpo import keys
 from flow_grpo.rewards import loading
 
 
 def settings(given: list[str]) -> dict[str, Any]:
     """Return config.rewards with what --set KEY=VALUE changes. Raises ValueError."""
-    settings = loading.settings(base())
+    config = base(None)
     for each in given:
-        key, equals, value = each.partition("=")
-        if not equals or key not in settings:
-            raise ValueError(f"--set={each}: KEY=VALUE is needed, a key of {', '.join(settings)}.")
+        name, equals, value = each.partition("=")
+        known = loading.settings(config)
+        if not equals or name not in known:
+            raise ValueError(f"--set={each}: KEY=VALUE is needed, a key of {', '.join(known)}.")
+        key = name if name in COMMON else f"rewards.{name}"
         try:
-            settings[key] = type(settings[key])(value)
+            keys.parent(config, key)[name] = COMMON[key].parse(value)
         except ValueError:
-            raise ValueError(f"--set={each}: a value like {settings[key]!r} is needed.") from None
-    return settings
+            raise ValueError(f"--set={each}: a value like {known[name]!r} is needed.") from None
+    keys.check(config, COMMON)
+    return loading.settings(config)
 
 
 def device(rewards: list[str]) -> str:

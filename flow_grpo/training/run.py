@@ -80,9 +80,10 @@ class Run(Evaluator):
         """Count an epoch's passes through the transformer, see Plan.passes."""
         return self.plan.passes(
             self.config,
-            num_trained=self.trained_steps([0]).shape[1],
             guided=self.pipeline.needs_negative(self.schedule.guidance_scale),
+            num_points=self.objective.num_points(self.trained_steps([0]).shape[1]),
             num_anchors=len(self.objective.anchors),
+            num_prepared=self.objective.num_prepared,
         )
 
     def move_snapshots(self) -> None:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without an ending")
     args = parser.parse_args(argv[1:])
     with user_errors():
-        loaded = tools.load(args, (args.prompt,), base())
+        loaded = tools.load(args, (args.prompt,), base(None))
     from flow_grpo.report.sheets import captioned_sheet
 
     cells = list(draw(loaded))

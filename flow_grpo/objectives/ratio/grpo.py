@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flow_grpo import sde
 from flow_grpo.objectives.base import Objective, Predict, Reduce
+from flow_grpo.objectives.ratio.keys import KEYS
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule, replay
@@ -20,6 +21,8 @@ class GRPO(Objective):
     train.step_weight "std": each step's loss times its std over the mean std of all trainable
     steps, as in TempFlow-GRPO (arXiv:2508.04324).
     """
+
+    keys = KEYS
 
     @classmethod
     def check(cls, config) -> None:
@@ -53,6 +56,7 @@ class GRPO(Objective):
         self.clip_range = train.clip_range
         self.beta, self.kl_mode = train.beta, train.kl_mode
         self.replays = train.old_log_prob == "replay"
+        self.num_prepared = int(self.replays)
         if self.beta:
             self.snapshots = self.anchors = ("reference",)
         self.step_weight = _step_weights(schedule) if train.step_weight == "std" else None
