@@ -209,14 +209,14 @@ def base(objective: str | None = "grpo") -> ml_collections.ConfigDict:
 
 
 def with_objective(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
-    """Set config.objective and add its keys; a key that the run has set already stays as it is.
+    """Set config.objective and add its keys. What the run has set already stays as it is.
 
     Other objectives' keys stay too. Raises ValueError if there is no such objective.
     """
     before, config.objective = of_objective(config), name
     for key, declared in of_objective(config).items():
-        is_untouched = key in before and keys.get(config, key) == before[key].default
-        if is_untouched or not keys.has(config, key):
+        known, former = keys.has(config, key), before.get(key, declared)
+        if not known or (former != declared and keys.get(config, key) == former.default):
             keys.put(config, key, declared)
     return config
 

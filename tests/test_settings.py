@@ -86,6 +86,9 @@ def test_the_last_of_repeated_overrides_wins():
         ),
         ("--config.zzzzzzzz=1", "no key config.zzzzzzzz.", "All keys are in config/base.py"),
         ("--config.reward_fn.shape=1", "no key config.reward_fn.shape.", "config/base.py"),
+        ("--config.dataset.shapes=1", "no key config.dataset.shapes.", "config/base.py"),
+        ("--config.sample=1", "no key config.sample.", "config/base.py"),
+        ("--config.num_epochs", "has no value: --config.num_epochs=VALUE is needed", "usage: "),
         ("--config.num_epochs=many", "--config.num_epochs=many", "(int) is needed"),
         ("--config.num_epochs=1.5", "--config.num_epochs=1.5", "(int) is needed"),
         ("--config.nft.beta=x", "--config.nft.beta=x", "A value like 1.0 (float)"),
@@ -109,6 +112,20 @@ def test_a_mistake_on_the_command_line_is_named_with_its_remedy(argument, found,
     assert found in str(error.value) and remedy in str(error.value)
     with pytest.raises(ValueError):  # nor does it pass among others
         load("--config.seed=3", argument)
+
+
+def test_a_config_file_may_name_another_objective_without_its_keys(tmp_path):
+    text = "from config.testbed import shapes_sd3_grpo\n"
+    text += "def get_config():\n    config = shapes_sd3_grpo()\n    config.objective = 'nft'\n"
+    (tmp_path / "mine.py").write_text(text + "    return config\n")
+    config, name = load(f"--config={tmp_path}/mine.py", "--config.nft.beta=0.5")
+    assert (name, config.objective, config.nft.beta) == ("default", "nft", 0.5)
+    assert config.nft.num_times == 4 and config.train.step_weight == "std"
+
+
+def test_what_may_be_unset_takes_none_and_a_value_again():
+    assert load("--config.height=64", "--config.height=None")[0].height is None
+    assert load("--config.height", "64")[0].height == 64
 
 
 def test_help_shows_the_usage_and_where_the_keys_are():

@@ -72,9 +72,10 @@ def _set(
 ) -> None:
     """Set a key, or an entry that a key's dict has already."""
     section, _, last = name.rpartition(".")
+    is_dict = section in declared and isinstance(declared[section].default, Mapping)
     if name in declared:
         read = declared[name].parse
-    elif section in declared and last in keys.get(config, section):
+    elif is_dict and last in keys.get(config, section):
         read = declared[section].parse_entry
     else:
         raise ValueError(f"--config.{name}={text}: {_unknown(config, declared, name)}")
