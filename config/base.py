@@ -89,8 +89,8 @@ COMMON = {
     "use_lora": Key(True, "False: full fine-tune, fp32 weights"),
     "encoders": Key(
         "keep",
-        "where text encoders are: on the device; on the CPU while images are drawn; gone, for each "
-        "prompt is encoded once, to disk (if all are there, encoders are not even loaded)",
+        "text encoders: on the device; on the CPU while images are drawn; gone, as each prompt is "
+        "encoded once, to disk (if all of them are there, encoders are not even loaded)",
         choices=("keep", "offload", "precompute"),
     ),
     "encoder_cache": Key("", "the folder of precompute; empty: logdir/conditionings"),
@@ -103,8 +103,8 @@ COMMON = {
     # Rollouts.
     "sample.num_steps": Key(10, least=2, most=1000),
     "sample.eval_num_steps": Key(40, least=1, most=1000),
-    "sample.guidance_scale": Key(4.5, "<= 1: one conditional pass", least=0, most=1000),
-    "sample.eval_guidance_scale": Key(None, "None: guidance_scale", of=float, least=0, most=1000),
+    "sample.guidance_scale": Key(4.5, "<= 1: one conditional pass", least=0, most=100),
+    "sample.eval_guidance_scale": Key(None, "None: guidance_scale", of=float, least=0, most=100),
     "sample.batched_guidance": Key(
         False,
         "both passes of guidance as one of twice the rows, as SD3 and Z-Image always make them: "
@@ -114,7 +114,7 @@ COMMON = {
     "sample.test_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
     "sample.num_image_per_prompt": Key(16, "the group's size", least=1, most=100_000),
     "sample.num_batches_per_epoch": Key(4, "calls an epoch on each rank", least=1, most=100_000),
-    "sample.noise_level": Key(0.7, "a of Flow-SDE, eta of CPS and Dance-SDE", least=0, most=100),
+    "sample.noise_level": Key(0.7, "a of Flow-SDE, eta of CPS and Dance-SDE", least=0, most=10),
     "sample.sde_type": Key("sde", choices=("sde", "cps", "dance")),
     "sample.sde_window_size": Key(
         0, "trained steps from a random start; 0: all steps but the last", least=0, most=1000
@@ -135,7 +135,7 @@ COMMON = {
         least=1,
         most=100_000,
     ),
-    "train.learning_rate": Key(3e-4, least=0, most=10),
+    "train.learning_rate": Key(3e-4, least=0, most=1),
     "train.lr_scheduler": Key(
         "constant", "over num_epochs", choices=("constant", "linear", "cosine")
     ),
@@ -143,7 +143,7 @@ COMMON = {
     "train.use_8bit_adam": Key(False, "needs bitsandbytes"),
     "train.adam_beta1": Key(0.9, least=0, below=1),
     "train.adam_beta2": Key(0.999, least=0, below=1),
-    "train.adam_weight_decay": Key(1e-4, least=0, most=100),
+    "train.adam_weight_decay": Key(1e-4, least=0, most=10),
     "train.adam_epsilon": Key(1e-8, above=0, most=1),
     "train.gradient_accumulation_steps": Key(
         2, "micro-batches an optimizer step", least=1, most=MANY
@@ -162,8 +162,8 @@ COMMON = {
         False, "a control: the reward is the same, its assignment random"
     ),
     "train.lora_path": Key("", "warm start"),
-    "train.lora_rank": Key(32, least=1, most=100_000),
-    "train.lora_alpha": Key(64, least=1, most=100_000),
+    "train.lora_rank": Key(32, least=1, most=16_384),
+    "train.lora_alpha": Key(64, least=1, most=16_384),
     "train.lora_targets": Key((), "module name suffixes; empty: the model's own choice", of=str),
     # Where rewards find what they need: a local path or, for models, a hub id.
     "rewards.clip": Key(
