@@ -10,6 +10,6 @@ KEYS = {
     "train.step_weight": Key(
         "none", "std: each step's loss times its std over the mean std", choices=("none", "std")
     ),
-    "train.beta": Key(0.0, "KL coefficient", least=0, most=1000),
+    "train.beta": Key(0.0, "KL coefficient", least=0, most=10**6),
     "train.kl_mode": Key("kl_dt", choices=("kl_dt", "kl_true", "x", "v")),
 }
