@@ -18,7 +18,6 @@ setup(
         "accelerate>=1.15",
         "peft>=0.21",
         "ml-collections>=1.1",
-        "absl-py>=2.1",
         "numpy>=1.26",
         "scipy>=1.11",
         "pillow>=10",

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
+from flow_grpo.objectives.registry import OBJECTIVES
 from flow_grpo.training import collect
 from flow_grpo.training.run import Run
 
@@ -53,8 +54,15 @@ SMALL = {
 
 
 def arguments(folder: Path, **overrides) -> list[str]:
-    """Return a command line; keys are config keys with "__" for the dot."""
-    settings = SMALL | {"dataset": folder / "prompts", "logdir": folder / "logs"}
+    """Return a command line; keys are config keys with "__" for the dot.
+
+    Of SMALL, what the chosen objective of OBJECTIVES does not read is left out.
+    """
+    chosen = OBJECTIVES.get(overrides.get("objective", "grpo"))
+    foreign = {key for each in OBJECTIVES.values() for key in each.keys} if chosen else set()
+    foreign -= set(chosen.keys if chosen else ())
+    settings = {key: value for key, value in SMALL.items() if key not in foreign}
+    settings |= {"dataset": folder / "prompts", "logdir": folder / "logs"}
     settings |= {"pretrained.model": folder / "sd3"}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     keys = [f"--config.{key}={value}" for key, value in settings.items()]

@@ -18,7 +18,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 )
 
 from config.base import base
-from flow_grpo.rewards import loading
+from flow_grpo.rewards import loading, options
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import detector, geneval
 from flow_grpo.rewards.rules.geneval_rules import CLASSES, COLORS, Found
@@ -204,4 +204,4 @@ def test_a_prompt_that_can_not_be_judged_is_named_before_anything_loads(settings
     with pytest.raises(ValueError, match="'a unicorn' can't be judged: 'unicorn' is none of"):
         loading.check("geneval", settings, ["a unicorn"], [row])
     with pytest.raises(ValueError, match="geneval_score='best': one of soft, strict"):
-        loading.check("geneval", settings | {"geneval_score": "best"}, [], [])
+        options.settings(["geneval_score=best"])

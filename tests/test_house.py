@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from config.base import COMMON
+from flow_grpo import sde
 from flow_grpo.diffusers_patch.registry import FAMILIES
-from flow_grpo.launch import preflight
 from flow_grpo.launch.encoders import DTYPES
-from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.objectives.registry import OBJECTIVES
+from flow_grpo.rewards.rules.geneval_rules import SCORES
+from flow_grpo.rewards.rules.ocr_engines import ENGINES
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a module imports only from its own line or from a line above
-    ("cli", "sde", "randomness"),
+    ("cli", "keys", "own", "sde", "randomness"),
     ("advantages", "prompts", "records", "rollouts"),
     ("plan",),
     ("diffusers_patch",),
@@ -76,15 +78,30 @@ def test_the_stock_pipeline_is_known_to_the_models_alone(folder):
             assert not re.search(r"\.(pipe|stock)\b", path.read_text()), path
 
 
-def test_every_name_in_a_registry_resolves():
-    for path in OBJECTIVES.values():
-        module, attribute = path.split(":")
-        assert callable(getattr(import_module(module), attribute))
-
-
 def test_the_choices_of_a_config_are_those_of_the_code():
-    assert set(preflight.CHOICES["mixed_precision"]) == set(DTYPES)
-    assert set(preflight.CHOICES["objective"]) == set(OBJECTIVES)
+    tables = {
+        "sample.sde_type": sde.STOCHASTIC,
+        "mixed_precision": DTYPES,
+        "ocr_engine": ENGINES,
+        "rewards.geneval_score": SCORES,
+    }
+    for name, known in tables.items():
+        assert set(COMMON[name].choices) == set(known), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flow_grpo").rglob("*.py")), ids=str)
+def test_only_objectives_know_an_objectives_name_class_or_keys(path):
+    if "objectives" in path.parts:
+        return
+    classes = {each.__name__ for each in OBJECTIVES.values()}
+    own = {key for each in OBJECTIVES.values() for key in each.keys}
+    tree = ast.parse(path.read_text())
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    chains = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert not texts & {*OBJECTIVES, *own} and not names & classes
+    assert not [chain for chain in chains for key in own if f".{chain}".endswith(f".{key}")]
 
 
 def test_the_loop_names_no_model_and_no_objective():

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config.base import base
 from flow_grpo.rewards import base as rewards_base
-from flow_grpo.rewards import loading
+from flow_grpo.rewards import loading, options
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import ocr, ocr_engines
 from flow_grpo.rewards.rules.ocr_engines import Line, in_reading_order
@@ -152,7 +152,7 @@ def test_pictures_without_text_are_read_as_nothing_by_both_apis_of_paddleocr():
 
 def test_an_engine_is_never_chosen_by_what_is_installed(monkeypatch):
     with pytest.raises(ValueError, match="config.ocr_engine='tesseract': one of rapidocr, paddle"):
-        loading.check("ocr", SETTINGS | {"ocr_engine": "tesseract"}, [], [])
+        options.settings(["ocr_engine=tesseract"])
     there = {"rapidocr", "onnxruntime", "rapidfuzz"}
     monkeypatch.setattr(rewards_base, "find_spec", lambda name: name if name in there else None)
     with pytest.raises(ValueError, match=r"pip install 'flow_grpo\[paddleocr\]'"):

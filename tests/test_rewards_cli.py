@@ -135,6 +135,7 @@ def test_a_bad_line_is_named(folder, line, message):
         (["--reward", "shapes", "nowhere"], "'nowhere' is no folder"),
         (["--reward", "shapes", ".", "--batch-size", "0"], "--batch-size=0"),
         (["--reward", "shapes", ".", "--set", "clp=x"], "--set=clp=x.*clip"),
+        (["--reward", "ocr", ".", "--set", "ocr_side=0"], "config.rewards.ocr_side=0: a whole num"),
         (["--reward", "shapes", ".", "--set", "ocr_processes=x"], "a value like 4"),
         (["--reward", "test_rewards_cli:Pairs", "."], "compares the pictures"),
     ],

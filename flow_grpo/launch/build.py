@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 
 import ml_collections
 import torch
@@ -16,7 +15,7 @@ from diffusers.models.attention_dispatch import (
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.launch import encoders
-from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose
 from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.stop import Stop
@@ -41,7 +40,7 @@ def build(
     """
     identity = folders.identity(config, family.__name__, plan.world_size)
     resume_from = folders.resume_point(config, identity)
-    objective_class = resolve_name(OBJECTIVES[config.objective])
+    objective_class = find(config.objective)
     objective_class.check(config, family)
     engine, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
     schedule, eval_schedule = schedules(config, pipeline, size)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from flow_grpo.cli import user_errors
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.launch import model_files, preflight, settings
+from flow_grpo.training import folders
 
 if TYPE_CHECKING:
     from flow_grpo.training.run import Run
@@ -34,9 +36,6 @@ def leave(status: int) -> None:
 
 def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str) -> Run:
     """Check everything, the cheapest first, then load the model. Raises ValueError."""
-    from flow_grpo.launch import model_files, preflight, settings
-    from flow_grpo.training import folders
-
     config, name = settings.load(argv, default_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = preflight.check(config, world_size)

@@ -133,12 +133,6 @@ def check_model(settings: Mapping[str, Any], key: str) -> None:
         )
 
 
-def check_choice(settings: Mapping[str, Any], key: str, choices: Sequence[str]) -> None:
-    """Raise ValueError unless a setting is one of the choices."""
-    if settings[key] not in choices:
-        raise ValueError(f"config {key}={settings[key]!r}: one of {', '.join(choices)} is needed.")
-
-
 def check_package(module: str, extra: str) -> None:
     """Raise ValueError that says how to install what a reward imports."""
     if find_spec(module) is None:

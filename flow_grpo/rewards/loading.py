@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pkgutil import resolve_name
 from typing import Any
 
 import ml_collections
 
+from flow_grpo import own
+from flow_grpo.cli import did_you_mean
 from flow_grpo.rewards.base import Plain, Reward
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.registry import REWARDS
@@ -32,11 +30,9 @@ def find(name: str) -> type[Reward] | Plain:
     elif ":" in name:
         found = _own(name)
     else:
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"there is no reward {name!r}; there are {', '.join(sorted(REWARDS))}, and "
-            f"module:function is one's own.{hint}"
+            f"module:function is one's own.{did_you_mean(name, REWARDS)}"
         )
     if isinstance(found, (type, Plain)):
         return found
@@ -94,15 +90,7 @@ class _Renamed(Reward):
 
 
 def _own(name: str) -> Callable:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = resolve_name(name)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(
-            f"the reward {name!r} can't be imported ({type(error).__name__}: {error}). An "
-            f"importable module and a function in it are needed, as module:function."
-        ) from error
+    found = own.load(name, f"the reward {name!r}", "function")
     if not callable(found) or (isinstance(found, type) and not issubclass(found, Reward)):
         raise ValueError(
             f"the reward {name!r} is {found!r}; needed is a function, or a class of "

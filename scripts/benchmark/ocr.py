@@ -75,10 +75,10 @@ def main() -> None:
     """Print the mean score, how many are perfect, the time, and what was misread."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", default="rapidocr")
-    parser.add_argument("--side", type=int, default=base().rewards.ocr_side)
+    parser.add_argument("--side", type=int, default=base(None).rewards.ocr_side)
     parser.add_argument("--write", type=Path, help="put the pictures there")
     args = parser.parse_args()
-    settings = loading.settings(base())
+    settings = loading.settings(base(None))
     settings |= {"ocr_engine": args.engine, "ocr_side": args.side, "ocr_processes": 1}
     pictures, texts = zip(*map(draw, range(NUM_PICTURES)), strict=True)
     prompts = [f'a sign that says "{text}"' for text in texts]

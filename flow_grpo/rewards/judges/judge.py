@@ -34,9 +34,6 @@ class JudgeReward(Reward):
                 f"config.rewards.{cls.endpoint}_url={url!r}: an endpoint such as "
                 f"http://127.0.0.1:17140/v1 is needed."
             )
-        for key in ("judge_concurrency", "judge_timeout_s"):
-            if not settings[key] > 0:
-                raise ValueError(f"config.rewards.{key}={settings[key]}: more than 0 is needed.")
         for package in ("httpx", "tenacity"):
             check_package(package, "rewards")
         cls.template(settings)

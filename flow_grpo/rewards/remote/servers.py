@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from flow_grpo.rewards.base import check_package
 from flow_grpo.rewards.registry import REWARDS
 
 MIN_TOKEN = 16  # characters
-ENCODINGS = ("raw", "jpeg")
 
 
 @dataclass(frozen=True)
@@ -92,16 +90,3 @@ def _urls(name: str, value: object) -> list[str]:
             f"needed, such as --config.reward_urls=\"{{'{name}': ['http://127.0.0.1:18085']}}\"."
         )
     return [url.rstrip("/") for url in found]
-
-
-def check_values(config: ml_collections.ConfigDict) -> None:
-    """Raise ValueError for a number out of range."""
-    if not 0 < config.reward_timeout < math.inf:
-        raise ValueError(
-            f"config.reward_timeout={config.reward_timeout}: a number of seconds above 0 is needed."
-        )
-    if not 0 <= config.max_masked_fraction < 1:
-        raise ValueError(
-            f"config.max_masked_fraction={config.max_masked_fraction}: a share of an epoch's "
-            f"pictures in [0, 1) is needed."
-        )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from flow_grpo.rewards.base import Reward, check_choice, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_pictures
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import geneval_rules
 from flow_grpo.rewards.rules.geneval_rules import COLORS, Found
@@ -32,7 +32,6 @@ class GenEval(Reward):
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
-        check_choice(settings, "geneval_score", geneval_rules.SCORES)
         check_model(settings, "geneval_detector")
         check_model(settings, "clip")
         for prompt, row in zip(prompts, metadata, strict=True):

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from flow_grpo.rewards.base import Reward, check_choice, check_package, only_pictures
+from flow_grpo.rewards.base import Reward, check_package, only_pictures
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import ocr_engines
 
@@ -65,7 +65,6 @@ class OCR(Reward):
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
-        check_choice(settings, "ocr_engine", tuple(ocr_engines.ENGINES))
         check_package("rapidfuzz", "ocr")
         engine = settings["ocr_engine"]
         for package in {"rapidocr": ("rapidocr", "onnxruntime")}.get(engine, (engine,)):
