@@ -111,7 +111,7 @@ def test_two_processes_write_what_one_writes(files, tagged, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["num_processes"] == 2

@@ -56,7 +56,7 @@ def test_a_server_gives_a_client_the_same(settings):
     options = f"--set=hpsv3={settings['hpsv3']}", "--device=cpu"
     with (
         serving.started("hpsv3", *options) as url,
-        serving.client(url, name="hpsv3", timeout_s=60.0) as reward,
+        serving.client(url, name="hpsv3", timeout_s=600.0) as reward,
     ):
         found = reward(PICTURES, PROMPTS, [{}] * 20)
     np.testing.assert_allclose(found["hpsv3"], WANTED, atol=1e-5)

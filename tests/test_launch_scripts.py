@@ -115,7 +115,7 @@ def test_two_machines_train_together(files, tmp_path):
         for rank in (0, 1)
     ]
     try:
-        outputs = [machine.communicate(timeout=180)[0] for machine in machines]
+        outputs = [machine.communicate(timeout=600)[0] for machine in machines]
     finally:
         for machine in machines:
             machine.kill()

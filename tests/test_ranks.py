@@ -58,7 +58,7 @@ def on_two_ranks(folder):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=120)
+        process.join(timeout=600)
     assert [process.exitcode for process in ranks] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 

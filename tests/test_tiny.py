@@ -69,7 +69,7 @@ def test_two_processes_build_the_same_pipeline():
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout.strip() == fingerprint(tiny.sd3.sd3())
 

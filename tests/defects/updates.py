@@ -105,6 +105,16 @@ DEFECTS = [
         "test_resume.py::test_four_epochs_equal_two_and_a_resume_and_two",
     ),
     Defect(
+        "replaced-before-its-successor-is-there",
+        "a kill between two renames left no checkpoint",
+        CHECKPOINT,
+        "            _set_aside(final)\n",
+        "            _remove(final)\n",
+        "test_kills.py::"
+        "test_a_kill_before_or_within_any_file_leaves_the_old_or_the_new_checkpoint",
+        error="ValueError: config.resume_from=latest",
+    ),
+    Defect(
         "raw-weights-exported",
         "the average is evaluated, the policy is published",
         CHECKPOINT,
