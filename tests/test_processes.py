@@ -7,20 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import running
 import torch
 from safetensors.torch import load_file
+from waiting import HANG_S, wait_until
 
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
 from flow_grpo.training import folders, loop
 
 ROOT = Path(__file__).parent.parent
-HANG_S = 600  # a launch that hangs must fail, not block
 
 
 def start(
@@ -47,11 +46,10 @@ def launcher(config: str, num_processes: int, *more: str) -> list[str]:
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + HANG_S
-    while not condition():
+    def alive() -> None:
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+
+    wait_until(condition, alive)
 
 
 def num_rows(folder: Path, kind: str) -> int:

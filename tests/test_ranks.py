@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from forking import FORKED
 from toy import make_run, plan_of, roll_out
+from waiting import HANG_S
 
 from flow_grpo.randomness import Randomness
 from flow_grpo.training import loop, scoring
@@ -58,7 +59,7 @@ def on_two_ranks(folder):
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=600)
+        process.join(HANG_S)
     assert [process.exitcode for process in ranks] == [0, 0]
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from tiny import LENGTH
+from waiting import HANG_S
 
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Size
@@ -69,7 +70,7 @@ def test_two_processes_build_the_same_pipeline():
         capture_output=True,
         text=True,
         check=True,
-        timeout=600,
+        timeout=HANG_S,
     )
     assert done.stdout.strip() == fingerprint(tiny.sd3.sd3())
 

@@ -110,8 +110,7 @@ DEFECTS = [
         CHECKPOINT,
         "            _set_aside(final)\n",
         "            _remove(final)\n",
-        "test_kills.py::"
-        "test_a_kill_before_or_within_any_file_leaves_the_old_or_the_new_checkpoint",
+        "test_kills.py::test_a_kill_before_or_within_any_file_leaves_the_old_or_the_new_checkpoint",
         error="ValueError: config.resume_from=latest",
     ),
     Defect(
