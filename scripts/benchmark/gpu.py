@@ -170,9 +170,14 @@ def main(argv: list[str]) -> int:
         run_part(known[args.within], setting, out)
         return 0
 
-    options = [argument for argument in argv[1:] if argument not in known]
+    options = [f"--device={args.device}", f"--out={out}", f"--scratch={scratch}"]
+    options += [f"--epochs={args.epochs}", *["--small"] * args.small]
+
+    def execute(part: Part, limit_s: float) -> str:
+        return spawn([sys.executable, __file__, "--within", part.name, *options], limit_s)
+
     chosen = [known[name] for name in args.parts or known]
-    run_all(chosen, setting, out, lambda part, limit_s: spawn(part, options, limit_s), args.seconds)
+    run_all(chosen, setting, out, execute, args.seconds)
     states = {part.name: State(out, part.name, setting).content for part in known.values()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(states, indent=1) + "\n")

@@ -223,7 +223,7 @@ class RemoteReward(Reward):
         try:
             request = fetch(self._client, "POST", f"{endpoint.url}/score", part.body, headers)
             response, answer = await asyncio.wait_for(request, patience_s)
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             raise _Retry(f"no answer within {patience_s:.3g} s") from None
         except httpx.TransportError as error:
             raise _Retry(f"{type(error).__name__}: {error}") from None

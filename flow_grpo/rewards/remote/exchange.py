@@ -46,7 +46,7 @@ async def problem(client: httpx.AsyncClient, name: str, url: str) -> str:
     try:
         request = fetch(client, "GET", f"{url}/health", b"", {})
         response, answer = await asyncio.wait_for(request, HEALTH_S)
-    except (asyncio.TimeoutError, TimeoutError):
+    except TimeoutError:
         return f"{url} does not answer within {HEALTH_S:g} s"
     except (httpx.HTTPError, httpx.InvalidURL, Refused, OSError, ValueError) as error:
         return f"{url} does not answer ({type(error).__name__}: {error})"
