@@ -29,6 +29,7 @@ def start(
     if not launcher:
         command = [sys.executable, *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(HANG_S)  # until a launcher kills its ranks
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
