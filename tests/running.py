@@ -19,13 +19,13 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
 from flow_grpo.parallel import stop
-from flow_grpo.training import loop
+from flow_grpo.training import collect
 from flow_grpo.training.run import Run
 
-SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
 DEFAULT = "config/testbed.py:shapes_sd3_grpo"
 PROMPTS = ["a red apple", "two green cubes", "a cat", "three cats", "a sign that says two", "cube"]
 TIMINGS = ("seconds/", "memory/", "images_per_second")
@@ -100,7 +100,7 @@ def save_random_lora(pipeline: Path, folder: Path, rank: int = 4) -> None:
     )
 
 
-def prepare(argv: list[str], family: str = SD3_FAMILY) -> Run:
+def prepare(argv: list[str], family: type[PatchedPipeline] = SD3) -> Run:
     """Build a run; a previous one in this process is forgotten."""
     with fresh_process():
         return entry.prepare(argv, family, DEFAULT)
@@ -119,7 +119,7 @@ def fresh_process() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def train(argv: list[str], family: str = SD3_FAMILY) -> Run:
+def train(argv: list[str], family: type[PatchedPipeline] = SD3) -> Run:
     """Train to the end and return the run."""
     run = prepare(argv, family)
     assert entry.execute(run) == 0
@@ -138,9 +138,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(last / "weights.safetensors")
 
 
-def gate(folder: Path) -> dict[str, float]:
-    """Return the largest log-ratio of each step before the first update."""
-    return json.loads((folder / "gate.json").read_text())["log_ratio"]
+def gate(folder: Path, figure: str = "log_ratio") -> dict[str, float]:
+    """Return a figure of each step before the first update, by default the largest log-ratio."""
+    return json.loads((folder / "gate.json").read_text())[figure]
 
 
 def break_losses(run: Run, broken: set[int]) -> None:
@@ -165,18 +165,18 @@ def break_losses(run: Run, broken: set[int]) -> None:
 
 def record_rollouts(folder: Path, rank: int) -> None:
     """Save what each rank holds of every epoch, once it has its advantages."""
-    honest = loop.weigh
+    honest = collect.weigh
 
-    def weigh(run, rollout, scores):
-        metrics = honest(run, rollout, scores)
+    def weigh(run, sampled, scores, epoch):
+        outcome, rollout = honest(run, sampled, scores, epoch), sampled.rollout
         names = ("steps", "latents", "next_latents", "log_probs", "final", "advantages")
         held = {name: getattr(rollout, name) for name in names}
         held |= {"group": rollout.batch.group, "member": rollout.batch.member}
         held |= {f"score/{key}": torch.from_numpy(value) for key, value in scores.items()}
         save_file({k: v.contiguous() for k, v in held.items()}, folder / f"{rank}-{run.epoch}")
-        return metrics
+        return outcome
 
-    loop.weigh = weigh
+    collect.weigh = weigh
 
 
 def die_after(run: Run, num_updates: int) -> None:
@@ -195,14 +195,12 @@ if __name__ == "__main__":  # train_sd3.py with something done to it, as MODE sa
     mode = os.environ["MODE"]
     if mode == "patient":  # however long a launcher takes to repeat a signal
         stop.PATIENCE_S = math.inf
-    trained = entry.prepare(sys.argv, SD3_FAMILY, DEFAULT)
+    trained = entry.prepare(sys.argv, SD3, DEFAULT)
     rank = trained.accelerator.process_index
     if mode.startswith("die after update "):
         die_after(trained, int(mode.split()[-1]))
-    elif (
-        mode == "break" and rank == trained.accelerator.num_processes - 1
-    ):  # the others learn of it
-        break_losses(trained, {0})
     elif mode.startswith("/"):
         record_rollouts(Path(mode), rank)
+    elif mode == "break" and rank == trained.accelerator.num_processes - 1:
+        break_losses(trained, {0})  # the others must learn of it
     entry.leave(entry.execute(trained))

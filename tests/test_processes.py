@@ -17,7 +17,7 @@ from waiting import HANG_S, wait_until
 
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
-from flow_grpo.training import folders, loop
+from flow_grpo.training import collect, folders
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +73,7 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
         folder.mkdir()
     more = {"sample__num_batches_per_epoch": 8, "train__gradient_accumulation_steps": 4}
     one = running.prepare(running.arguments(files, run_name="one", **settings, **more))
-    monkeypatch.setattr(loop, "weigh", loop.weigh)  # recording ends with this test
+    monkeypatch.setattr(collect, "weigh", collect.weigh)  # recording ends with this test
     running.record_rollouts(folders_of["one"], 0)
     entry.execute(one)
     both = start(

@@ -10,11 +10,12 @@ import torch
 from tiny import LENGTH, qwen
 
 from config.base import base
-from flow_grpo.diffusers_patch import FAMILIES
+from flow_grpo import sde
+from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.diffusers_patch.sd3 import SD3
-from flow_grpo.evaluation.stock import Task
+from flow_grpo.evaluation.comparison import Task
 from flow_grpo.launch import verify
-from flow_grpo.records import Size
+from flow_grpo.records import Guidance, Size
 from scripts import verify_model
 
 PROMPTS = ("a photo of a red apple", 'a sign that says "Grüße 42"')
@@ -31,6 +32,7 @@ EVERYTHING = {
     "reference is the base",
     "log-ratio 0 on policy, sde",
     "log-ratio 0 on policy, cps",
+    "log-ratio 0 on policy, dance",
     "gradient reaches all that trains",
     "LoRA export gives stock pictures",
 }
@@ -41,7 +43,7 @@ def task_of(name: str, num_steps: int = 3) -> Task:
     images = tiny.pictures(name)
     if name == "flux2_klein_edit":  # its stock pipeline takes no smaller ones
         images = (tiny.picture(64, 80), tiny.picture(90, 71))
-    return Task(PROMPTS, images, size, num_steps, 4.0, LENGTH)
+    return Task(PROMPTS, images, size, num_steps, Guidance(4.0), LENGTH)
 
 
 def checks(model, name: str) -> list[verify.Check]:
@@ -60,7 +62,7 @@ def test_a_tiny_pipeline_passes_everything(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux_kontext", "zimage"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux_kontext", "flux2_klein", "zimage"])
 def test_in_bf16_it_passes_within_the_stated_bound(name, tmp_path):
     family = tiny.MODELS[name][0]
     folder = tiny.save(name, tmp_path)
@@ -81,8 +83,8 @@ class WrongTime(SD3):
 
 
 class WrongGuidance(SD3):
-    def combine(self, conditional, unconditional, guidance_scale):
-        return super().combine(conditional, unconditional, guidance_scale + 1)
+    def combine(self, conditional, unconditional, guidance):
+        return super().combine(conditional, unconditional, Guidance(guidance.scale + 1))
 
 
 class WrongSchedule(SD3):
@@ -101,14 +103,14 @@ class Forgetful(SD3):
 
 
 class Detached(SD3):
-    def reaches_output(self, parameter):
+    def trains(self, parameter):
         return True  # also the last block's text query, which nobody reads
 
 
 STOCK = {"noise level 0 is stock, unguided", "noise level 0 is stock, guided"}
 TIME = {"time the transformer is told, unguided", "time the transformer is told, guided"}
 EXPORT = {"LoRA export gives stock pictures"}
-LOG_RATIO = {"log-ratio 0 on policy, sde", "log-ratio 0 on policy, cps"}
+LOG_RATIO = {f"log-ratio 0 on policy, {kind}" for kind in sde.STOCHASTIC}
 BROKEN = {
     WrongSign: STOCK | EXPORT,
     WrongTime: STOCK | TIME | EXPORT,
@@ -142,7 +144,7 @@ def test_the_script_prints_a_line_each_and_leaves_with_1_if_one_fails(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "all passed" and not [line for line in lines if line.startswith("FAIL")]
     assert len([line for line in lines if line.startswith("PASS  ")]) == len(EVERYTHING)
-    monkeypatch.setitem(FAMILIES, "StableDiffusion3Pipeline", f"{__name__}:WrongGuidance")
+    monkeypatch.setitem(FAMILIES, "StableDiffusion3Pipeline", WrongGuidance)
     assert verify_model.main(arguments(folder)) == 1
     said = capsys.readouterr().out
     assert "\nFAIL  noise level 0 is stock, guided" in said and said.endswith("2 failed\n")
@@ -151,7 +153,7 @@ def test_the_script_prints_a_line_each_and_leaves_with_1_if_one_fails(
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--script", "flux"), "--script=flux: .*sd3:SD3"),
+        (("--script", "flux"), "--script=flux: .* is for sd3"),
         (("--size", "big"), "--size=big: 512 or 512x768"),
         (("--size", "50"), "multiples of 16"),
         (("--steps", "1"), "--steps=1: at least 2"),

@@ -148,11 +148,11 @@ def compare(name: str, wanted: Path, found: Path) -> Row:
     }
     bounds = TOLERANCE[name.split()[-1]]
     texts = [f"{key} {value:.3g} (at most {bounds[key]:g})" for key, value in differences.items()]
-    gate = f"; gate {ours['gate']:.2g}" if "gate" in ours else ""
+    gate = "".join(f", {name} {ours[name]:.2g}" for name in ours if name.startswith("gate "))
     return Row(
         name,
         all(value <= bounds[key] for key, value in differences.items()),  # NaN is not
-        f"differs from a CPU in fp32 by {', '.join(texts)}{gate}; "
+        f"differs from a CPU in fp32 by {', '.join(texts)}{gate}, "
         f"{ours['images_per_second']:.3g} images/s",
         {f"reference {key}": value for key, value in reference.items()} | ours,
     )
@@ -167,8 +167,9 @@ def figures(folder: Path) -> dict[str, float]:
     values["grad_norm"] = read_metrics(folder, "update")[0]["grad_norm"]
     epoch = read_metrics(folder, "epoch")[-1]
     values |= {key: epoch[key] for key in ("images_per_second", "skipped_updates")}
-    gate = json.loads((folder / "gate.json").read_text())["log_ratio"]
-    return values | ({"gate": max(gate.values())} if gate else {})
+    gate = json.loads((folder / "gate.json").read_text())
+    steps = {name: found for name, found in gate.items() if isinstance(found, dict) and found}
+    return values | {f"gate {name}": max(found.values()) for name, found in steps.items()}
 
 
 def verify(precision: str) -> Callable[[Setting, set[str]], Iterator[Row]]:

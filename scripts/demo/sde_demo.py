@@ -27,8 +27,13 @@ from typing import NamedTuple
 import numpy as np
 
 from config.base import base
+from flow_grpo import sde
 from flow_grpo.cli import user_errors
+from flow_grpo.evaluation.comparison import RANDOMNESS
 from flow_grpo.launch import tools
+from flow_grpo.report.sheets import captioned_sheet
+from flow_grpo.rollouts import whole
+from flow_grpo.sampling import decode, denoise
 
 LEVELS = {"sde": (0.3, 0.7, 1.0), "cps": (0.3, 0.8, 1.0), "dance": (0.1, 0.3, 0.6)}
 
@@ -53,8 +58,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv[1:])
     with user_errors():
         loaded = tools.load(args, (args.prompt,), base())
-    from flow_grpo.report.sheets import captioned_sheet
-
     cells = list(draw(loaded))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.with_suffix(".csv").open("w", newline="") as file:
@@ -76,22 +79,23 @@ def main(argv: list[str]) -> None:
 
 def draw(loaded: tools.Loaded) -> Iterator[Cell]:
     """Draw a row a kernel: without noise, then at each of its levels."""
-    from flow_grpo import sde
-    from flow_grpo.evaluation import stock
-    from flow_grpo.sampling import sample
-
     pipeline, task = loaded.pipeline, loaded.task
     batch, plain = task.batch(pipeline, [0]), task.schedule(pipeline)
     steps = np.arange(task.num_steps - 1)[None]
     for kernel, levels in LEVELS.items():
         for level in (0.0, *levels):
             schedule = replace(plain, kind=kernel, noise_level=level)
-            rollout = sample(
-                pipeline, pipeline.transformer, batch, schedule, stock.RANDOMNESS, steps
+            part = denoise(
+                pipeline,
+                pipeline.transformer,
+                batch,
+                schedule,
+                RANDOMNESS,
+                whole(steps, task.num_steps),
             )
-            picture = rollout.images[0]
+            picture = decode(pipeline, part.rollout)[0]
             shown = picture if picture.ndim == 3 else picture[len(picture) // 2]
-            latents = pipeline.vae_latents(rollout.final, task.size).double().cpu().numpy()
+            latents = pipeline.vae_latents(part.rollout.final, task.size).double().cpu().numpy()
             *_, before, after, _ = schedule.sigmas.tolist()
             kind, guard = kernel if level else "ode", schedule.sigmas[1].item()
             left = sde.leftover_noise(kind, before, after, level, guard).item()
