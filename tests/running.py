@@ -197,8 +197,10 @@ def watch_scores(run: Run, change=lambda scores, held_out: scores) -> list[tuple
 
     change: what becomes of the scores of an epoch or an evaluation.
     """
-    start, batches = run.scorer.start, []
-    run.scorer.start = lambda held_out=False: Watched(start(held_out), held_out, batches, change)
+    start, batches = run.evaluator.scorer.start, []
+    run.evaluator.scorer.start = lambda held_out=False: Watched(
+        start(held_out), held_out, batches, change
+    )
     return batches
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.ratio.grpo import GRPO
 from flow_grpo.parallel.plain import Plain
@@ -91,22 +92,25 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, e
         plan=plan,
         identity={},
         folder=folder,
-        ranks=engine.ranks,
-        pipeline=pipeline,
-        model=engine.model,
-        size=Size(1, 1),
+        evaluator=Evaluator(
+            config=config,
+            ranks=engine.ranks,
+            pipeline=pipeline,
+            model=engine.model,
+            size=Size(1, 1),
+            schedule=schedule,
+            guidance=pipeline.unguided,
+            conditioner=None,
+            scorer=None,
+            stop=None,
+        ),
         schedule=schedule,
         guidance=pipeline.unguided,
-        eval_schedule=schedule,
-        eval_guidance=pipeline.unguided,
         objective=objective,
         engine=engine,
         updater=Updater(engine, train, 1000),
         snapshots=Snapshots(engine, names, use_lora=False),
-        conditioner=None,
-        scorer=None,
         tracker=Tracker(engine.ranks, Path(folder)),
-        stop=None,
     )
     run.tracker.start(config)
     return run

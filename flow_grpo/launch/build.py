@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import (
 
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.launch import encoders
 from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose
@@ -62,22 +63,25 @@ def build(
         plan=plan,
         identity=identity,
         folder=folder,
-        ranks=engine.ranks,
-        pipeline=pipeline,
-        model=engine.model,
-        size=size,
+        evaluator=Evaluator(
+            config=config,
+            ranks=engine.ranks,
+            pipeline=pipeline,
+            model=engine.model,
+            size=size,
+            schedule=eval_schedule,
+            guidance=eval_guidance,
+            conditioner=encoders.conditioner(config, pipeline),
+            scorer=scorer,
+            stop=Stop(engine.ranks),
+        ),
         schedule=schedule,
         guidance=guidance,
-        eval_schedule=eval_schedule,
-        eval_guidance=eval_guidance,
         objective=objective,
         engine=engine,
         updater=Updater(engine, config.train, total_updates),
         snapshots=Snapshots(engine, names, config.use_lora),
-        conditioner=encoders.conditioner(config, pipeline),
-        scorer=scorer,
         tracker=Tracker(engine.ranks, folder),
-        stop=Stop(engine.ranks),
     )
     if resume_from is None:
         run.tracker.cut(0)  # of a run that ended before its first checkpoint
