@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -22,9 +23,11 @@ from diffusers.models.attention_dispatch import (
 )
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
+from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.launch import encoders
 from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.objectives.base import Objective
 from flow_grpo.parallel.stop import Stop
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import Prompt
@@ -87,7 +90,14 @@ def build(
     else:
         checkpoint.load(run, resume_from)
     run.tracker.start(config)
+    run.tracker.write("run.json", _about(objective_class))
     return run
+
+
+def _about(objective: type[Objective]) -> dict:
+    """What the report must be told of a run, for it knows neither objectives nor their keys."""
+    described = {name: each._asdict() for name, each in objective.statistics.items()}
+    return {"statistics": described, "defaults": json.loads(base().to_json_best_effort())}
 
 
 def load(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import ml_collections
 from torch import Tensor
@@ -24,6 +24,14 @@ class Frozen(Protocol):
         """Set the copy to decay x copy + (1 - decay) x policy."""
 
 
+class Statistic(NamedTuple):
+    """What the report calls a value of Loss.stats: it draws one line per denoising step."""
+
+    title: str
+    note: str = ""
+    origin: float = 0.0  # drawn as the difference from it
+
+
 class Objective:
     """One algorithm. The methods stand in the order in which the loop calls them."""
 
@@ -31,6 +39,8 @@ class Objective:
     keeps: ClassVar[str] = "steps"  # of a rollout: "steps" (states and log-probs) | "final"
     snapshots: tuple[str, ...] = ()  # frozen copies to hold: "old", "reference"
     anchors: tuple[str, ...] = ()  # those whose velocity loss() needs at every point
+    # For the report, by their names in metrics; one that is not here is drawn under its name.
+    statistics: ClassVar[dict[str, Statistic]] = {}
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from config.base import base
 from flow_grpo.report.recorded import Recorded, interval
 
 LEAVES = ("reward_fn", "reward_urls")  # a dict that is one setting
@@ -102,7 +101,7 @@ def headline(run: Recorded) -> dict[str, str]:
     return {
         "epochs": f"{len(run.epochs)} of {run.config['num_epochs']}",
         "optimizer steps": f"{last['step']:,}",
-        "pictures": f"{pictures:,}",
+        "images": f"{pictures:,}",
         "time": duration(run),
         "machine": "; ".join(sorted(machines)) or "not recorded",
     }
@@ -131,8 +130,8 @@ def compared(run: Recorded, others: list[Recorded]) -> dict[str, list[str]]:
 
 
 def settings(run: Recorded) -> list[Setting]:
-    """Every key of the run beside its default in config/base.py, in that file's order."""
-    defaults, own = _flat(json.loads(base().to_json_best_effort())), _flat(run.config)
+    """Every key of the run beside its default, in the order of config/base.py."""
+    defaults, own = _flat(run.defaults), _flat(run.config)
     found = []
     for key in [*defaults, *(key for key in own if key not in defaults)]:
         if key not in own:

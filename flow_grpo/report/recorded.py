@@ -44,6 +44,8 @@ class Recorded:
     folder: Path
     config: dict
     launches: list[dict]  # see provenance.py; empty for a run that did not write them
+    defaults: dict  # of every key of config; empty for a run that did not write them
+    statistics: dict[str, dict]  # the objective's: name -> title, note, origin; likewise
     evals: list[dict]
     epochs: list[dict]
     updates: list[dict]
@@ -73,12 +75,17 @@ def load(folder: Path) -> Recorded:
             f"{str(folder)!r} has no {missing[0] if missing else 'evaluation in metrics.jsonl'}: "
             f"a run's folder, logs/<run_name>, is needed, after its first evaluation."
         )
-    launches = folder / "launches.json"
+    about = _read(folder / "run.json") or {"defaults": {}, "statistics": {}}
     return Recorded(
         folder=folder,
-        config=json.loads((folder / "config.json").read_text()),
-        launches=json.loads(launches.read_text()) if launches.is_file() else [],
+        config=_read(folder / "config.json"),
+        launches=_read(folder / "launches.json") or [],
+        **about,
         evals=read_metrics(folder, "eval"),
         epochs=read_metrics(folder, "epoch"),
         updates=read_metrics(folder, "update"),
     )
+
+
+def _read(path: Path):
+    return json.loads(path.read_text()) if path.is_file() else None

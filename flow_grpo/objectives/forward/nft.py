@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flow_grpo.objectives.base import Frozen, Objective, Reduce
+from flow_grpo.objectives.base import Frozen, Objective, Reduce, Statistic
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -21,6 +21,11 @@ class NFT(Objective):
 
     samples_with = "old"
     keeps = "final"
+    statistics = {
+        "drift": Statistic("Drift", "mean squared difference from the old policy's velocity"),
+        "kl": Statistic("KL to the reference", "mean squared difference of the velocities"),
+        "positive_loss": Statistic("Loss of the positive branch", "before its weight"),
+    }
 
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)

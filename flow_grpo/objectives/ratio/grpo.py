@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo import sde
-from flow_grpo.objectives.base import Objective, Predict, Reduce
+from flow_grpo.objectives.base import Objective, Predict, Reduce, Statistic
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule, replay
@@ -20,6 +20,16 @@ class GRPO(Objective):
     train.step_weight "std": each step's loss times its std over the mean std of all trainable
     steps, as in TempFlow-GRPO (arXiv:2508.04324).
     """
+
+    statistics = {
+        "ratio_std": Statistic("Ratio, standard deviation", "how far the policy has moved"),
+        "ratio": Statistic("Ratio, mean − 1", "exactly 0 before an epoch's first update", 1.0),
+        "clip_high": Statistic("Clipped above", "share of ratios above 1 + clip_range"),
+        "clip_low": Statistic("Clipped below", "share of ratios below 1 − clip_range"),
+        "approx_kl": Statistic("Approximate KL", "mean of (log-ratio)² / 2"),
+        "kl": Statistic("KL to the reference", "in the unit of train.kl_mode"),
+        "policy_loss": Statistic("Policy loss", "the clipped surrogate, without the KL"),
+    }
 
     @classmethod
     def check(cls, config) -> None:
