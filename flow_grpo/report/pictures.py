@@ -46,11 +46,11 @@ class Pictures:
 
 def before_and_after(run: Recorded, num_bytes: int) -> Pictures | None:
     """Return the first and the last evaluation's pictures in at most num_bytes; None: no two."""
-    found = [(row["step"], _sheet(run.folder, row["step"])) for row in run.evals]
-    found = [(step, path) for step, path in found if path.is_file()]
-    if len(found) < 2:
+    sheets = [(row["step"], _sheet(run.folder, row["step"])) for row in run.evals]
+    sheets = [(step, path) for step, path in sheets if path.is_file()]
+    if len(sheets) < 2:
         return None
-    (first, path_before), (last, path_after) = found[0], found[-1]
+    (first, path_before), (last, path_after) = sheets[0], sheets[-1]
     prompts, before = _pictures(path_before)
     _, after = _pictures(path_after)
     sides = SIDES if prompts else tuple(4 * side for side in SIDES)
