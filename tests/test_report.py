@@ -6,6 +6,7 @@ import ast
 import html
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -303,6 +304,24 @@ def test_intervals_become_bands_and_are_no_scores_of_their_own(tmp_path):
     (change,) = facts.changes(run)
     assert (change.difference, change.rises) == ("+0.100", True)
     assert change.interval_after == "0.200 – 0.600"
+
+
+def test_the_strip_shows_prompts_before_and_after_with_their_scores(folder, tmp_path, monkeypatch):
+    out, script = tmp_path / "strip.png", Path(__file__).parent.parent / "scripts/testbed/strip.py"
+    score = "jpeg_incompressibility"
+    argv = [script, folder, "--out", out, "--num", "3", "--score", score]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    strip = runpy.run_path(str(script), run_name="strip")
+    strip["main"]()
+    pixels = np.asarray(Image.open(out))
+    first, *_, last = recorded.load(folder).evals
+    sheets = [pictures.read_sheet(pictures.sheet_path(folder, r["step"]))[1] for r in (first, last)]
+    pair = strip["stack"](sheets[0][0], sheets[1][0])
+    height, width, _ = pair.shape
+    assert (height, width) == (2 * 96 + 2, 96) and pixels.shape[1] == 3 * (width + 6) + 6
+    np.testing.assert_array_equal(pixels[6 : 6 + height, 6 : 6 + width], pair)
+    mean = sum(strip["scores"](folder, last["step"], score)) / len(running.PROMPTS)
+    assert mean == pytest.approx(last[score])
 
 
 @pytest.mark.parametrize("side", [32, 200])
