@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flow_grpo.report.plots import Chart, Series, colour, padded, ramp
 from flow_grpo.report.recorded import Recorded, interval
 
@@ -90,23 +92,13 @@ def updates(run: Recorded) -> list[Chart]:
 def speed(run: Recorded) -> list[Chart]:
     """Where the time and the memory went."""
     rows = run.epochs
-    held = [phase for phase in PHASES if any(f"seconds/{phase}" in row for row in rows)]
-    phases = [
-        Series(
-            phase,
-            [row["epoch"] for row in rows],
-            [row.get(f"seconds/{phase}", 0.0) for row in rows],
-            colour(i),
-        )
-        for i, phase in enumerate(held)
-    ]
+    phases = [_over(rows, f"seconds/{phase}", phase, colour(i)) for i, phase in enumerate(PHASES)]
     memory = [
         _over(rows, f"memory/{place}_gib", place, colour(i))
         for i, place in enumerate(("device", "host"))
     ]
-    memory = [series for series in memory if series.x]
     charts = [
-        Chart("Seconds of an epoch", "on the main process", phases, "epoch", "stack"),
+        Chart("Seconds per epoch", "in each phase, on the main process", phases, "epoch"),
         _single(rows, "images_per_second", "Images per second", "evaluation left out"),
         Chart("Peak memory, GiB", "so far, of the main process", memory, "epoch"),
     ]
@@ -177,7 +169,9 @@ def _step_keys(rows: list[dict], name: str) -> dict[int, str]:
 
 
 def _present(charts: list[Chart]) -> list[Chart]:
-    return [chart for chart in charts if any(series.x for series in chart.series)]
+    """Leave out series without a value, and charts without a series."""
+    kept = [replace(chart, series=[s for s in chart.series if s.x]) for chart in charts]
+    return [chart for chart in kept if chart.series]
 
 
 def _shares(run: Recorded) -> bool:

@@ -48,7 +48,9 @@ def _values(run: Recorded, others: list[Recorded]) -> dict:
         "changes": facts.changes(run),
         "headline": facts.headline(run),
         "compared": facts.compared(run, others),
-        "charts": {name: plots.drawn(some) for name, some in drawings.items()},
+        "charts": {
+            name: [(chart, plots.draw(chart)) for chart in some] for name, some in drawings.items()
+        },
         "launch": launch,
         "versions": launch and ", ".join(f"{k} {v}" for k, v in launch["versions"].items()),
         "settings": facts.settings(run),

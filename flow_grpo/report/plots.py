@@ -11,9 +11,8 @@ import numpy as np
 
 WIDTHS, HEIGHT = {"wide": 340, "narrow": 240}, 180  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 48, 6, 10, 38  # what is left of that for the axes' numbers
-MOST_POINTS, MOST_BARS = 240, 60
+MOST_POINTS = 240
 NUM_COLOURS = 6  # --series-1 ... of page.css
-BAR = 0.82  # of the distance between two bars
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """kind "lines": values over x. kind "stack": y is stacked up, a bar for each x."""
-
     title: str
     note: str
     series: list[Series]
     x_label: str = "optimizer step"
-    kind: str = "lines"
     limits: tuple[float, float] | None = None  # of y
     markers: bool = False
     width: str = "wide"
@@ -43,14 +39,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Curve:
-    """A series in the drawing's coordinates; line, band and bars are the "d" of an SVG path."""
+    """A series in the drawing's coordinates; line and band are the "d" of an SVG path."""
 
     colour: str
     dashed: bool
-    line: str = ""
-    band: str = ""
-    bars: str = ""
-    dots: tuple[tuple[float, float], ...] = ()
+    line: str
+    band: str
+    dots: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -82,16 +77,15 @@ class Frame:
     """Maps x and y to places in the drawing."""
 
     def __init__(self, width: float, x_limits: tuple[float, float], y_limits: tuple[float, float]):
-        self.x_limits, self.y_limits = x_limits, y_limits
-        self._wide, self._high = width - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+        self._width, self._x_limits, self._y_limits = width, x_limits, y_limits
 
     def x(self, value: float) -> float:
-        first, last = self.x_limits
-        return round(LEFT + self._wide * (value - first) / (last - first), 1)
+        first, last = self._x_limits
+        return round(LEFT + (self._width - LEFT - RIGHT) * (value - first) / (last - first), 1)
 
     def y(self, value: float) -> float:
-        low, high = self.y_limits
-        return round(TOP + self._high * (high - value) / (high - low), 1)
+        low, high = self._y_limits
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low), 1)
 
     def points(self, rows: Iterable[tuple[float, float]]) -> list[str]:
         return [f"{self.x(x)},{self.y(y)}" for x, y in rows]
@@ -99,45 +93,26 @@ class Frame:
 
 def draw(chart: Chart) -> Drawing:
     """Lay the chart out. Values that are not finite leave a gap."""
-    stacked = chart.kind == "stack"
-    most = MOST_BARS if stacked else MOST_POINTS
-    columns = [(thin(s.x, most), thin(s.y, most)) for s in chart.series]
-    every_x = [x for xs, _ in columns for x in xs]
-    if stacked:
-        tops = np.cumsum([ys for _, ys in columns], axis=0)
-        bar = BAR * (every_x[1] - every_x[0] if len(columns[0][0]) > 1 else 1)
-        limits, margin = (0.0, 1.04 * float(np.nanmax(tops)) or 1.0), bar / 2
-    else:
-        limits = chart.limits or padded(chart.series)
-        margin = 0.02 * (max(every_x) - min(every_x)) or 0.5
-    frame = Frame(WIDTHS[chart.width], (min(every_x) - margin, max(every_x) + margin), limits)
-    if stacked:
-        floors = [np.zeros_like(tops[0]), *tops]
-        curves = [
-            Curve(s.colour, s.dashed, bars=_bars(frame, x, floor, top, bar))
-            for s, (x, _), floor, top in zip(chart.series, columns, floors, tops, strict=False)
-        ]
-    else:
-        dots = chart.markers
-        curves = [
-            _curve(frame, s, x, y, dots) for s, (x, y) in zip(chart.series, columns, strict=True)
-        ]
-    width = WIDTHS[chart.width]
+    width, every_x = WIDTHS[chart.width], [x for series in chart.series for x in series.x]
+    margin = 0.02 * (max(every_x) - min(every_x)) or 0.5
+    x_limits = min(every_x) - margin, max(every_x) + margin
+    y_limits = chart.limits or padded(chart.series)
+    frame = Frame(width, x_limits, y_limits)
     return Drawing(
         width=width,
         height=HEIGHT,
         left=LEFT,
         right=width - RIGHT,
         floor=HEIGHT - BOTTOM,
-        x_ticks=[(frame.x(v), text) for v, text in ticks(*frame.x_limits, most=6, whole=True)],
-        y_ticks=[(frame.y(v), text) for v, text in ticks(*frame.y_limits, most=5)],
-        curves=curves,
+        x_ticks=[(frame.x(v), text) for v, text in ticks(*x_limits, most=6, whole=True)],
+        y_ticks=[(frame.y(v), text) for v, text in ticks(*y_limits, most=5)],
+        curves=[_curve(frame, series, chart.markers) for series in chart.series],
     )
 
 
-def _curve(frame: Frame, series: Series, x: np.ndarray, y: np.ndarray, markers: bool) -> Curve:
-    line, band, dots = "", "", []
-    for rows in finite(x, y):
+def _curve(frame: Frame, series: Series, markers: bool) -> Curve:
+    x, line, band, dots = thin(series.x), "", "", []
+    for rows in finite(x, thin(series.y)):
         points = frame.points(rows)
         line += f"M{points[0]}L{' '.join(points)}"
         if markers or len(rows) == 1:
@@ -147,16 +122,7 @@ def _curve(frame: Frame, series: Series, x: np.ndarray, y: np.ndarray, markers: 
             there = frame.points((a, low) for a, low, _ in rows)
             back = frame.points((a, high) for a, _, high in reversed(rows))
             band += f"M{' '.join(there + back)}Z"
-    return Curve(series.colour, series.dashed, line, band, dots=tuple(dots))
-
-
-def _bars(frame: Frame, x: np.ndarray, low: np.ndarray, high: np.ndarray, width: float) -> str:
-    path = ""
-    for rows in finite(x, low, high):
-        for a, bottom, top in rows:
-            left, right = frame.x(a - width / 2), frame.x(a + width / 2)
-            path += f"M{left},{frame.y(bottom)}V{frame.y(top)}H{right}V{frame.y(bottom)}Z"
-    return path
+    return Curve(series.colour, series.dashed, line, band, tuple(dots))
 
 
 def finite(*columns: np.ndarray) -> Iterator[list[tuple]]:
@@ -213,8 +179,3 @@ def thin(values: list[float], most: int = MOST_POINTS) -> np.ndarray:
 def _mean(values: np.ndarray) -> float:
     present = values[~np.isnan(values)]
     return float(present.mean()) if len(present) else np.nan
-
-
-def drawn(charts: list[Chart]) -> list[tuple[Chart, Drawing]]:
-    """Return each chart with its drawing."""
-    return [(chart, draw(chart)) for chart in charts]
