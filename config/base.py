@@ -102,6 +102,7 @@ def base() -> ml_collections.ConfigDict:
     train.clip_range = 1e-4  # epsilon, of the per-element mean log-ratio
     train.step_weight = "none"  # none | std: each step's loss times its std over the mean std
     train.old_log_prob = "rollout"  # rollout | replay: scored again before the first update
+    train.gate_tolerance = 0.025  # with replay: relative error of the velocity at the start
     train.beta = 0.0  # KL coefficient
     train.kl_mode = "kl_dt"  # kl_dt | kl_true | x | v
     train.ema = False

@@ -1,15 +1,30 @@
-"""The arithmetic of an epoch: groups, micro-batches, passes through the transformer. No torch."""
+"""The arithmetic of an epoch: groups, micro-batches, updates, passes through the transformer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import ml_collections
+import numpy as np
 
-from flow_grpo import prompts
+from flow_grpo import prompts, randomness
 from flow_grpo.prompts import Prompt
 
 PUBLISHED_GROUPS, PUBLISHED_GROUP_SIZE = 48, 24  # an epoch of Flow-GRPO (arXiv:2505.05470)
+
+
+# [inner epoch][update][rank] -> micro-batches: numbers of rows among all ranks'. ~n is row n once
+# more with weight 0, to fill a micro-batch up.
+Updates = list[list[list[list[np.ndarray]]]]
+
+
+class Passes(NamedTuple):
+    """How many velocities of a row are predicted; guidance makes two passes of one."""
+
+    trained: int  # with a gradient, in each inner epoch
+    frozen: int  # once an update, in each inner epoch
+    prepared: int  # before the first update of an epoch
 
 
 @dataclass(frozen=True)
@@ -20,6 +35,8 @@ class Plan:
     num_micro_batches: int  # of each rank
     micro_batch_size: int
     num_updates: int  # optimizer steps of one pass
+    num_inner_epochs: int  # passes
+    seed: int
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
 
@@ -49,26 +66,111 @@ class Plan:
         return f"published runs have {published}; here: {', '.join(few)}"
 
     def passes(
-        self, config: ml_collections.ConfigDict, num_trained: int, guided: bool, num_anchors: int
+        self, config: ml_collections.ConfigDict, of_row: Passes, guided: bool, num_sampled: int
     ) -> dict[str, int]:
-        """Count an epoch's passes of one picture through the transformer, on all ranks.
+        """Count an epoch's passes of one image through the transformer, on all ranks.
 
-        num_trained: stochastic steps of a picture, which are the points an objective trains unless
-        its section of the config says otherwise. guided: sampling makes two passes a step.
-        num_anchors: frozen predictions at each point. Evaluation is not counted.
+        of_row: what an objective predicts at a row. guided: sampling makes two passes a step.
+        num_sampled: steps that are sampled, of all rows. Evaluation is not counted.
         """
-        pictures, train = self.num_groups * self.group_size, config.train
-        own = config.get(config.objective, {})
-        points = len(own.get("steps", ())) or own.get("num_times", num_trained)
-        points *= pictures * (2 if guided and train.cfg else 1)
-        trained = points * train.num_inner_epochs
-        replayed = config.objective == "grpo" and train.old_log_prob == "replay"
+        train, rows = config.train, self.num_groups * self.group_size
+        trained = rows * (2 if guided and train.cfg else 1)
         return {
-            "sampling": pictures * config.sample.num_steps * (2 if guided else 1),
-            "forward and backward": trained,
-            "frozen predictions": trained * num_anchors,
-            "old log-probs": points if replayed else 0,
+            "sampling": num_sampled * (2 if guided else 1),
+            "forward and backward": trained * of_row.trained * train.num_inner_epochs,
+            "frozen predictions": trained * of_row.frozen * train.num_inner_epochs,
+            "old log-probs": trained * of_row.prepared,
         }
+
+    def in_order(self, rows: list[np.ndarray], epoch: int) -> Updates:
+        """Cut each rank's rows, in their order, into micro-batches and deal these to updates.
+
+        rows: of each rank, a multiple of micro_batch_size.
+        """
+        size = self.micro_batch_size
+        cut = [[part[i : i + size] for i in range(0, len(part), size)] for part in rows]
+        updates: Updates = []
+        for inner in range(self.num_inner_epochs):
+            orders = [
+                micro_batch_order(len(part), self.num_updates, rank, self.seed, epoch, inner)
+                for rank, part in enumerate(cut)
+            ]
+            updates.append(
+                [
+                    [[part[i] for i in order[n]] for part, order in zip(cut, orders, strict=True)]
+                    for n in range(self.num_updates)
+                ]
+            )
+        return updates
+
+    def in_sets(self, sets: list[list[np.ndarray]], rows: list[np.ndarray], epoch: int) -> Updates:
+        """Pack sets of rows, such as pairs, whole into micro-batches; other rows are left out.
+
+        sets: of each rank, each of at most micro_batch_size rows. Each run of num_updates sets,
+        rank after rank, gives one to every update, so that these do not depend on the ranks. rows:
+        all of each rank, of which the first fills up what is too short, with weight 0, so that all
+        ranks make equal calls.
+        """
+        updates: Updates = []
+        owners = [(rank, each) for rank, mine in enumerate(sets) for each in mine]
+        for inner in range(self.num_inner_epochs):
+            dealt: list[list[list[np.ndarray]]] = [
+                [[] for _ in sets] for _ in range(self.num_updates)
+            ]
+            for start in range(0, len(owners), self.num_updates):
+                order, run = list(range(self.num_updates)), start // self.num_updates
+                randomness.rng(self.seed, "updates", epoch, inner, run).shuffle(order)
+                for update, (rank, each) in zip(order, owners[start:], strict=False):
+                    dealt[update][rank].append(each)
+            updates.append([self._packed(of_ranks, rows) for of_ranks in dealt])
+        return updates
+
+    def _packed(
+        self, of_ranks: list[list[np.ndarray]], rows: list[np.ndarray]
+    ) -> list[list[np.ndarray]]:
+        """Make an update's micro-batches of its sets, equally many of equal size on all ranks."""
+        size = self.micro_batch_size
+        packed = [_packed(sets, size) for sets in of_ranks]
+        most = max(map(len, packed))
+        return [
+            _filled(micros, most, size, fill=~mine[0])
+            for micros, mine in zip(packed, rows, strict=True)
+        ]
+
+
+def _packed(sets: list[np.ndarray], size: int) -> list[np.ndarray]:
+    """Put sets one behind the other into micro-batches, each as a whole."""
+    micros: list[list[int]] = []
+    for each in sets:
+        assert len(each) <= size, f"a set of {len(each)} rows does not fit a micro-batch of {size}"
+        if not micros or len(micros[-1]) + len(each) > size:
+            micros.append([])
+        micros[-1] += each.tolist()
+    return [np.array(micro) for micro in micros]
+
+
+def _filled(micros: list[np.ndarray], count: int, size: int, fill: int) -> list[np.ndarray]:
+    """Bring micro-batches to a size and their list to a count."""
+    micros = micros + [np.array([], dtype=np.int64)] * (count - len(micros))
+    return [np.append(micro, [fill] * (size - len(micro))).astype(np.int64) for micro in micros]
+
+
+def micro_batch_order(
+    num_micro_batches: int, num_updates: int, rank: int, seed: int, epoch: int, inner_epoch: int
+) -> list[list[int]]:
+    """Deal this rank's micro-batches to the optimizer steps of one pass.
+
+    Each run of `num_updates` micro-batches gives one to every update, in an order drawn for that
+    run among all ranks' runs: one rank with twice the micro-batches makes the same updates as two.
+    """
+    updates: list[list[int]] = [[] for _ in range(num_updates)]
+    num_runs = num_micro_batches // num_updates
+    for run in range(num_runs):
+        order = list(range(num_updates))
+        randomness.rng(seed, "updates", epoch, inner_epoch, rank * num_runs + run).shuffle(order)
+        for offset, update in enumerate(order):
+            updates[update].append(run * num_updates + offset)
+    return updates
 
 
 def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
@@ -107,6 +209,8 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
         num_micro_batches=num_micro_batches,
         micro_batch_size=micro_batch_size,
         num_updates=num_micro_batches // train.gradient_accumulation_steps,
+        num_inner_epochs=train.num_inner_epochs,
+        seed=config.seed,
         train_prompts=train_prompts,
         eval_prompts=eval_prompts(config),
     )

@@ -166,24 +166,6 @@ def eval_batches(
     return batches[rank::world_size]
 
 
-def micro_batch_order(
-    num_micro_batches: int, num_updates: int, rank: int, seed: int, epoch: int, inner_epoch: int
-) -> list[list[int]]:
-    """Deal this rank's micro-batches to the optimizer steps of one pass.
-
-    Each run of `num_updates` micro-batches gives one to every update, in an order drawn for that
-    run among all ranks' runs: one rank with twice the micro-batches makes the same updates as two.
-    """
-    updates: list[list[int]] = [[] for _ in range(num_updates)]
-    num_runs = num_micro_batches // num_updates
-    for run in range(num_runs):
-        order = list(range(num_updates))
-        randomness.rng(seed, "updates", epoch, inner_epoch, rank * num_runs + run).shuffle(order)
-        for offset, update in enumerate(order):
-            updates[update].append(run * num_updates + offset)
-    return updates
-
-
 def check(folder: str) -> list[str]:
     """Describe a data set, a line a fact, having decoded every picture.
 

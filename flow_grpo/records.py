@@ -1,11 +1,16 @@
-"""The records that travel from prompts to the loss. Every batched field is a row a picture."""
+"""The records that travel from prompts to the loss. Every batched field has a row for an image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from flow_grpo.rollouts import Row
+
+Rows = slice | Tensor  # which rows: a slice, or (M,) int64 on the CPU
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,7 @@ class PromptBatch:
     conds: list[Cond]  # distinct
     negatives: list[Cond] | None  # beside conds; None: the model needs none
     index: Tensor  # (B,) int64 into conds
-    group: Tensor  # (B,) int64, slot of the prompt in the epoch
-    member: Tensor  # (B,) int64, 0 ... group size - 1
+    owners: list[Row]  # B
     size: Size
     prompts: list[str]  # B
     metadata: list[dict]  # B
@@ -46,18 +50,28 @@ class PromptBatch:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def rows(self, rows: slice) -> PromptBatch:
+    @property
+    def group(self) -> Tensor:
+        """(B,) int64, slot of the prompt in the epoch."""
+        return torch.tensor([row.group for row in self.owners])
+
+    @property
+    def member(self) -> Tensor:
+        """(B,) int64, 0 ... group size - 1."""
+        return torch.tensor([row.member for row in self.owners])
+
+    def rows(self, rows: Rows) -> PromptBatch:
+        """Return some rows, with the conditionings that they use."""
         used, index = torch.unique(self.index[rows], return_inverse=True)
         return replace(
             self,
             conds=[self.conds[i] for i in used.tolist()],
             negatives=self.negatives and [self.negatives[i] for i in used.tolist()],
             index=index,
-            group=self.group[rows],
-            member=self.member[rows],
-            prompts=self.prompts[rows],
-            metadata=self.metadata[rows],
-            references=self.references and self.references[rows],
+            owners=_chosen(self.owners, rows),
+            prompts=_chosen(self.prompts, rows),
+            metadata=_chosen(self.metadata, rows),
+            references=self.references and _chosen(self.references, rows),
         )
 
     @staticmethod
@@ -69,8 +83,7 @@ class PromptBatch:
             conds=[cond for part in parts for cond in part.conds],
             negatives=first.negatives and [cond for part in parts for cond in part.negatives],
             index=torch.cat([p.index + o for p, o in zip(parts, offsets.tolist(), strict=True)]),
-            group=torch.cat([part.group for part in parts]),
-            member=torch.cat([part.member for part in parts]),
+            owners=[owner for part in parts for owner in part.owners],
             prompts=[prompt for part in parts for prompt in part.prompts],
             metadata=[row for part in parts for row in part.metadata],
             references=first.references and [row for part in parts for row in part.references],
@@ -79,42 +92,59 @@ class PromptBatch:
 
 @dataclass
 class Rollout:
-    """N sampled rows. K is the number of trained steps; it is 0 where only `final` is kept."""
+    """N denoised rows, one for each segment; those that were drawn whole are leaves.
+
+    K is the number of stochastic steps whose states were kept, 0 where only `final` is. A row with
+    fewer than another has zeros behind its own.
+    """
 
     batch: PromptBatch
-    steps: Tensor  # (N, K) int64, ascending step indices
-    latents: Tensor  # (N, K, ...) fp32, the state before each trained step
+    steps: Tensor  # (N, K) int64, ascending indices of the sigmas from which the steps went
+    next_steps: Tensor  # (N, K) int64, and to which
+    latents: Tensor  # (N, K, ...) fp32, the state before each of these steps
     next_latents: Tensor  # (N, K, ...) fp32, the state after it
     log_probs: Tensor  # (N, K) fp32
-    final: Tensor  # (N, ...) fp32, at sigma 0
-    images: list = field(default_factory=list)  # N uint8 (H, W, 3) or (F, H, W, 3), until scored
-    advantages: Tensor | None = None  # (N,) fp32
-    weights: Tensor | None = None  # (N,) fp32; 0: the row is not trained
+    final: Tensor  # (N, ...) fp32, where the segment ends: at sigma 0, if it is a leaf
+    leaf: Tensor  # (N,) bool: its image is decoded and scored
+    parent: Tensor  # (N, 2) int64: the row that it goes on from, and its sigma's index; -1: noise
+    means: Tensor | None = None  # (N, K, ...) fp32, of the steps
+    velocities: Tensor | None = None  # (N, K, ...) fp32, that were predicted at `latents`
+    advantages: Tensor | None = None  # (N,) or (N, K) fp32
+    weights: Tensor | None = None  # (N,) or (N, K) fp32; 0: it is not trained
 
     def __len__(self) -> int:
         return len(self.batch)
 
-    def rows(self, rows: slice) -> Rollout:
+    def rows(self, rows: Rows) -> Rollout:
+        """Return some rows: views of these where they are a slice."""
         tensors = {
             f.name: value[rows]
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return replace(self, batch=self.batch.rows(rows), images=self.images[rows], **tensors)
+        return replace(self, batch=self.batch.rows(rows), **tensors)
 
     @staticmethod
     def cat(parts: list[Rollout]) -> Rollout:
-        tensors = {
-            f.name: torch.cat([getattr(part, f.name) for part in parts])
-            for f in fields(Rollout)
-            if isinstance(getattr(parts[0], f.name), Tensor)
-        }
-        return replace(
-            parts[0],
-            batch=PromptBatch.cat([part.batch for part in parts]),
-            images=[image for part in parts for image in part.images],
-            **tensors,
-        )
+        """Put parts together; an optional field that one of them lacks is left out."""
+        num_steps = max(part.steps.shape[1] for part in parts)
+        columns: dict[str, Tensor | None] = {}
+        for f in fields(Rollout):
+            values = [getattr(part, f.name) for part in parts]
+            if f.name != "batch":
+                present = all(isinstance(value, Tensor) for value in values)
+                wide = f.name in PER_STEP
+                values = [_widened(v, num_steps) if wide and present else v for v in values]
+                columns[f.name] = torch.cat(values) if present else None
+        return Rollout(batch=PromptBatch.cat([part.batch for part in parts]), **columns)
+
+    def at(self, name: str, column: int) -> Tensor:
+        """Return `advantages` or `weights` (N,) at one of the steps, or what holds for all."""
+        values = getattr(self, name)
+        return values if values.ndim == 1 else values[:, column]
+
+
+PER_STEP = ("steps", "next_steps", "latents", "next_latents", "log_probs", "means", "velocities")
 
 
 @dataclass
@@ -124,8 +154,19 @@ class Point:
     latents: Tensor  # (B, ...) fp32
     sigma: Tensor  # (B,) fp32
     step: Tensor  # (B,) int64, the step index that the loss uses and statistics are kept under
-    column: int = 0  # of the rollout's trained steps; or which of the fresh noisings
+    column: int = 0  # of the rollout's kept steps; or which of the fresh noisings
     noise: Tensor | None = None  # (B, ...) fp32, the x1 that noised the final latents
+
+    def rows(self, rows: Rows) -> Point:
+        """Return it for some rows."""
+        noise = None if self.noise is None else self.noise[rows]
+        return replace(
+            self,
+            latents=self.latents[rows],
+            sigma=self.sigma[rows],
+            step=self.step[rows],
+            noise=noise,
+        )
 
 
 @dataclass
@@ -133,6 +174,44 @@ class Loss:
     """What an objective returns for B rows of one Point."""
 
     value: Tensor  # (B,) unreduced
-    stats: dict[
-        str, Tensor
-    ]  # name -> (B,) detached, averaged over rows, and by step, in the metrics
+    stats: dict[str, Tensor]  # name -> (B,) detached; metrics have their mean, also by step
+
+
+@dataclass
+class RowTable:
+    """What is known of all ranks' rows: rank after rank, each's in its rollout's order."""
+
+    group: Tensor  # (N,) int64
+    member: Tensor  # (N,) int64
+    rank: Tensor  # (N,) int64
+    leaf: Tensor  # (N,) bool
+    parent: Tensor  # (N,) int64, row of this table; -1: none
+    steps: Tensor  # (N, K) int64
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def of_rank(self, rank: int) -> np.ndarray:
+        """Return the leaves of a rank, row numbers of this table."""
+        return torch.nonzero((self.rank == rank) & self.leaf).flatten().numpy()
+
+
+@dataclass
+class Arranged:
+    """What is trained in an epoch, by whom, in which order."""
+
+    updates: list[list[list[list[np.ndarray]]]]  # plan.Updates, equal calls on all ranks
+    advantages: Tensor  # (N,) or (N, K) fp64
+    weights: Tensor  # (N,) or (N, K) fp64; an update's loss is its mean weighted by these
+
+
+def _chosen(items: list, rows: Rows) -> list:
+    return items[rows] if isinstance(rows, slice) else [items[i] for i in rows.tolist()]
+
+
+def _widened(values: Tensor, num_columns: int) -> Tensor:
+    """Append columns of zeros."""
+    missing = num_columns - values.shape[1]
+    if not missing:
+        return values
+    return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], dim=1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import PromptBatch, Rollout
+from flow_grpo.rollouts import Segment
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How pictures are drawn: what sample(), replay() and an objective must agree on."""
+    """How images are drawn: what denoise(), replay() and an objective must agree on."""
 
     sigmas: Tensor  # (N + 1,) fp32 on the device, 1 ... 0
     guidance_scale: float
@@ -32,104 +33,180 @@ class Schedule:
         return len(self.sigmas) - 1
 
 
+KEPT = ("states", "log_probs", "means", "velocities")  # of stochastic steps, beside the final state
+
+
+@dataclass
+class Denoised:
+    """What one call gives: its rows, and states that later calls go on from."""
+
+    rollout: Rollout
+    states: dict[int, Tensor]  # by index of the sigma: (B, ...) fp32 of rows that pass it
+
+
 @torch.no_grad()
-def sample(
+def denoise(
     pipeline: PatchedPipeline,
     model: Callable,
     batch: PromptBatch,
     schedule: Schedule,
     randomness: Randomness,
-    steps: np.ndarray | None = None,
-    keep_steps: bool = True,
+    segment: Segment,
+    *,
+    leaf: bool = True,
+    keep: Collection[str] = (),
+    start: Tensor | None = None,
+    save: Collection[int] = (),
     on_step: Callable[[], None] = lambda: None,
-) -> Rollout:
-    """Generate a picture for each row.
+) -> Denoised:
+    """Walk B rows along their segment; nothing is decoded.
 
-    model: the transformer as training calls it. steps: (B, K) int64 ascending, the stochastic steps
-    of each row; None or noise_level 0: an ODE throughout. keep_steps: return their states and
-    log-probs. Every call makes the same number of forward passes, whatever the rows' steps.
+    model: the transformer as training calls it. leaf: the rows end as images. keep: of KEPT. start:
+    (B, ...) fp32, the states of the rows' parents; used where a row has one. save: indices of
+    sigmas whose states are returned. Steps that are not stochastic are Euler's. A call makes as
+    many forward passes as its segment has steps, whatever the rows'.
     """
-    sigmas, owners = (
-        schedule.sigmas,
-        list(zip(batch.group.tolist(), batch.member.tolist(), strict=True)),
-    )
-    cond, negative = collate(pipeline, batch, schedule.pad_to)
-    firsts = [(group, 0) for group, _ in owners] if schedule.same_latent else owners
-    noise = randomness.normal("init", firsts, pipeline.noise_shape(batch.size))
-    latents = pipeline.initial_latents(batch.size, _send(noise, pipeline.device))
-    if steps is None or schedule.kind == "ode" or schedule.noise_level == 0:
-        steps = np.empty((len(batch), 0), dtype=np.int64)
-    kept = _Kept(latents, steps if keep_steps else steps[:, :0])
-
-    for i in range(schedule.num_steps):
-        sigma = sigmas[i].expand(len(batch))
+    latents = _initial(pipeline, batch, schedule, randomness)
+    device, sigmas = latents.device, schedule.sigmas
+    if start is not None:
+        goes_on = _to(device, np.flatnonzero(segment.parent[:, 0] >= 0))
+        latents[goes_on] = start[goes_on]
+    if schedule.kind == "ode" or schedule.noise_level == 0:
+        segment = replace(segment, stochastic=np.zeros_like(segment.stochastic))
+    conditioning = collate(pipeline, batch, schedule.pad_to)
+    grid, kept = _to(device, segment.grid), _Kept(segment, latents, keep)
+    states: dict[int, Tensor] = {}
+    for i in range(grid.shape[1] - 1):
+        _save(states, segment.grid[:, i], latents, save)
+        now, then = sigmas[grid[:, i]], sigmas[grid[:, i + 1]]
         velocity = pipeline.velocity(
-            model, latents, sigma, cond, negative, schedule.guidance_scale, batch.size
+            model, latents, now, *conditioning, schedule.guidance_scale, batch.size
         )
-        before = latents
-        now = (velocity, latents, sigma, sigmas[i + 1])
-        latents = sde.step("ode", *now, 0.0, sigma_guard=sigmas[1]).next_latents
-        rows = np.flatnonzero((steps == i).any(axis=1))
-        if len(rows):
-            noise = torch.zeros_like(latents)
-            on_rows = _to(latents.device, rows)
-            drawn = randomness.normal(
-                "step", [(*owners[row], i) for row in rows], latents.shape[1:]
-            )
-            noise[on_rows] = _send(drawn, latents.device)
+        before, place = latents, (velocity, latents, now, then)
+        # A row that waits steps from a sigma to the same one, and so stays where it is.
+        latents = sde.step("ode", *place, 0.0, sigma_guard=sigmas[1]).next_latents
+        if segment.stochastic[:, i].any():
+            noise = _step_noise(randomness, batch, segment, i, latents)
             taken = sde.step(
-                schedule.kind, *now, schedule.noise_level, sigma_guard=sigmas[1], noise=noise
+                schedule.kind, *place, schedule.noise_level, sigma_guard=sigmas[1], noise=noise
             )
+            on_rows = _to(device, np.flatnonzero(segment.stochastic[:, i]))
             latents[on_rows] = taken.next_latents[on_rows]
-            kept.store(i, before, latents, taken.log_prob)
+            kept.store(i, before, latents, taken, velocity)
         on_step()
+    _save(states, segment.grid[:, -1], latents, save)
+    return Denoised(kept.rollout(batch, latents, leaf), states)
 
-    return Rollout(
-        batch=batch,
-        steps=_to(latents.device, kept.steps),
-        latents=kept.latents,
-        next_latents=kept.next_latents,
-        log_probs=kept.log_probs,
-        final=latents,
-        images=to_uint8(pipeline.decode(latents, batch.size)),
-    )
+
+def parents(done: list[Denoised], segment: Segment) -> Tensor | None:
+    """Gather the states (B, ...) that a segment's rows go on from; None if all start from noise."""
+    rows, indices = segment.parent.T
+    if (rows < 0).all():
+        return None
+    ends = np.cumsum([len(part.rollout) for part in done])
+    start = torch.zeros_like(done[0].rollout.final[:1]).repeat_interleave(len(rows), 0)
+    for n in np.flatnonzero(rows >= 0):
+        part = int(np.searchsorted(ends, rows[n], side="right"))
+        local = rows[n] - (ends[part] - len(done[part].rollout))
+        start[n] = done[part].states[int(indices[n])][local]
+    return start
+
+
+def decode(pipeline: PatchedPipeline, rollout: Rollout) -> list[np.ndarray]:
+    """Return the images of leaves, uint8 ([F,] H, W, 3) each, rounded as diffusers does."""
+    images = pipeline.decode(rollout.final, rollout.batch.size)
+    return list((images.movedim(-3, -1) * 255).round().to(torch.uint8).cpu().numpy())
+
+
+def _initial(
+    pipeline: PatchedPipeline, batch: PromptBatch, schedule: Schedule, randomness: Randomness
+) -> Tensor:
+    """Return the rows' initial noise as the model's latents."""
+    owners = [(row.group, 0 if schedule.same_latent else row.member) for row in batch.owners]
+    noise = randomness.normal("init", owners, pipeline.noise_shape(batch.size))
+    return pipeline.initial_latents(batch.size, _send(noise, pipeline.device))
+
+
+def _step_noise(
+    randomness: Randomness, batch: PromptBatch, segment: Segment, position: int, latents: Tensor
+) -> Tensor:
+    """Return noise like the latents for the rows that are stochastic here, 0 for others."""
+    rows, noise = np.flatnonzero(segment.stochastic[:, position]), torch.zeros_like(latents)
+    owners = [batch.owners[n] for n in rows]
+    steps = segment.grid[rows, position].tolist()
+    names = [(row.group, row.member, i, *row.branch) for row, i in zip(owners, steps, strict=True)]
+    fresh = randomness.normal("step", names, latents.shape[1:]).to(latents.dtype)
+    noise[_to(latents.device, rows)] = _send(fresh, latents.device)
+    return noise
+
+
+def _save(
+    states: dict[int, Tensor], indices: np.ndarray, latents: Tensor, save: Collection[int]
+) -> None:
+    """Save the states of rows that are at one of these sigmas."""
+    for index in set(indices.tolist()) & set(save):
+        rows = _to(latents.device, np.flatnonzero(indices == index))
+        held = states.setdefault(index, torch.zeros_like(latents))
+        held[rows] = latents[rows]
 
 
 class _Kept:
-    """The states before and after the trained steps (B, K) of each row, and the log-probs."""
+    """What is kept of the stochastic steps, (B, K) each."""
 
-    def __init__(self, latents: Tensor, steps: np.ndarray):
-        self.steps = steps
-        self.latents = latents.new_empty((*steps.shape, *latents.shape[1:]))
-        self.next_latents = torch.empty_like(self.latents)
-        self.log_probs = latents.new_empty(steps.shape)
+    def __init__(self, segment: Segment, latents: Tensor, keep: Collection[str]):
+        stochastic = segment.stochastic if keep else np.zeros_like(segment.stochastic)
+        self._segment = replace(segment, stochastic=stochastic)
+        shape = (len(latents), int(stochastic[0].sum()))
+        wide = (*shape, *latents.shape[1:])
+        self._log_probs = latents.new_empty(shape)
+        self._states = [latents.new_empty(wide) for _ in range(2)]
+        self._more = {name: latents.new_empty(wide) for name in KEPT[2:] if name in keep}
+        self._columns = stochastic.cumsum(1) - 1
 
-    def store(self, step: int, before: Tensor, after: Tensor, log_prob: Tensor) -> None:
-        """Keep the rows that train this step."""
-        rows, columns = (_to(before.device, index) for index in np.nonzero(self.steps == step))
-        self.latents[rows, columns] = before[rows]
-        self.next_latents[rows, columns] = after[rows]
-        self.log_probs[rows, columns] = log_prob[rows]
+    def store(
+        self, position: int, before: Tensor, after: Tensor, taken: sde.Step, velocity: Tensor
+    ) -> None:
+        """Keep a step of the rows in which it was stochastic."""
+        if not self._log_probs.shape[1]:
+            return
+        chosen = self._segment.stochastic[:, position]
+        rows = _to(before.device, np.flatnonzero(chosen))
+        columns = _to(before.device, self._columns[chosen, position])
+        values = {"means": taken.mean, "velocities": velocity}
+        pairs = [(self._states[0], before), (self._states[1], after)]
+        pairs += [(self._log_probs, taken.log_prob)]
+        pairs += [(held, values[name]) for name, held in self._more.items()]
+        for held, value in pairs:
+            held[rows, columns] = value[rows]
+
+    def rollout(self, batch: PromptBatch, final: Tensor, leaf: bool) -> Rollout:
+        return Rollout(
+            batch=batch,
+            steps=_to(final.device, self._segment.kept(0)),
+            next_steps=_to(final.device, self._segment.kept(1)),
+            latents=self._states[0],
+            next_latents=self._states[1],
+            log_probs=self._log_probs,
+            final=final,
+            leaf=torch.full((len(batch),), leaf),
+            parent=torch.from_numpy(self._segment.parent),
+            means=self._more.get("means"),
+            velocities=self._more.get("velocities"),
+        )
 
 
 def replay(schedule: Schedule, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:
     """Score the rollout's trained step `column` under another velocity (B, ...) at its state."""
-    steps = rollout.steps[:, column]
     return sde.step(
         schedule.kind,
         velocity,
         rollout.latents[:, column],
-        schedule.sigmas[steps],
-        schedule.sigmas[steps + 1],
+        schedule.sigmas[rollout.steps[:, column]],
+        schedule.sigmas[rollout.next_steps[:, column]],
         schedule.noise_level,
         sigma_guard=schedule.sigmas[1],
         next_latents=rollout.next_latents[:, column],
     )
-
-
-def to_uint8(images: Tensor) -> list[np.ndarray]:
-    """Turn (B, [F,] 3, H, W) in [0, 1] into B uint8 ([F,] H, W, 3), rounded as diffusers does."""
-    return list((images.movedim(-3, -1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def _to(device: torch.device, array: np.ndarray) -> Tensor:

@@ -9,13 +9,12 @@ X0 = x - sigma * velocity and X1 = x + (1 - sigma) * velocity. Every stochastic 
 and differs from the others only in kept_noise and std.
 """
 
-from math import log, pi
+from collections.abc import Callable
+from math import inf, log, pi
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-KINDS = ("sde", "cps", "dance", "ode")
 
 
 class Step(NamedTuple):
@@ -39,26 +38,26 @@ def step(
 ) -> Step:
     """Step from sigma to sigma_next, or score the step that was taken.
 
-    kind: "sde" (Flow-SDE, arXiv:2505.05470), "cps" (arXiv:2509.05952), "dance" (Dance-SDE,
-    arXiv:2505.07818) or "ode" (Euler, bit for bit diffusers' FlowMatchEulerDiscreteScheduler).
+    kind: of KERNELS.
     velocity, latents: (B, ...). sigma > sigma_next, noise_level, sigma_guard: scalars or (B,).
-    noise_level: a of "sde", any positive; eta of "dance", any positive, of "cps", in [0, 1].
+    noise_level: a of "sde", eta of "dance" and "cps", up to the kernel's max_level.
     sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
     next_latents: (B, ...) where the step went, a constant to the gradient; else noise: (B, ...)
     standard normal. A stochastic kind takes exactly one of the two and draws nothing itself.
 
     log_prob is the Gaussian's log-density divided by the number of elements, so that a ratio of two
-    is the D-th root of the true one; for "cps" it is -mean((next - mean)^2), without constants.
-    Where std is 0 it is not finite (other than for "cps"): call "ode" there.
+    is the D-th root of the true one; without has_variance it is -mean((next - mean)^2) alone.
+    Where a kernel that has it gives a std of 0 it is not finite: call "ode" there.
     """
-    assert kind in KINDS, kind
+    assert kind in KERNELS, kind
+    kernel = KERNELS[kind]
     assert velocity.shape == latents.shape, (velocity.shape, latents.shape)
     dtype = torch.promote_types(latents.dtype, torch.float32)
     latents, velocity = latents.to(dtype), velocity.to(dtype)
     sigma, sigma_next, noise_level, sigma_guard = (
         _per_row(value, latents) for value in (sigma, sigma_next, noise_level, sigma_guard)
     )
-    kept_noise, std = _noise_split(kind, sigma, sigma_next, noise_level, sigma_guard)
+    kept_noise, std = kernel.split(sigma, sigma_next, noise_level, sigma_guard)
     if kind == "ode":
         mean = latents + (sigma_next - sigma) * velocity
         return Step(mean if next_latents is None else next_latents.to(dtype), mean, std, None)
@@ -73,7 +72,7 @@ def step(
         assert next_latents.shape == latents.shape, (next_latents.shape, latents.shape)
         next_latents = next_latents.to(dtype)
     log_prob = -_row_mean((next_latents.detach() - mean) ** 2)
-    if kind != "cps":
+    if kernel.has_variance:
         row_std = std.flatten()
         log_prob = log_prob / (2 * row_std**2) - torch.log(row_std) - log(2 * pi) / 2
     return Step(next_latents, mean, std, log_prob)
@@ -102,24 +101,58 @@ def leftover_noise(
     """
     values = (sigma, sigma_next, noise_level, sigma_guard)
     values = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values)
-    return torch.hypot(*_noise_split(kind, *values))
+    return torch.hypot(*KERNELS[kind].split(*values))
 
 
-def _noise_split(
-    kind: str, sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
+def _flow_sde(
+    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Give the weight that X1 keeps in the mean, and the std of the noise that is added."""
-    if kind == "ode":
-        return sigma_next, torch.zeros_like(sigma_next)
-    if kind == "cps":
-        angle = noise_level * (pi / 2)
-        return sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
-    diffusion = noise_level
-    if kind == "sde":
-        guarded = torch.where(sigma == 1, sigma_guard, sigma)
-        diffusion = noise_level * torch.sqrt(sigma / (1 - guarded))
+    guarded = torch.where(sigma == 1, sigma_guard, sigma)
+    return _diffuse(sigma, sigma_next, noise_level * torch.sqrt(sigma / (1 - guarded)))
+
+
+def _dance_sde(
+    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _diffuse(sigma, sigma_next, noise_level)
+
+
+def _cps(
+    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
+) -> tuple[Tensor, Tensor]:
+    angle = noise_level * (pi / 2)
+    return sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
+
+
+def _euler(
+    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
+) -> tuple[Tensor, Tensor]:
+    return sigma_next, torch.zeros_like(sigma_next)
+
+
+def _diffuse(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> tuple[Tensor, Tensor]:
+    """Split as an SDE of this diffusion coefficient does that keeps the marginals."""
     dt = sigma - sigma_next
     return sigma_next - diffusion**2 * dt / (2 * sigma), diffusion * torch.sqrt(dt)
+
+
+class Kernel(NamedTuple):
+    """One way to step: what distinguishes it from the others."""
+
+    # (sigma, sigma_next, noise_level, sigma_guard) -> what X1 keeps in the mean, the noise's std
+    split: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    default_level: float  # of noise
+    max_level: float
+    has_variance: bool  # log_prob is divided by the variance, which grows with sigma - sigma_next
+
+
+KERNELS = {
+    "sde": Kernel(_flow_sde, 0.7, inf, True),  # Flow-SDE, arXiv:2505.05470
+    "cps": Kernel(_cps, 0.8, 1.0, False),  # coefficients preserved, arXiv:2509.05952
+    "dance": Kernel(_dance_sde, 0.3, inf, True),  # Dance-SDE, arXiv:2505.07818
+    "ode": Kernel(_euler, 0.0, 0.0, False),  # diffusers' FlowMatchEulerDiscreteScheduler
+}
+STOCHASTIC = tuple(kind for kind in KERNELS if kind != "ode")
 
 
 def _per_row(value: float | Tensor, latents: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 The step goes from sigma 0.8 to 0.7 on two rows of four elements; its numbers are closed forms.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from flow_grpo import sde
 from flow_grpo.records import Cond, PromptBatch, Size
+from flow_grpo.rollouts import Row, whole
+from flow_grpo.sampling import decode, denoise
 
 F64 = torch.float64
 NOISE_LEVEL = {"sde": 0.7, "dance": 0.3, "cps": 0.8}
@@ -104,9 +107,21 @@ def blank_batch(group: Tensor, member: Tensor) -> PromptBatch:
         conds=[Cond({})],
         negatives=None,
         index=torch.zeros_like(group),
-        group=group,
-        member=member,
+        owners=[Row(*owner) for owner in zip(group.tolist(), member.tolist(), strict=True)],
         size=Size(1, 1),
         prompts=[""] * len(group),
         metadata=[{}] * len(group),
     )
+
+
+def sample(pipeline, model, batch, schedule, randomness, steps=None, keep_steps=True):
+    """Draw each row from noise to its image; `images` beside what denoise() returns.
+
+    steps: (B, K), the stochastic ones.
+    """
+    steps = np.empty((len(batch), 0), dtype=np.int64) if steps is None else steps
+    keep = ("states", "log_probs") if keep_steps else ()
+    segment = whole(steps, schedule.num_steps)
+    part = denoise(pipeline, model, batch, schedule, randomness, segment, keep=keep)
+    part.rollout.images = decode(pipeline, part.rollout)
+    return part.rollout

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
-from flow_grpo.training import loop
+from flow_grpo.training import collect
 from flow_grpo.training.run import Run
 
 SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
@@ -136,9 +136,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(last / "weights.safetensors")
 
 
-def gate(folder: Path) -> dict[str, float]:
-    """Return the largest log-ratio of each step before the first update."""
-    return json.loads((folder / "gate.json").read_text())["log_ratio"]
+def gate(folder: Path, figure: str = "log_ratio") -> dict[str, float]:
+    """Return a figure of each step before the first update, by default the largest log-ratio."""
+    return json.loads((folder / "gate.json").read_text())[figure]
 
 
 def break_losses(run: Run, broken: set[int]) -> None:
@@ -163,18 +163,18 @@ def break_losses(run: Run, broken: set[int]) -> None:
 
 def record_rollouts(folder: Path, rank: int) -> None:
     """Save what each rank holds of every epoch, once it has its advantages."""
-    honest = loop.weigh
+    honest = collect.weigh
 
-    def weigh(run, rollout, scores):
-        metrics = honest(run, rollout, scores)
+    def weigh(run, sampled, scores, epoch):
+        outcome, rollout = honest(run, sampled, scores, epoch), sampled.rollout
         names = ("steps", "latents", "next_latents", "log_probs", "final", "advantages")
         held = {name: getattr(rollout, name) for name in names}
         held |= {"group": rollout.batch.group, "member": rollout.batch.member}
         held |= {f"score/{key}": torch.from_numpy(value) for key, value in scores.items()}
         save_file({k: v.contiguous() for k, v in held.items()}, folder / f"{rank}-{run.epoch}")
-        return metrics
+        return outcome
 
-    loop.weigh = weigh
+    collect.weigh = weigh
 
 
 if __name__ == "__main__":  # train_sd3.py with something done to it: MODE is break or a folder

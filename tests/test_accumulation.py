@@ -5,13 +5,11 @@ from functools import partial
 
 import pytest
 import torch
-from toy import GRID, VARIANCE, make_run, plan_of, roll_out, score
+from toy import GRID, VARIANCE, make_run, plan_of, roll_out, take_step, weigh
 
 from flow_grpo.objectives.base import Objective
 from flow_grpo.objectives.ratio.grpo import GRPO
-from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point
-from flow_grpo.training import loop
 
 close = partial(torch.testing.assert_close, atol=1e-12, rtol=0)  # of one shape and dtype, too
 
@@ -22,7 +20,7 @@ def exact_run(folder, objective_class=GRPO, **keys):
     plan = plan_of(num_groups=4, group_size=6)
     sampled = make_run(folder, plan, torch.optim.SGD, **keys)
     rollout = roll_out(sampled)
-    score(sampled, rollout)
+    weigh(sampled, rollout)
     for name in ("latents", "next_latents", "log_probs", "final", "advantages", "weights"):
         setattr(rollout, name, getattr(rollout, name).double())
     keys["train__learning_rate"] = 1.0
@@ -33,7 +31,7 @@ def exact_run(folder, objective_class=GRPO, **keys):
 def step_taken(run, micros):
     """Make one optimizer step on these micro-batches and return how it changed the weights."""
     before = run.model.shift.detach().clone()
-    loop.take_step(run, micros, Randomness(0, (0, 0)))
+    take_step(run, micros)
     return run.model.shift.detach() - before
 
 
@@ -82,7 +80,7 @@ def test_training_the_same_steps_twice_leaves_the_update_unchanged(tmp_path):
     once = step_taken(run, [rollout])
     again, rollout = exact_run(tmp_path)
     columns = [0, 0, 1, 1]
-    for name in ("steps", "latents", "next_latents", "log_probs"):
+    for name in ("steps", "next_steps", "latents", "next_latents", "log_probs"):
         setattr(rollout, name, getattr(rollout, name)[:, columns])
     close(step_taken(again, cut(rollout, 3)), once)
 
@@ -90,13 +88,13 @@ def test_training_the_same_steps_twice_leaves_the_update_unchanged(tmp_path):
 class Tilt(Objective):
     """A loss whose gradient in the first step's weight is the row's advantage."""
 
-    def points(self, micro, randomness):
-        sigma = self.schedule.sigmas[:1].expand(len(micro))
-        step = torch.zeros(len(micro), dtype=torch.int64)
-        return [Point(micro.final, sigma, step=step)]
+    def points(self, rows, randomness):
+        sigma = self.schedule.sigmas[:1].expand(len(rows))
+        step = torch.zeros(len(rows), dtype=torch.int64)
+        return [Point(rows.final, sigma, step=step)]
 
-    def loss(self, velocity, anchors, micro, point, reduce):
-        return Loss(micro.advantages * velocity.mean(1), {})
+    def loss(self, velocity, known, rows, point):
+        return Loss(rows.advantages * velocity.mean(1), {})
 
 
 @pytest.mark.parametrize(

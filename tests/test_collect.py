@@ -8,8 +8,7 @@ import running
 import torch
 
 from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
-from flow_grpo.sampling import to_uint8
-from flow_grpo.training import loop
+from flow_grpo.training import collect
 
 pytestmark = pytest.mark.usefixtures("fresh_logs")
 
@@ -38,8 +37,10 @@ def arguments(files, tmp_path):
 
 
 def epochs(run, number):
-    for run.epoch in range(number):
-        yield loop.collect(run)[0]
+    for epoch in range(number):
+        sampled = collect.roll_out(run, epoch)
+        collect.weigh(run, sampled, collect.score(run, sampled), epoch)
+        yield sampled.rollout
 
 
 def grouped(values):
@@ -50,7 +51,11 @@ def test_an_advantage_belongs_to_the_picture_beside_it(arguments):
     run = running.prepare(arguments())
     for rollout in epochs(run, 2):
         decoded = (run.pipeline.decode(z, run.size) for z in rollout.final.split(BATCH_SIZE))
-        pictures = [picture for call in decoded for picture in to_uint8(call)]
+        pictures = [
+            picture
+            for call in decoded
+            for picture in (call.movedim(1, -1) * 255).round().to(torch.uint8).numpy()
+        ]
         none = [None] * len(pictures)
         rewards = jpeg_incompressibility(pictures, none, none)["jpeg_incompressibility"]
         rewards = grouped(torch.from_numpy(rewards))

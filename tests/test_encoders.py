@@ -16,7 +16,7 @@ from flow_grpo.conditioning import Item
 from flow_grpo.diffusers_patch.loading import ENCODERS
 from flow_grpo.launch import encoders
 from flow_grpo.launch.settings import load as load_config
-from flow_grpo.training import loop
+from flow_grpo.training import collect
 
 NAMES = {"sd3": 4.5, "flux_kontext": 2.5, "qwenimage_edit": 4.0, "zimage": 4.0}
 NAMES |= {"flux2_klein": 4.0, "wan": 4.5, "qwenimage": 4.0}  # and its guidance
@@ -87,7 +87,7 @@ def test_the_three_modes_draw_the_same_pictures(files, name):
     for mode in ("keep", "offload", "precompute", "precompute"):
         run = prepare(folder, name, mode)
         assert all(part is None for part in parts(run)) == (mode == "precompute")
-        rollout, _ = loop.collect(run)
+        rollout = collect.roll_out(run, 0).rollout
         rollouts[run.config.run_name] = rollout
         if mode != "precompute":
             assert run.conditioner.num_encoded >= 2 and not cached(folder)

@@ -54,7 +54,7 @@ def test_the_gaussian_velocity_is_the_one_of_the_table():
     close(torch.tensor(exact, dtype=F64), EXACT, atol=6e-9)
 
 
-@pytest.mark.parametrize("kind", sde.KINDS)
+@pytest.mark.parametrize("kind", sde.KERNELS)
 def test_the_variance_along_ten_steps_is_this(kind):
     close(variances(kind, 10, range(9)), VARIANCES[kind], atol=6e-9)
 
@@ -82,7 +82,7 @@ def test_the_final_variance_depends_on_which_steps_are_stochastic(kind, stochast
     close(variances(kind, 10, stochastic)[-1], expected, atol=6e-9)
 
 
-@pytest.mark.parametrize("kind", sde.KINDS)
+@pytest.mark.parametrize("kind", sde.KERNELS)
 def test_samples_have_the_gaussian_s_moments_at_every_step(kind):
     num_samples, sigmas = 200_000, clean_grid(10)
     generator = torch.Generator().manual_seed(0)

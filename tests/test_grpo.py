@@ -7,7 +7,9 @@ import torch
 from fixtures import F64, FIXTURE, NOISE_LEVEL, SD3_SIGMAS, V_NEW, V, X, Z, blank_batch, close
 
 from config.base import base
-from flow_grpo.objectives.ratio.grpo import GRPO, clipped_surrogate
+from flow_grpo.objectives.base import Micro
+from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.objectives.ratio.terms import clipped_surrogate
 from flow_grpo.records import Rollout
 from flow_grpo.sampling import Schedule
 
@@ -27,21 +29,33 @@ def fixture(kind="sde", advantages=ADVANTAGES):
     return Rollout(
         batch=blank_batch(rows, rows),
         steps=torch.full((2, 1), 2),
+        next_steps=torch.full((2, 1), 3),
         latents=X[:, None].clone(),
         next_latents=torch.tensor(truth["next_latents"], dtype=F64)[:, None],
         log_probs=torch.tensor(truth["log_prob"], dtype=F64)[:, None],
         final=torch.zeros(2, 4, dtype=F64),
+        leaf=torch.ones(2, dtype=torch.bool),
+        parent=torch.full((2, 2), -1),
         advantages=advantages,
     )
 
 
-def loss_and_gradient(grpo, micro, velocity, reference=None):
+def loss_and_gradient(grpo, micro, velocity, reference=None, old=None):
     """The loss of each row, and the gradient of their mean."""
     velocity = velocity.clone().requires_grad_()
     (point,) = grpo.points(micro, None)
-    loss = grpo.loss(velocity, {"reference": reference}, micro, point, None)
+    known = (old or {}) | {"reference": reference}
+    loss = grpo.loss(velocity, known, micro, point)
     loss.value.mean().backward()
     return loss, velocity.grad
+
+
+def prepared(grpo, rows, velocity_at):
+    """What prepare() gives for each point of these rows, where this is the velocity."""
+    points = grpo.points(rows, None)
+    micro = Micro(rows, points, velocity_at, [None] * len(points))
+    values = grpo.prepare([micro], lambda micros: [[m.velocity(p) for p in points] for m in micros])
+    return [{name: of[0][k] for name, of in values.items()} for k in range(len(points))]
 
 
 def test_the_surrogate_of_four_rows_has_these_losses_and_gradients():
@@ -150,8 +164,12 @@ def test_no_gradient_reaches_the_state_that_a_step_went_to_or_the_statistics():
 
 
 def test_only_a_kl_needs_the_reference():
-    assert objective().anchors == () and objective().snapshots == ()
-    assert objective(beta=0.1).anchors == objective(beta=0.1).snapshots == ("reference",)
+    assert objective().snapshots == () and objective().freeze([], None) == {}
+    asked = []
+    with_kl = objective(beta=0.1)
+    assert with_kl.snapshots == ("reference",)
+    assert with_kl.freeze([], lambda *given: asked.append(given)) == {"reference": None}
+    assert asked == [([], "reference")]
 
 
 def test_std_weights_are_each_steps_std_over_their_mean():
@@ -184,10 +202,13 @@ def random_rollout(steps):
     micro = Rollout(
         batch=blank_batch(rows, rows),
         steps=steps,
+        next_steps=steps + 1,
         latents=draw[0],
         next_latents=draw[0] + 0.1 * draw[1],
         log_probs=torch.zeros(steps.shape, dtype=F64),
         final=draw[0][:, 0],
+        leaf=torch.ones(len(steps), dtype=torch.bool),
+        parent=torch.full((len(steps), 2), -1),
         advantages=torch.linspace(-1, 1, len(steps), dtype=F64),
     )
     return micro, draw[2]
@@ -200,11 +221,12 @@ def test_rows_at_different_steps_have_the_loss_that_they_have_alone(kind):
     keys = {"beta": 1.0, "kl_mode": "kl_dt", "step_weight": "std", "clip_range": 0.1}
     grpo = objective(kind, sigmas, old_log_prob="replay", **keys)
     micro, velocity = random_rollout(steps)
-    grpo.prepare(micro, lambda point: velocity[:, point.column])
+    old = prepared(grpo, micro, lambda point: velocity[:, point.column])
     for k, point in enumerate(grpo.points(micro, None)):
-        assert (grpo.mismatch(velocity[:, k], micro, point) == 0).all()
+        on_policy = old[k] | {"reference": velocity[:, k]}
+        assert (grpo.loss(velocity[:, k], on_policy, micro, point).stats["ratio"] == 1).all()
     together = [
-        grpo.loss(velocity[:, k] * 1.01, {"reference": velocity[:, k]}, micro, point, None).value
+        grpo.loss(velocity[:, k] * 1.01, old[k] | {"reference": velocity[:, k]}, micro, point).value
         for k, point in enumerate(grpo.points(micro, None))
     ]
     for row in range(4):
@@ -213,31 +235,28 @@ def test_rows_at_different_steps_have_the_loss_that_they_have_alone(kind):
         for k, point in enumerate(grpo.points(alone, None)):
             assert point.sigma.tolist() == [SD3_SIGMAS[steps[row, k]]]
             assert point.step.tolist() == [steps[row, k]] and point.column == k
-            anchors = {"reference": mine[:, k]}
-            value = grpo.loss(mine[:, k] * 1.01, anchors, alone, point, None).value
+            known = {"reference": mine[:, k], "old_log_prob": old[k]["old_log_prob"][[row]]}
+            value = grpo.loss(mine[:, k] * 1.01, known, alone, point).value
             close(together[k][row : row + 1], value, atol=0, rtol=1e-14)
 
 
 def test_replay_scores_the_rollout_again_and_rollout_keeps_its_log_probs():
     micro, truth = fixture(), FIXTURE["sde"]
-    objective().prepare(micro, lambda point: V_NEW)
+    assert prepared(objective(), micro, lambda point: V_NEW) == [{}]
     close(micro.log_probs[:, 0], truth["log_prob"], atol=0)
     replaying = objective(old_log_prob="replay")
-    replaying.prepare(micro, lambda point: V_NEW)
+    (old,) = prepared(replaying, micro, lambda point: V_NEW)
     expected = [a + b for a, b in zip(truth["log_prob"], truth["log_ratio"], strict=True)]
-    close(micro.log_probs[:, 0], expected)
-    loss, _ = loss_and_gradient(replaying, micro, V_NEW)
+    close(old["old_log_prob"], expected)
+    close(micro.log_probs[:, 0], truth["log_prob"], atol=0)  # the gate still needs them
+    loss, _ = loss_and_gradient(replaying, micro, V_NEW, old=old)
     assert loss.stats["ratio"].tolist() == [1.0, 1.0]
 
 
-def test_the_mismatch_is_the_log_ratio_and_may_reach_a_tenth_of_the_clip_range():
-    grpo, log_ratio = objective(clip_range=1e-4), FIXTURE["sde"]["log_ratio"]
-    (point,) = grpo.points(fixture(), None)
-    close(grpo.mismatch(V_NEW, fixture(), point), log_ratio)
-    lower = fixture()
-    lower.log_probs = lower.log_probs + 1
-    close(grpo.mismatch(V_NEW, lower, point), [1 - value for value in log_ratio])
-    assert grpo.tolerance == pytest.approx(1e-5)
+def test_a_run_may_start_with_a_tenth_of_the_clip_range_or_replaying_with_its_tolerance():
+    assert objective(clip_range=1e-4).gate_limits() == {"log_ratio": pytest.approx(1e-5)}
+    replaying = objective(old_log_prob="replay", gate_tolerance=0.01)
+    assert replaying.gate_limits() == {"velocity": 0.01}
 
 
 @pytest.mark.parametrize(
@@ -246,7 +265,7 @@ def test_the_mismatch_is_the_log_ratio_and_may_reach_a_tenth_of_the_clip_range()
         ("train.batch_size", 4, {}, "Set config.train.old_log_prob=replay"),
         ("train.cfg", False, {"sample.guidance_scale": 4.5}, "Set config.train.cfg=True"),
         ("sample.noise_level", 0.0, {}, "A positive number is needed"),
-        ("sample.noise_level", 1.2, {"sample.sde_type": "cps"}, "values in (0, 1]"),
+        ("sample.noise_level", 1.2, {"sample.sde_type": "cps"}, "takes values in (0, 1]"),
     ],
 )
 def test_what_grpo_cannot_run_is_refused_with_key_value_and_remedy(key, value, others, remedy):

@@ -10,7 +10,6 @@ from pkgutil import resolve_name
 
 import pytest
 
-from flow_grpo import sde
 from flow_grpo.diffusers_patch import FAMILIES
 from flow_grpo.launch import preflight
 from flow_grpo.launch.encoders import DTYPES
@@ -78,7 +77,6 @@ def test_every_name_in_a_registry_resolves():
 
 
 def test_the_choices_of_a_config_are_those_of_the_code():
-    assert set(preflight.CHOICES["sample.sde_type"]) == set(sde.KINDS) - {"ode"}
     assert set(preflight.CHOICES["mixed_precision"]) == set(DTYPES)
     assert set(preflight.CHOICES["objective"]) == set(OBJECTIVES)
 

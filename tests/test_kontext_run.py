@@ -10,11 +10,11 @@ import pytest
 import running
 import tiny
 from diffusers import FluxKontextPipeline
+from fixtures import sample
 from PIL import Image
 
 from flow_grpo.randomness import Randomness
 from flow_grpo.report.output import read_metrics
-from flow_grpo.sampling import sample
 
 FAMILY = "flow_grpo.diffusers_patch.flux_kontext:FluxKontext"
 SIZES = [(32, 32), (48, 32)]  # width, height

@@ -12,6 +12,7 @@ import running
 import tiny
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from fixtures import sample
 from PIL import Image
 from running import PROMPTS
 from tiny import qwen
@@ -19,7 +20,6 @@ from tiny import qwen
 from flow_grpo.launch import entry
 from flow_grpo.randomness import Randomness
 from flow_grpo.report.output import read_metrics
-from flow_grpo.sampling import sample
 
 GUIDANCE = {
     "flux2_klein_edit": 1.0,

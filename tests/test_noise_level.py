@@ -75,7 +75,7 @@ def test_the_decomposition_is_what_gaussian_data_show(script, kind, level):
 def test_cps_is_on_schedule_and_the_sdes_are_above_it(script):
     for name, num_steps in (("sd3", 10), ("flux", 6), ("qwen", 10)):
         sigmas = script["schedule"](name, num_steps, 512).double()
-        for kind, level in script["KERNELS"].items():
+        for kind, level in script["LEVELS"].items():
             ratios = [row["ratio"] for row in script["leftovers"](kind, level, sigmas)]
             if kind in ("cps", "ode"):
                 assert ratios == pytest.approx([1] * (num_steps - 1), abs=1e-12)

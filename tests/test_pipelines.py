@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from diffusers import FluxPipeline
+from fixtures import sample
 from tiny import LENGTH, picture, prompt_batch, qwen
 
 from flow_grpo.conditioning import Conditioner
@@ -19,7 +20,7 @@ from flow_grpo.evaluation import stock
 from flow_grpo.evaluation.stock import RANDOMNESS, Task, initial_noise, timesteps
 from flow_grpo.prompts import Prompt
 from flow_grpo.records import Size
-from flow_grpo.sampling import Schedule, sample
+from flow_grpo.sampling import Schedule
 
 EVERY_MODEL = pytest.mark.parametrize("name", list(tiny.MODELS))
 APPLE, SIGN = "a photo of a red apple", 'a sign that says "Grüße 42"'

@@ -9,6 +9,7 @@ from PIL import Image
 
 from config.base import base
 from flow_grpo.launch import model_files, preflight
+from flow_grpo.plan import Passes
 from flow_grpo.training import folders
 
 
@@ -59,25 +60,23 @@ def test_the_plan_is_compared_with_the_published_48_groups_of_24(config):
 
 def test_passes_through_the_transformer_are_counted(config):
     plan = preflight.check(config, 2)  # 48 pictures an epoch
-    assert plan.passes(config, num_trained=9, guided=False, num_anchors=0) == {
+    drawn = {"guided": False, "num_sampled": 480}
+    assert plan.passes(config, Passes(9, 0, 0), **drawn) == {
         "sampling": 48 * 10,
         "forward and backward": 48 * 9,
         "frozen predictions": 0,
         "old log-probs": 0,
     }
     config.train.num_inner_epochs, config.train.old_log_prob = 3, "replay"
-    assert plan.passes(config, num_trained=9, guided=True, num_anchors=1) == {
+    drawn["guided"] = True
+    assert plan.passes(config, Passes(9, 9, 9), **drawn) == {
         "sampling": 48 * 10 * 2,
         "forward and backward": 48 * 9 * 2 * 3,
         "frozen predictions": 48 * 9 * 2 * 3,
         "old log-probs": 48 * 9 * 2,
     }
     config.train.cfg = False
-    assert plan.passes(config, 9, True, 0)["forward and backward"] == 48 * 9 * 3
-    config.objective = "nft"  # 4 noisings of each picture, whatever the rollout's steps
-    counted = plan.passes(config, 9, False, 2)
-    assert counted["forward and backward"] == 48 * 4 * 3
-    assert counted["frozen predictions"] == 2 * 48 * 4 * 3 and counted["old log-probs"] == 0
+    assert plan.passes(config, Passes(9, 0, 0), **drawn)["forward and backward"] == 48 * 9 * 3
 
 
 @pytest.mark.parametrize(
@@ -93,7 +92,7 @@ def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, chang
     import running
     import torch
 
-    from flow_grpo.training import loop
+    from flow_grpo.training import collect, loop
 
     run = running.prepare(running.arguments(files, logdir=tmp_path, **changed))
     rows = {"sampling": 0, "with gradient": 0, "without": 0}
@@ -104,9 +103,10 @@ def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, chang
         rows[phase or kind] += len(kwargs["hidden_states"])
 
     run.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
-    rollout, _ = loop.collect(run)
+    sampled = collect.roll_out(run, 0)
+    arranged, _ = collect.weigh(run, sampled, collect.score(run, sampled), 0)
     phase = ""
-    loop.update(run, rollout)
+    loop.update(run, sampled, arranged, 0)
     counted = run.passes()
     assert rows["sampling"] == counted["sampling"] > 0
     assert rows["with gradient"] == counted["forward and backward"] > 0

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
-from flow_grpo.training import checkpoint, folders, loop
+from flow_grpo.training import checkpoint, collect, folders
 
 ROOT = Path(__file__).parent.parent
 SLOW_MACHINE_S = 180  # a launch that hangs must fail, not block
@@ -75,7 +75,7 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
         folder.mkdir()
     more = {"sample__num_batches_per_epoch": 8, "train__gradient_accumulation_steps": 4}
     one = running.prepare(running.arguments(files, run_name="one", **settings, **more))
-    monkeypatch.setattr(loop, "weigh", loop.weigh)  # recording ends with this test
+    monkeypatch.setattr(collect, "weigh", collect.weigh)  # recording ends with this test
     running.record_rollouts(folders_of["one"], 0)
     entry.execute(one)
     both = start(

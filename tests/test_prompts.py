@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flow_grpo.plan import micro_batch_order
 from flow_grpo.prompts import (
     Prompt,
     check,
     epoch_prompts,
     eval_batches,
-    micro_batch_order,
     read,
     rollout_rows,
 )

@@ -6,10 +6,7 @@ from pathlib import Path
 
 import torch
 from forking import FORKED
-from toy import make_run, plan_of, roll_out
-
-from flow_grpo.randomness import Randomness
-from flow_grpo.training import loop, scoring
+from toy import make_run, plan_of, roll_out, take_step, weigh
 
 NUM_GROUPS, GROUP_SIZE = 3, 8  # the second group lies on both ranks
 MISSING = [1, 2, 3, 5, 20]  # rows without a score: the ranks' weights differ
@@ -30,11 +27,13 @@ def one_update(folder, rank, num_ranks):
     scores[MISSING] = torch.nan
     share = len(rollout) // num_ranks
     mine = slice(rank * share, (rank + 1) * share)
+    rollout_images = rollout.images
     rollout, scores = rollout.rows(mine), scores[mine]
-    metrics = scoring.weigh(run, rollout, {"avg": scores.numpy()})
+    rollout.images = rollout_images[mine]
+    *_, metrics = weigh(run, rollout, scores)
     size = 4
     micros = [rollout.rows(slice(i, i + size)) for i in range(0, share, size)]
-    loop.take_step(run, micros, Randomness(0, (0, 0)))
+    take_step(run, micros)
     shift = run.snapshots.values("policy").popitem()[1]
     found = {name: getattr(rollout, name) for name in ("advantages", "weights", "steps")}
     torch.save({**found, "shift": shift, "metrics": metrics}, Path(folder) / f"{rank}.pt")

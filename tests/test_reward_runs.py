@@ -20,7 +20,7 @@ from flow_grpo.evaluation.diversity import SIDE, diversity, thumbnails
 from flow_grpo.launch import entry, preflight, settings
 from flow_grpo.prompts import Prompt
 from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
-from flow_grpo.training import scoring
+from flow_grpo.training import collect
 
 NAME = "jpeg_incompressibility"
 EVALUATED = 8  # pictures of an evaluation: 6 prompts in batches of 4
@@ -178,14 +178,14 @@ def test_gdpo_trains_its_own_sum_and_masks_what_lacks_a_reward():
     scores["shapes_strict"][3] = float("nan")  # only monitored
     scores["shapes"][7] = float("nan")
     scores["avg"] = scores["shapes"] + 0.5 * scores["jpeg_compressibility"]
-    found = scoring.combine(config, scores, group)
+    found = collect.combine(config, scores, group)
     weights = {"shapes": 1.0, "jpeg_compressibility": 0.5}
     truth = gdpo_advantages({name: scores[name] for name in weights}, weights, group)
     assert found.isnan().nonzero().flatten().tolist() == [7]
     kept = torch.arange(24) != 7
     torch.testing.assert_close(found[kept], truth[kept], rtol=0, atol=0)
     config.reward_aggregation = "sum"
-    assert scoring.combine(config, scores, group) is scores["avg"]
+    assert collect.combine(config, scores, group) is scores["avg"]
 
 
 def test_a_run_with_gdpo_has_the_advantages_of_gdpo(files):
@@ -205,15 +205,11 @@ def test_a_run_with_gdpo_has_the_advantages_of_gdpo(files):
         honest = run.objective.points
         kept[how] = {}
 
-        def points(micro, draw, how=how, honest=honest):
-            for g, m, a in zip(
-                micro.batch.group.tolist(),
-                micro.batch.member.tolist(),
-                micro.advantages.tolist(),
-                strict=True,
-            ):
-                kept[how][g, m] = a
-            return honest(micro, draw)
+        def points(rows, randomness, how=how, honest=honest):
+            if rows.advantages is not None:  # those of the gate have none
+                owners = zip(rows.batch.owners, rows.advantages.tolist(), strict=True)
+                kept[how] |= {(row.group, row.member): advantage for row, advantage in owners}
+            return honest(rows, randomness)
 
         run.objective.points = points
         assert entry.execute(run) == 0

@@ -9,11 +9,11 @@ import pytest
 import running
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+from fixtures import sample
 
 from flow_grpo.launch import entry
 from flow_grpo.randomness import Randomness
 from flow_grpo.report.output import read_metrics
-from flow_grpo.sampling import sample
 
 pytestmark = pytest.mark.usefixtures("fresh_logs")
 
@@ -42,20 +42,6 @@ def test_the_log_ratio_before_the_first_update_is_exactly_zero(files, kind, use_
     assert first["ratio"] == 1.0 and first["ratio_std"] == 0.0
     later = read_metrics(run.folder, "update")[1]
     assert later["ratio_std"] > 0  # so the weights did move
-
-
-def test_the_gate_stops_a_run_that_scores_something_else(files):
-    run = running.prepare(running.arguments(files, run_name="off"))
-    honest = run.predictor
-
-    def slightly_off(micro):
-        predict = honest(micro)
-        return lambda point: 1.01 * predict(point)
-
-    run.predictor = slightly_off
-    with pytest.raises(RuntimeError, match="before the first update"):
-        entry.execute(run)
-    assert run.updater.num_updates == 0 and not (run.folder / "checkpoints").exists()
 
 
 def test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_base(files):
@@ -172,7 +158,7 @@ def test_bf16_trains_within_the_gate_and_differs_from_fp32(files):
         running.arguments(files, run_name="bf16", mixed_precision="bf16", **settings)
     )
     full = running.train(running.arguments(files, run_name="fp32", **settings))
-    assert max(running.gate(low.folder).values()) <= low.objective.tolerance
+    assert max(running.gate(low.folder).values()) <= low.objective.gate_limits()["log_ratio"]
     assert low.pipeline.input_dtype == torch.bfloat16
     assert {p.dtype for _, p in low.trained_parameters()} == {torch.float32}
     low_loss, full_loss = (read_metrics(r.folder, "update")[1]["loss"] for r in (low, full))

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from fixtures import NOISE_LEVEL
+from fixtures import NOISE_LEVEL, sample
 from tiny import LENGTH, prompt_batch
 
 from flow_grpo.conditioning import collate
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Size
-from flow_grpo.sampling import Schedule, replay, sample
+from flow_grpo.sampling import Schedule, replay
 
 SIZE = Size(48, 64)
 NUM_STEPS = 6

@@ -115,7 +115,7 @@ def test_the_guard_replaces_sigma_one_in_the_noise_alone():
     close(result.mean, X * (1 - 7.0**2 * DT / 2) - V * DT)
 
 
-@pytest.mark.parametrize("kind", sde.KINDS)
+@pytest.mark.parametrize("kind", sde.KERNELS)
 def test_the_guard_is_used_at_sigma_one_of_flow_sde_and_nowhere_else(kind):
     for sigma in (0.8, 1.0) if kind != "sde" else (0.8, 0.9999):
         one, other = (step(kind, sigma=sigma, sigma_guard=guard) for guard in (0.5, 0.95))
@@ -168,7 +168,7 @@ def test_an_ode_step_leaves_the_noise_the_model_expects():
 # Rows, shapes, dtypes
 
 
-@pytest.mark.parametrize("kind", sde.KINDS)
+@pytest.mark.parametrize("kind", sde.KERNELS)
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
 def test_a_scalar_a_tensor_and_a_value_per_row_give_the_same_bits(kind, dtype):
     x, v, z = (randn(5, 4, 3, 3, seed=seed).to(dtype) for seed in range(3))
@@ -190,7 +190,7 @@ def test_a_scalar_a_tensor_and_a_value_per_row_give_the_same_bits(kind, dtype):
             assert one is other is None or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", sde.KINDS)
+@pytest.mark.parametrize("kind", sde.KERNELS)
 def test_rows_of_one_batch_may_be_at_different_sigmas(kind):
     x, v, z = (randn(4, 16, 4, 4, seed=seed, dtype=torch.float32) for seed in range(3))
     sigma, sigma_next = torch.tensor([[1, 0.9], [0.8, 0.7], [0.8, 0.2], [0.3, 0.1]]).T
@@ -214,7 +214,7 @@ def test_low_precision_is_left_before_any_arithmetic(kind):
     assert torch.equal(scored.log_prob, step(kind, v.float(), x, next_latents=x.double()).log_prob)
 
 
-@pytest.mark.parametrize("kind", sde.KINDS)
+@pytest.mark.parametrize("kind", sde.KERNELS)
 def test_no_value_is_waited_for(kind):
     # A meta tensor has no value: reading one, as .item() and `if` do, raises.
     x = torch.empty(2, 4, 3, 3, device="meta")

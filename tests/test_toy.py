@@ -6,10 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import make_run, plan_of, roll_out, score
+from toy import make_run, plan_of, roll_out, train_epoch
 
 from flow_grpo.sampling import replay
-from flow_grpo.training import loop
 
 
 def gain(folder, seed, shuffled):
@@ -32,9 +31,7 @@ def gain(folder, seed, shuffled):
     rewards = []
     for epoch in range(50):
         run.epoch = epoch
-        rollout = roll_out(run)
-        rewards.append(score(run, rollout))
-        loop.update(run, rollout)
+        rewards.append(train_epoch(run)["reward/avg"])
     assert run.updater.num_updates == 50 and run.updater.num_skipped == 0
     first, last = np.array(rewards[:10]), np.array(rewards[-10:])
     gained = last.mean() - first.mean()
@@ -65,9 +62,7 @@ def test_the_first_update_of_an_epoch_sees_ratio_one_and_the_second_does_not(
         sample__sde_window_size=3,
         train__old_log_prob=old_log_prob,
     )
-    rollout = roll_out(run)
-    score(run, rollout)
-    loop.update(run, rollout)
+    train_epoch(run)
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["ratio"] == 1 and first["approx_kl"] == first["clip_high"] == 0
     assert second["approx_kl"] > 0

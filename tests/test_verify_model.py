@@ -10,6 +10,7 @@ import torch
 from tiny import LENGTH, qwen
 
 from config.base import base
+from flow_grpo import sde
 from flow_grpo.diffusers_patch import FAMILIES
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.evaluation.stock import Task
@@ -31,6 +32,7 @@ EVERYTHING = {
     "reference is the base",
     "log-ratio 0 on policy, sde",
     "log-ratio 0 on policy, cps",
+    "log-ratio 0 on policy, dance",
     "gradient reaches all that trains",
     "LoRA export gives stock pictures",
 }
@@ -108,7 +110,7 @@ class Detached(SD3):
 STOCK = {"noise level 0 is stock, unguided", "noise level 0 is stock, guided"}
 TIME = {"time the transformer is told, unguided", "time the transformer is told, guided"}
 EXPORT = {"LoRA export gives stock pictures"}
-LOG_RATIO = {"log-ratio 0 on policy, sde", "log-ratio 0 on policy, cps"}
+LOG_RATIO = {f"log-ratio 0 on policy, {kind}" for kind in sde.STOCHASTIC}
 BROKEN = {
     WrongSign: STOCK | EXPORT,
     WrongTime: STOCK | TIME | EXPORT,

@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from fixtures import blank_batch, clean_grid
+from fixtures import blank_batch, clean_grid, sample
 from torch import nn
 
 from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.ratio.grpo import GRPO
 from flow_grpo.plan import Plan
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Size
-from flow_grpo.sampling import Schedule, sample
-from flow_grpo.training import scoring
+from flow_grpo.sampling import Schedule
+from flow_grpo.training import collect, loop
 from flow_grpo.training.optimizer import Updater
 from flow_grpo.training.run import Run
 from flow_grpo.training.snapshots import Snapshots
@@ -114,6 +115,8 @@ def plan_of(num_groups, group_size, num_micro_batches=1, num_updates=1):
         num_micro_batches=num_micro_batches,
         micro_batch_size=num_groups * group_size // num_micro_batches,
         num_updates=num_updates,
+        num_inner_epochs=1,
+        seed=42,
         train_prompts=[],
         eval_prompts=[],
     )
@@ -122,14 +125,45 @@ def plan_of(num_groups, group_size, num_micro_batches=1, num_updates=1):
 def roll_out(run):
     rows = torch.arange(run.plan.num_groups * run.plan.group_size)
     batch = blank_batch(rows // run.plan.group_size, rows % run.plan.group_size)
-    steps = run.trained_steps(batch.group.tolist())
+    steps = run.trained_steps(batch.group.tolist(), run.epoch)
     randomness = Randomness(run.config.seed, (run.epoch,))
     return sample(run.pipeline, run.model, batch, run.schedule, randomness, steps=steps)
 
 
-def score(run, rollout):
-    """Give the rows their advantages; the reward is highest where the picture is 1 all over."""
-    scores = -((rollout.final.double() - 1) ** 2).mean(1)
-    metrics = scoring.weigh(run, rollout, {"avg": scores.numpy()})
-    assert metrics["reward/avg"] == pytest.approx(scores.mean().item())
-    return metrics["reward/avg"]
+def reward(rollout):
+    """Score (N,) fp64: highest where the image is 1 all over."""
+    return -((rollout.final.double() - 1) ** 2).mean(1)
+
+
+def weigh(run, rollout, scores=None):
+    """Let the run arrange these rows by their scores, (N,) fp64; they get their advantages.
+
+    Returns what collect.weigh() gets and gives: the rows, what is arranged, the metrics.
+    """
+    scores = reward(rollout) if scores is None else scores
+    sampled = collect.Sampled(rollout, rollout.images, [], None)
+    return sampled, *collect.weigh(run, sampled, {"avg": scores.numpy()}, run.epoch)
+
+
+def train_epoch(run):
+    """Sample, score and update once; returns the metrics of the rollout."""
+    rollout = roll_out(run)
+    sampled, arranged, metrics = weigh(run, rollout)
+    assert metrics["reward/avg"] == pytest.approx(reward(rollout).mean().item())
+    loop.update(run, sampled, arranged, run.epoch)
+    return metrics
+
+
+def micro_batch(run, rows):
+    """Return what the loop makes of a micro-batch's rows."""
+    points = run.objective.points(rows, Randomness(0, (0, 0)))
+    kept = rows.weights > 0
+    trained = None if kept.all() else kept.nonzero().flatten()
+    return Micro(rows, points, run.predictor(rows), [trained] * len(points))
+
+
+def take_step(run, parts):
+    """Let the run make one optimizer step on micro-batches of these rows."""
+    micros = [micro_batch(run, rows) for rows in parts]
+    weight = run.total(sum(rows.weights.double().sum() for rows in parts)).item()
+    loop.take_step(run, micros, weight * len(micros[0].points))

@@ -24,7 +24,8 @@ from flow_grpo.prompts import Prompt, eval_batches
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import PromptBatch, Size
 from flow_grpo.rewards.combine import Scorer
-from flow_grpo.sampling import Schedule, sample
+from flow_grpo.rollouts import Row, whole
+from flow_grpo.sampling import Schedule, decode, denoise
 
 NUM_SHOWN = 48  # pictures of a sheet
 PATIENCE_S = 60.0  # for scores, beyond config.reward_timeout for each reward
@@ -45,9 +46,9 @@ class Evaluator:
     stop: Stop
 
     def prompt_batch(
-        self, prompts: list[Prompt], rows: list[tuple[int, int]], guidance_scale: float
+        self, prompts: list[Prompt], rows: list[Row], guidance_scale: float
     ) -> PromptBatch:
-        """Encode a call's prompts. rows: the (group, member) of each."""
+        """Encode a call's prompts."""
         distinct = list(dict.fromkeys(prompts))
         images = {prompt: prompt.load_images() for prompt in distinct}
         conds = [self.conditioner.cond(p.text, p.images, images[p]) for p in distinct]
@@ -55,13 +56,11 @@ class Evaluator:
         if self.pipeline.needs_negative(guidance_scale):
             negatives = [self.conditioner.negative(p.images, images[p]) for p in distinct]
         self.conditioner.rest()
-        group, member = torch.tensor(rows).unbind(1)
         return PromptBatch(
             conds=conds,
             negatives=negatives,
             index=torch.tensor([distinct.index(prompt) for prompt in prompts]),
-            group=group,
-            member=member,
+            owners=[Row(*row) for row in rows],
             size=self.size,
             prompts=[prompt.text for prompt in prompts],
             metadata=[prompt.metadata for prompt in prompts],
@@ -136,15 +135,23 @@ def score_prompts(
             [(n, -1) for n in numbers],  # member -1: no training row draws this noise
             schedule.guidance_scale,
         )
-        part = sample(
-            evaluator.pipeline, evaluator.model, batch, schedule, randomness, on_step=bar.update
+        segment = whole(np.empty((len(numbers), 0), dtype=np.int64), schedule.num_steps)
+        part = denoise(
+            evaluator.pipeline,
+            evaluator.model,
+            batch,
+            schedule,
+            randomness,
+            segment,
+            on_step=bar.update,
         )
+        drawn = decode(evaluator.pipeline, part.rollout)
         pending.append(
             evaluator.scorer.submit(
-                part.images, batch.prompts, batch.metadata, batch.references, held_out=True
+                drawn, batch.prompts, batch.metadata, batch.references, held_out=True
             )
         )
-        for number, image in zip(numbers, part.images, strict=True):
+        for number, image in zip(numbers, drawn, strict=True):
             on_picture(number, image)
             if number in shown:
                 pictures[number] = image

@@ -6,19 +6,21 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flow_grpo import sde
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import PromptBatch, Rollout, Size
-from flow_grpo.sampling import Schedule, sample
+from flow_grpo.rollouts import Row, whole
+from flow_grpo.sampling import Schedule, decode, denoise
 
 RANDOMNESS = Randomness(seed=7, coordinates=(3,))
-KERNELS = {"sde": 0.7, "cps": 0.8}  # and their noise levels
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,12 @@ class Task:
 
     def schedule(self, pipeline: PatchedPipeline, kind: str = "ode", pad_to: int = 0) -> Schedule:
         sigmas = pipeline.sigmas(self.num_steps, self.size).to(pipeline.device)
-        return Schedule(sigmas, self.guidance_scale, kind, KERNELS.get(kind, 0.0), pad_to=pad_to)
+        level = sde.KERNELS[kind].default_level
+        return Schedule(sigmas, self.guidance_scale, kind, level, pad_to=pad_to)
 
     def batch(self, pipeline: PatchedPipeline, rows: list[int]) -> PromptBatch:
         """Condition a row on each of these prompts; a row's number is its group."""
-        texts, numbers = [self.prompts[row] for row in rows], torch.tensor(rows)
+        texts = [self.prompts[row] for row in rows]
         negatives = None
         if pipeline.needs_negative(self.guidance_scale):
             negatives = [pipeline.negative(self.images, self.max_length)] * len(rows)
@@ -49,8 +52,7 @@ class Task:
             conds=[pipeline.encode([text], [self.images], self.max_length)[0] for text in texts],
             negatives=negatives,
             index=torch.arange(len(rows)),
-            group=numbers,
-            member=torch.zeros_like(numbers),
+            owners=[Row(row, 0) for row in rows],
             size=self.size,
             prompts=texts,
             metadata=[{}] * len(rows),
@@ -113,10 +115,17 @@ def call_stock(
     return seen, [np.asarray(picture) for picture in pictures] if decode else []
 
 
-def generate(pipeline: PatchedPipeline, task: Task, row: int) -> Rollout:
+class Drawn(NamedTuple):
+    rollout: Rollout
+    images: list[np.ndarray]
+
+
+def generate(pipeline: PatchedPipeline, task: Task, row: int) -> Drawn:
     """Draw a prompt alone, without noise on the way and without padding, as a stock call does."""
     batch, schedule = task.batch(pipeline, [row]), task.schedule(pipeline)
-    return sample(pipeline, pipeline.transformer, batch, schedule, RANDOMNESS)
+    segment = whole(np.empty((1, 0), dtype=np.int64), task.num_steps)
+    part = denoise(pipeline, pipeline.transformer, batch, schedule, RANDOMNESS, segment)
+    return Drawn(part.rollout, decode(pipeline, part.rollout))
 
 
 @torch.no_grad()

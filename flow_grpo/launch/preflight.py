@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ml_collections
 
-from flow_grpo import plan, rollouts
+from flow_grpo import plan, rollouts, sde
 from flow_grpo.launch import model_files
 from flow_grpo.objectives import OBJECTIVES
 from flow_grpo.prompts import Prompt
@@ -24,7 +24,7 @@ CHOICES = {
     "hacking_alarm": ("none", "warn", "stop"),
     "on_reward_error": ("stop", "mask"),
     "reward_encoding": tuple(servers.ENCODINGS),
-    "sample.sde_type": ("sde", "cps", "dance"),
+    "sample.sde_type": sde.STOCHASTIC,
     "train.old_log_prob": ("rollout", "replay"),
     "train.kl_mode": ("kl_dt", "kl_true", "x", "v"),
     "train.step_weight": ("none", "std"),
@@ -63,7 +63,7 @@ NOT_NEGATIVE = (
     "train.ema_decay",
     "nft.kl_beta",
 )
-POSITIVE = ("train.adv_clip_max", "nft.beta")
+POSITIVE = ("train.adv_clip_max", "train.gate_tolerance", "nft.beta")
 
 
 def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:

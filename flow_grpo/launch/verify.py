@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flow_grpo import sde
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.stock import (
-    KERNELS,
     RANDOMNESS,
+    Drawn,
     Task,
     call_stock,
     generate,
@@ -33,7 +34,8 @@ from flow_grpo.evaluation.stock import (
 )
 from flow_grpo.launch import build
 from flow_grpo.records import Rollout
-from flow_grpo.sampling import replay, sample
+from flow_grpo.rollouts import whole
+from flow_grpo.sampling import denoise, replay
 from flow_grpo.training.checkpoint import save_lora
 from flow_grpo.training.snapshots import Snapshots
 from flow_grpo.training.tracking import memory
@@ -67,7 +69,7 @@ def verify(
     base = velocity_of(pipeline, task)
     build.add_trained_weights(pipeline, config)
     yield check_reference(pipeline, task, base)
-    for kind in KERNELS:
+    for kind in sde.STOCHASTIC:
         yield check_log_ratio(pipeline, task, kind)
     yield check_gradient(pipeline, task)
     yield check_export(pipeline, task)
@@ -212,7 +214,7 @@ def check_export(pipeline: PatchedPipeline, task: Task) -> Check:
     else:
         worst = relative(velocity_of(pipeline, task), velocity)
     pipeline.pipe.unload_lora_weights()
-    apart = relative(generate(pipeline, task, 0).final, ours.final)
+    apart = relative(generate(pipeline, task, 0).rollout.final, ours.rollout.final)
     bound = STOCK_BOUND[pipeline.input_dtype]
     return Check(
         "LoRA export gives stock pictures",
@@ -230,9 +232,9 @@ def randomise_lora(pipeline: PatchedPipeline) -> None:
             param.normal_(std=LORA_STD)
 
 
-def difference(ours: Rollout, latents: Tensor, pictures: list[np.ndarray]) -> float:
+def difference(ours: Drawn, latents: Tensor, pictures: list[np.ndarray]) -> float:
     """Return the latents' difference, relative in rms, inf if pictures differ where they don't."""
-    found = relative(ours.final, latents)
+    found = relative(ours.rollout.final, latents)
     same = all(np.array_equal(*pair) for pair in zip(ours.images, pictures, strict=False))
     return found if same or found else float("inf")
 
@@ -243,7 +245,15 @@ def _rollout(pipeline: PatchedPipeline, task: Task, kind: str) -> Rollout:
     schedule = task.schedule(pipeline, kind, pad_to=task.max_length)
     batch = task.batch(pipeline, rows)
     with training_precision(pipeline):
-        return sample(pipeline, pipeline.transformer, batch, schedule, RANDOMNESS, steps)
+        return denoise(
+            pipeline,
+            pipeline.transformer,
+            batch,
+            schedule,
+            RANDOMNESS,
+            whole(steps, task.num_steps),
+            keep=("states", "log_probs"),
+        ).rollout
 
 
 def _trained_velocity(

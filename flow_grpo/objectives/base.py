@@ -1,23 +1,53 @@
-"""What an objective declares and gives. It holds no loop and does no I/O."""
+"""What an objective declares and gives to each stage of an epoch. It holds no loop and does no I/O.
+
+plan -> roll out -> score -> arrange -> update (prepare, then for each update: freeze, loss)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
 import ml_collections
 from torch import Tensor
 
+from flow_grpo import rollouts
 from flow_grpo.advantages import group_advantages
+from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Loss, Point, Rollout
+from flow_grpo.records import Arranged, Loss, Point, Rollout, RowTable
+from flow_grpo.rollouts import Call, Calls, StepsOf
 from flow_grpo.sampling import Schedule
 
-Predict = Callable[[Point], Tensor]  # the policy's velocity (B, ...) fp32, without a gradient
-Reduce = Callable[[Tensor], Tensor]  # the sum over ranks
+Values = list[list[Tensor]]  # of each micro-batch, of each of its points: (M, ...)
 
 
-class Frozen(Protocol):
+@dataclass
+class Micro:
+    """One micro-batch: M rows, the points at which they train, what is known there."""
+
+    rows: Rollout
+    points: list[Point]
+    velocity: Callable[[Point], Tensor]  # by the weights that are loaded, (M, ...) fp32
+    trained: list[Tensor | None]  # of each point: the rows of weight above 0; None: all
+    known: list[dict[str, Tensor]] = field(default_factory=list)  # of each point: name -> (M, ...)
+
+    def __post_init__(self):
+        self.known = self.known or [{} for _ in self.points]
+
+
+class Predict(Protocol):
+    """Predicts without a gradient."""
+
+    def __call__(self, micros: list[Micro], weights: str = "policy") -> Values:
+        """Return the velocity (M, ...) fp32 at every point, by these weights, loaded once for all.
+
+        weights: "policy", or a snapshot that the objective declares.
+        """
+
+
+class Snapshots(Protocol):
     """Copies of the trained weights (training/snapshots.py), as an objective may move them."""
 
     def update(self, name: str, decay: float) -> None:
@@ -35,10 +65,10 @@ class Statistic(NamedTuple):
 class Objective:
     """One algorithm. The methods stand in the order in which the loop calls them."""
 
-    samples_with: ClassVar[str] = "policy"  # whose weights roll out: policy | old | ema | reference
-    keeps: ClassVar[str] = "steps"  # of a rollout: "steps" (states and log-probs) | "final"
-    snapshots: tuple[str, ...] = ()  # frozen copies to hold: "old", "reference"
-    anchors: tuple[str, ...] = ()  # those whose velocity loss() needs at every point
+    keeps: ClassVar[Collection[str]] = ()  # of sampling.KEPT, for each stochastic step
+    draws_points: ClassVar[bool] = False  # points() gives others in each inner epoch
+    selects: ClassVar[bool] = False  # arrange() chooses rows by their scores
+    snapshots: tuple[str, ...] = ()  # names of the copies of the weights to hold
     # For the report, by their names in metrics; one that is not here is drawn under its name.
     statistics: ClassVar[dict[str, Statistic]] = {}
 
@@ -54,6 +84,27 @@ class Objective:
         if config.reward_aggregation == "gdpo":
             self.std = "none"  # its scores are normalised already
 
+    def samples_with(self, epoch: int, num_updates: int) -> str:
+        """Name the weights that roll out: "policy", or a snapshot; of saved numbers alone."""
+        return "policy"
+
+    def rollout(self, calls: Calls, steps_of: StepsOf) -> list[Call]:
+        """Turn a rank's rows into calls of denoise() (rollouts.py); the same on every rank."""
+        return rollouts.independent(calls, steps_of, self.schedule.num_steps)
+
+    def arrange(self, scores: Tensor, rows: RowTable, plan: Plan, epoch: int) -> Arranged:
+        """Say which rows train in which update, with which advantages and weights.
+
+        A pure function of all ranks' rows. scores: (N,) fp64, NaN where missing and for rows that
+        are no leaves. By default all leaves train, cut in their order into equal micro-batches,
+        with targets() of their scores.
+        """
+        leaf = rows.leaf
+        advantages, weights = scores.new_zeros(2, len(rows))
+        advantages[leaf], weights[leaf] = self.targets(scores[leaf], rows.group[leaf])
+        of_ranks = [rows.of_rank(rank) for rank in range(plan.world_size)]
+        return Arranged(plan.in_order(of_ranks, epoch), advantages, weights)
+
     def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Turn the scores of all ranks into (advantages, weights), by default group-relative.
 
@@ -63,35 +114,43 @@ class Objective:
         advantages = group_advantages(scores, group, std=self.std)
         return advantages.clamp(-self.adv_clip_max, self.adv_clip_max), (~scores.isnan()).double()
 
-    def prepare(self, micro: Rollout, predict: Predict) -> None:
-        """Freeze what belongs to the epoch's first weights; once a micro-batch."""
-
-    def points(self, micro: Rollout, randomness: Randomness) -> list[Point]:
+    def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         """List where the velocity of these rows is needed; equally many points for any rows."""
         raise NotImplementedError
 
-    def loss(
-        self,
-        velocity: Tensor,
-        anchors: dict[str, Tensor],
-        micro: Rollout,
-        point: Point,
-        reduce: Reduce,
-    ) -> Loss:
-        """Return the unreduced loss of each row. `reduce` is the only collective allowed here."""
+    def prepare(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
+        """Compute what belongs to the weights that sampled, before the epoch's first update.
+
+        micros: the epoch's, each once, or once an inner epoch if it draws_points. What is returned
+        reaches loss() under its name, with the values of its rows and point.
+        """
+        return {}
+
+    def freeze(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
+        """Compute what an update needs and does not train; once an update, which it sees whole."""
+        return {}
+
+    def loss(self, velocity: Tensor, known: dict[str, Tensor], rows: Rollout, point: Point) -> Loss:
+        """Return the unreduced loss of each row. known: of prepare() and freeze(), (M, ...)."""
         raise NotImplementedError
 
-    def mismatch(self, velocity: Tensor, micro: Rollout, point: Point) -> Tensor | None:
-        """Measure how far the unchanged policy, in training, is from the one that sampled; (B,)."""
-        return None
+    def passes(self, num_kept: int) -> Passes:
+        """Count a row's forward passes in an epoch. num_kept: its stochastic steps."""
+        return Passes(num_kept, 0, 0)
 
-    @property
-    def tolerance(self) -> float:
-        """The largest mismatch a run may start with."""
-        return 0.0
+    def gate_limits(self) -> dict[str, float]:
+        """Bound the figures of training/gate.py with which a run may start."""
+        return {}
 
-    def after_update(self, frozen: Frozen, num_updates: int) -> None:
+    def after_update(self, snapshots: Snapshots, num_updates: int) -> None:
         """Move snapshots after an optimizer step; num_updates counts from the run's start."""
 
-    def after_epoch(self, frozen: Frozen, num_updates: int) -> None:
+    def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
         """Move snapshots after an epoch."""
+
+    def state(self) -> dict:
+        """Return the numbers that must live on, as JSON has them; a checkpoint holds them."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """Take back what state() returned."""

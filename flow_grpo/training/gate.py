@@ -3,34 +3,72 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from flow_grpo.objectives.base import Objective
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Rollout
+from flow_grpo.sampling import Schedule, replay
 from flow_grpo.training.run import Run
+
+STEP_LIMIT = 1e-5  # of a log-prob that is computed again from the same velocity
 
 
 @torch.no_grad()
-def gate(run: Run, rollout: Rollout) -> None:
+def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
     """Compare sampling with training before the first update; stop where they disagree.
 
-    What was found stays in the run's gate.json: the largest |log-ratio| of each trained step.
+    rows: as they were sampled, with the velocities that were predicted, before anything is scored
+    again; None where an objective keeps no steps. They are predicted once more as training does it.
+    The largest figures of each trained step stay in the run's gate.json:
 
+    step: |log-prob of the sampled velocity, scored again, less the rollout's|: the kernel.
+    log_ratio: |log-prob of training's velocity less the rollout's|: what the loss sees.
+    velocity: rms of the two velocities' difference over the rms of the sampled one.
+
+    train.old_log_prob "rollout" bounds the log-ratio, "replay" the velocity; both the step.
     Raises RuntimeError naming the usual causes.
     """
-    objective, largest = run.objective, {}
-    micro = rollout.rows(slice(0, run.plan.micro_batch_size))
-    predict = run.predictor(micro)
-    objective.prepare(micro, predict)
-    for point in objective.points(micro, Randomness(run.config.seed, (run.epoch, 0))):
-        mismatch = objective.mismatch(predict(point), micro, point)
-        if mismatch is not None:
-            largest[point.column] = run.accelerator.gather(mismatch.max()).max().item()
-    if not all(value <= objective.tolerance for value in largest.values()):  # NaN is not
-        raise RuntimeError(
-            f"before the first update the largest |log-ratio| of each trained step is {largest}; "
-            f"at most {objective.tolerance:.3g} (a tenth of train.clip_range) is needed: training "
-            f"does not score what was sampled. Usual causes: low precision "
-            f"(config.mixed_precision), another batch size or padding in training, another "
-            f"attention kernel, dropout. config.train.old_log_prob=replay removes most of them."
-        )
-    run.tracker.write("gate.json", {"epoch": run.epoch, "log_ratio": largest})
+    if rows is None or not rows.steps.shape[1]:
+        return
+    rows = rows.rows(slice(0, run.plan.micro_batch_size))
+    velocity = run.predictor(rows)
+    figures: dict[str, dict[int, float]] = {"step": {}, "log_ratio": {}, "velocity": {}}
+    for point in run.objective.points(rows, Randomness(run.config.seed, (epoch, 0))):
+        measured = measure(run.objective.schedule, rows, point.column, velocity(point))
+        for name, value in measured.items():
+            figures[name][point.column] = run.accelerator.gather(value.max()).max().item()
+    _check(run.objective, figures)
+    run.tracker.write("gate.json", {"epoch": epoch} | figures)
+
+
+def measure(schedule: Schedule, rows: Rollout, column: int, velocity: Tensor) -> dict[str, Tensor]:
+    """Compare one step of M rows with another prediction at its state, (M,) each; see gate()."""
+    sampled, old = rows.velocities[:, column], rows.log_probs[:, column]
+    apart = (velocity - sampled).flatten(1).norm(dim=1) / sampled.flatten(1).norm(dim=1)
+    return {
+        "step": (replay(schedule, rows, column, sampled).log_prob - old).abs(),
+        "log_ratio": (replay(schedule, rows, column, velocity).log_prob - old).abs(),
+        "velocity": apart,
+    }
+
+
+CAUSES = {
+    "step": "The kernel, its noise level or the sigmas differ between sampling and training.",
+    "log_ratio": "Usual causes: low precision (config.mixed_precision), another batch size, "
+    "guidance or padding in training, another attention kernel, dropout. "
+    "config.train.old_log_prob=replay allows for precision and batch size.",
+    "velocity": "Usual causes: another guidance, padding or sigma in training, dropout, a "
+    "precision that is too low (config.mixed_precision). config.train.gate_tolerance is the limit.",
+}
+
+
+def _check(objective: Objective, figures: dict[str, dict[int, float]]) -> None:
+    limits = {"step": STEP_LIMIT} | objective.gate_limits()
+    for name, limit in limits.items():
+        if not all(value <= limit for value in figures[name].values()):  # NaN is not
+            raise RuntimeError(
+                f"before the first update the largest {name} of each trained step is "
+                f"{figures[name]}; at most {limit:.3g} is needed: training does not score what was "
+                f"sampled. {CAUSES[name]} All figures: {figures}."
+            )

@@ -1,23 +1,28 @@
-"""The epoch loop, the same for every model and objective: sample, score, update, save."""
+"""The epoch loop, the same for every model and objective.
+
+plan -> roll out -> score -> arrange -> update
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from flow_grpo.cli import progress
+from flow_grpo.objectives.base import Micro, Objective
 from flow_grpo.parallel.stop import Stopped
-from flow_grpo.prompts import epoch_prompts, micro_batch_order, rollout_rows
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Rollout
+from flow_grpo.records import Arranged
 from flow_grpo.report.output import redraw
-from flow_grpo.sampling import sample
+from flow_grpo.training import arrange, collect
 from flow_grpo.training.checkpoint import save
+from flow_grpo.training.collect import Sampled
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
 from flow_grpo.training.run import Run
-from flow_grpo.training.scoring import weigh
 from flow_grpo.training.tracking import Statistics, memory
 
 
@@ -26,20 +31,24 @@ def train(run: Run) -> None:
 
     Raises Stopped where a signal or failing rewards end it, once the finished epochs are saved.
     """
-    config = run.config
+    config, main_process = run.config, run.accelerator.is_main_process
     finished = run.tracker.num_bytes  # of metrics.jsonl
-    shown = run.accelerator.is_main_process
-    bar = progress(config.num_epochs, "epochs", shown=shown, initial=run.epoch)
+    bar = progress(config.num_epochs, "epochs", shown=main_process, initial=run.epoch)
     gate_open = False
     try:
         while run.epoch < config.num_epochs:
             if run.epoch % config.eval_freq == 0:
                 _evaluate(run)
-            rollout, metrics = collect(run)
+            sampled = collect.roll_out(run, run.epoch, for_gate=not gate_open)
+            scores = collect.score(run, sampled)
+            arranged, metrics = collect.weigh(run, sampled, scores, run.epoch)
+            if run.epoch % config.eval_freq == 0:
+                _show(run, sampled)
+            sampled.images = []
             if not gate_open:
-                gate(run, rollout)
+                gate(run, sampled.for_gate, run.epoch)
                 gate_open = True
-            update(run, rollout)
+            update(run, sampled, arranged, run.epoch)
             run.objective.after_epoch(run.snapshots, run.updater.num_updates)
             run.log("epoch", metrics := metrics | _epoch_metrics(run))
             run.epoch += 1
@@ -48,7 +57,7 @@ def train(run: Run) -> None:
                 save(run, finished)
             run.stop.check()
             bar.update()
-            if run.accelerator.is_main_process:
+            if main_process:
                 tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
         _evaluate(run)
     except Stopped:
@@ -56,106 +65,89 @@ def train(run: Run) -> None:
         raise
 
 
-def collect(run: Run) -> tuple[Rollout, dict[str, float]]:
-    """Sample this rank's pictures of the epoch, score them and give each its advantage."""
-    config, plan, objective = run.config, run.plan, run.objective
-    slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, config.seed, run.epoch)
-    calls = list(
-        rollout_rows(
-            run.accelerator.process_index,
-            config.sample.num_batches_per_epoch,
-            config.sample.train_batch_size,
-            plan.group_size,
-        )
-    )
-    randomness, parts, pending = Randomness(config.seed, (run.epoch,)), [], []
-    bar = progress(
-        len(calls) * run.schedule.num_steps, "sample", shown=run.accelerator.is_main_process
-    )
-    with run.timer("sample"), run.snapshots.using(objective.samples_with):
-        for rows in calls:
-            prompts = [plan.train_prompts[slots[group]] for group, _ in rows]
-            batch = run.prompt_batch(prompts, rows, run.schedule.guidance_scale)
-            part = sample(
-                run.pipeline,
-                run.model,
-                batch,
-                run.schedule,
-                randomness,
-                steps=run.trained_steps([group for group, _ in rows]),
-                keep_steps=objective.keeps == "steps",
-                on_step=bar.update,
-            )
-            pending.append(
-                run.scorer.submit(
-                    part.images,
-                    batch.prompts,
-                    batch.metadata,
-                    batch.references,
-                    batch.group.numpy(),
-                )
-            )
-            parts.append(part)
-            run.stop.check()
-    bar.close()
-    with run.timer("reward"):
-        scored = run.scores(pending)
-    rollout = Rollout.cat(parts)
-    scores = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
-    run.check_masked(scores["avg"])
-    metrics = weigh(run, rollout, scores)
-    if run.epoch % config.eval_freq == 0:
-        name = f"rollout-{run.updater.num_updates:06d}"
-        run.tracker.save_images(name, rollout.images[: 4 * plan.group_size], plan.group_size)
-    rollout.images = []
-    return rollout, metrics
-
-
-def update(run: Run, rollout: Rollout) -> None:
+def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
     """Take the epoch's optimizer steps."""
-    config, plan, objective = run.config, run.plan, run.objective
-    size = plan.micro_batch_size
-    micros = [rollout.rows(slice(i * size, (i + 1) * size)) for i in range(plan.num_micro_batches)]
-    rank, seed = run.accelerator.process_index, config.seed
+    objective, rank = run.objective, run.accelerator.process_index
+    micro_batch = partial(_micro_batch, run, sampled, arranged, epoch)
+    num_calls = sum(len(of_ranks[rank]) for inner in arranged.updates for of_ranks in inner)
     with run.timer("update"):
-        for micro in micros:
-            with torch.no_grad():
-                objective.prepare(micro, run.predictor(micro))
-        bar = progress(
-            len(micros) * config.train.num_inner_epochs,
-            "update",
-            shown=run.accelerator.is_main_process,
-        )
-        for inner in range(config.train.num_inner_epochs):
-            randomness = Randomness(seed, (run.epoch, inner))
-            for chosen in micro_batch_order(
-                len(micros), plan.num_updates, rank, seed, run.epoch, inner
-            ):
-                take_step(run, [micros[i] for i in chosen], randomness)
-                bar.update(len(chosen))
+        known = prepare(objective, arranged, rank, micro_batch, run.predict)
+        bar = progress(num_calls, "update", shown=run.accelerator.is_main_process)
+        for inner, updates in enumerate(arranged.updates):
+            for of_ranks in updates:
+                micros = [micro_batch(numbers, inner) for numbers in of_ranks[rank]]
+                for micro, numbers in zip(micros, of_ranks[rank], strict=True):
+                    micro.known = known.get(_key(objective, numbers, inner), micro.known)
+                num_points = len(micros[0].points) if micros else 0
+                take_step(run, micros, arrange.total_weight(arranged, of_ranks, num_points))
+                bar.update(len(micros))
         bar.close()
 
 
-def take_step(run: Run, micros: list[Rollout], randomness: Randomness) -> None:
+def prepare(objective: Objective, arranged: Arranged, rank: int, micro_batch, predict) -> dict:
+    """Let the objective compute what belongs to the epoch's first weights; by micro-batch."""
+    if type(objective).prepare is Objective.prepare:
+        return {}
+    micros = {}
+    for inner, updates in enumerate(arranged.updates):
+        for numbers in (numbers for of_ranks in updates for numbers in of_ranks[rank]):
+            key = _key(objective, numbers, inner)
+            if key not in micros:
+                micros[key] = micro_batch(numbers, inner)
+    with torch.no_grad():
+        values = objective.prepare(list(micros.values()), predict)
+    return {
+        key: [{name: of[i][k] for name, of in values.items()} for k in range(len(micro.points))]
+        for i, (key, micro) in enumerate(micros.items())
+    }
+
+
+def _key(objective: Objective, numbers: np.ndarray, inner: int) -> tuple:
+    """What a micro-batch's prepared values depend on."""
+    return numbers.tobytes(), inner if objective.draws_points else 0
+
+
+def _micro_batch(
+    run: Run, sampled: Sampled, arranged: Arranged, epoch: int, numbers: np.ndarray, inner: int
+) -> Micro:
+    rows = arrange.take_rows(sampled.rollout, numbers, sampled.first_row)
+    points = run.objective.points(rows, Randomness(run.config.seed, (epoch, inner)))
+    trained = [arrange.trained_rows(arranged, numbers, point.column) for point in points]
+    return Micro(rows, points, run.predictor(rows), trained)
+
+
+def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
     """Make one optimizer step: the weighted mean over all rows of all ranks and all points."""
-    objective, updater = run.objective, run.updater
-    statistics = Statistics(run.schedule.num_steps, run.accelerator.device)
-    total = run.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)
-    loss_sum = torch.zeros((), device=run.accelerator.device)
+    if total_weight == 0:
+        return
+    objective, updater, device = run.objective, run.updater, run.accelerator.device
+    with torch.no_grad():
+        frozen = objective.freeze(micros, run.predict)
+    statistics = Statistics(run.schedule.num_steps, device)
+    total = torch.full((), total_weight, device=device)
+    loss_sum = torch.zeros((), device=device)
     for i, micro in enumerate(micros):
-        predict, points = run.predictor(micro), objective.points(micro, randomness)
-        for k, point in enumerate(points):
-            anchors = {name: run.frozen(name, predict, point) for name in objective.anchors}
-            last = i == len(micros) - 1 and k == len(points) - 1
+        for k, point in enumerate(micro.points):
+            known = micro.known[k] | {name: values[i][k] for name, values in frozen.items()}
+            last = i == len(micros) - 1 and k == len(micro.points) - 1
             with updater.accumulate(last):
-                loss = objective.loss(predict(point), anchors, micro, point, run.total)
-                share = (loss.value * micro.weights).sum() / (total * len(points))
+                velocity, rows = micro.velocity(point), micro.rows
+                if (trained := micro.trained[k]) is not None:
+                    velocity, rows, point = (
+                        velocity[trained],
+                        rows.rows(trained),
+                        point.rows(trained),
+                    )
+                    known = {name: value[trained] for name, value in known.items()}
+                loss = objective.loss(velocity, known, rows, point)
+                weights = rows.at("weights", point.column)
+                share = (loss.value * weights).sum() / total
                 if not updater.all_finite(share.detach()):
                     updater.skip()
                     return
                 updater.backward(share)
             loss_sum += share.detach()
-            statistics.add(loss.stats, point.step, micro.weights)
+            statistics.add(loss.stats, point.step, weights)
     norm = updater.step()
     if norm is None:
         return
@@ -170,6 +162,13 @@ def _evaluate(run: Run) -> None:
     evaluate(run)
     if run.epoch and run.accelerator.is_main_process:
         redraw(run.folder)
+
+
+def _show(run: Run, sampled: Sampled) -> None:
+    """Save a sheet of an epoch's images, a group in each row."""
+    name = f"rollout-{run.updater.num_updates:06d}"
+    size = run.plan.group_size
+    run.tracker.save_images(name, sampled.images[: 4 * size], size)
 
 
 def _epoch_metrics(run: Run) -> dict[str, float]:

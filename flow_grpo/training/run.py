@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from flow_grpo import rollouts
 from flow_grpo.conditioning import collate
 from flow_grpo.evaluation.evaluate import Evaluator
-from flow_grpo.objectives.base import Objective, Predict
+from flow_grpo.objectives.base import Micro, Objective, Values
 from flow_grpo.plan import Plan
+from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Point, Rollout
+from flow_grpo.rollouts import Call
 from flow_grpo.sampling import Schedule
 from flow_grpo.training.optimizer import Updater
 from flow_grpo.training.snapshots import Snapshots, ema_decay
@@ -43,28 +45,28 @@ class Run(Evaluator):
         named = self.pipeline.transformer.named_parameters()
         return ((name, param) for name, param in named if param.requires_grad)
 
-    def predictor(self, micro: Rollout) -> Predict:
+    def predictor(self, rows: Rollout) -> Callable[[Point], Tensor]:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
-        rows = cache(lambda: collate(self.pipeline, micro.batch, self.schedule.pad_to))
+        collated = cache(lambda: collate(self.pipeline, rows.batch, self.schedule.pad_to))
         scale = self.schedule.guidance_scale
         if self.pipeline.needs_negative(scale) and not self.config.train.cfg:
             scale = self.pipeline.unguided_scale
 
-        def predict(point: Point) -> Tensor:
+        def velocity(point: Point) -> Tensor:
             return self.pipeline.velocity(
-                self.model, point.latents, point.sigma, *rows(), scale, self.size
+                self.model, point.latents, point.sigma, *collated(), scale, self.size
             )
 
-        return predict
+        return velocity
 
     @torch.no_grad()
-    def frozen(self, name: str, predict: Predict, point: Point) -> Tensor:
-        """A snapshot's velocity; never between the policy's forward and its backward."""
-        with self.snapshots.using(name):
-            return predict(point)
+    def predict(self, micros: list[Micro], weights: str = "policy") -> Values:
+        """Return all velocities; never between the policy's forward and its backward."""
+        with self.snapshots.using(weights):
+            return [[micro.velocity(point) for point in micro.points] for micro in micros]
 
-    def trained_steps(self, groups: list[int]) -> np.ndarray:
-        """The stochastic steps of rows of these groups in this epoch, (B, K) int64."""
+    def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
+        """The stochastic steps of rows of these groups in an epoch, (B, K) int64."""
         sample = self.config.sample
         return rollouts.trained_steps(
             sample.num_steps,
@@ -73,16 +75,25 @@ class Run(Evaluator):
             span=tuple(sample.sde_window_range),
             fixed=tuple(sample.sde_steps),
             seed=self.config.seed,
-            epoch=self.epoch,
+            epoch=epoch,
         )
+
+    def calls(self, rank: int, epoch: int) -> list[Call]:
+        """Return a rank's calls of denoise() in an epoch; every rank knows those of all."""
+        sample = self.config.sample
+        rows = rollout_rows(
+            rank, sample.num_batches_per_epoch, sample.train_batch_size, self.plan.group_size
+        )
+        return self.objective.rollout(list(rows), lambda groups: self.trained_steps(groups, epoch))
 
     def passes(self) -> dict[str, int]:
         """Count an epoch's passes through the transformer, see Plan.passes."""
+        calls = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
         return self.plan.passes(
             self.config,
-            num_trained=self.trained_steps([0]).shape[1],
+            self.objective.passes(self.trained_steps([0], self.epoch).shape[1]),
             guided=self.pipeline.needs_negative(self.schedule.guidance_scale),
-            num_anchors=len(self.objective.anchors),
+            num_sampled=sum(map(rollouts.num_forwards, calls)),
         )
 
     def move_snapshots(self) -> None:

@@ -33,7 +33,7 @@ SCHEDULERS = {  # as in scheduler/scheduler_config.json of the released pipeline
     "qwen": DYNAMIC | {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02},
 }
 NO_GRID = {"sd3", "StableDiffusion3Pipeline"}  # the scheduler's own grid, not 1 ... 1 / N
-KERNELS = {"sde": 0.7, "cps": 0.8, "dance": 0.3, "ode": 0.0}
+LEVELS = {kind: kernel.default_level for kind, kernel in sde.KERNELS.items()}
 
 
 def schedule(model: str, num_steps: int, size: int) -> torch.Tensor:
@@ -132,12 +132,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="path without an ending; default: noise_MODEL")
     given = parser.parse_args()
     kernels = [text.partition("=") for text in given.kernels or ()]
-    if wrong := [kind for kind, _, _ in kernels if kind not in sde.KINDS]:
-        parser.error(f"--kernels: {wrong[0]!r} is none of {', '.join(sde.KINDS)}")
-    chosen = [(kind, float(level or KERNELS[kind])) for kind, _, level in kernels]
+    if wrong := [kind for kind, _, _ in kernels if kind not in sde.KERNELS]:
+        parser.error(f"--kernels: {wrong[0]!r} is none of {', '.join(sde.KERNELS)}")
+    chosen = [(kind, float(level or LEVELS[kind])) for kind, _, level in kernels]
     sigmas = schedule(given.model, given.num_steps, given.size)
     rows = [
-        row for kind, level in chosen or KERNELS.items() for row in leftovers(kind, level, sigmas)
+        row for kind, level in chosen or LEVELS.items() for row in leftovers(kind, level, sigmas)
     ]
     name = Path(given.model).name
     out = given.out or Path(f"noise_{name}")

@@ -81,7 +81,8 @@ def draw(loaded: tools.Loaded) -> Iterator[Cell]:
     """Draw one row per kernel: without noise, then at each of its levels."""
     from flow_grpo import sde
     from flow_grpo.evaluation import stock
-    from flow_grpo.sampling import sample
+    from flow_grpo.rollouts import whole
+    from flow_grpo.sampling import decode, denoise
 
     pipeline, task = loaded.pipeline, loaded.task
     batch, plain = task.batch(pipeline, [0]), task.schedule(pipeline)
@@ -89,12 +90,17 @@ def draw(loaded: tools.Loaded) -> Iterator[Cell]:
     for kernel, levels in LEVELS.items():
         for level in (0.0, *levels):
             schedule = replace(plain, kind=kernel, noise_level=level)
-            rollout = sample(
-                pipeline, pipeline.transformer, batch, schedule, stock.RANDOMNESS, steps
+            part = denoise(
+                pipeline,
+                pipeline.transformer,
+                batch,
+                schedule,
+                stock.RANDOMNESS,
+                whole(steps, task.num_steps),
             )
-            picture = rollout.images[0]
+            picture = decode(pipeline, part.rollout)[0]
             shown = picture if picture.ndim == 3 else picture[len(picture) // 2]
-            latents = pipeline.vae_latents(rollout.final, task.size).double().cpu().numpy()
+            latents = pipeline.vae_latents(part.rollout.final, task.size).double().cpu().numpy()
             *_, before, after, _ = schedule.sigmas.tolist()
             kind, guard = kernel if level else "ode", schedule.sigmas[1].item()
             left = sde.leftover_noise(kind, before, after, level, guard).item()

@@ -23,6 +23,7 @@ from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.diffusers_patch.wan import Wan
 from flow_grpo.diffusers_patch.zimage import ZImage
 from flow_grpo.records import PromptBatch, Size
+from flow_grpo.rollouts import Row
 from tiny import flux, flux2, qwen, sd3, wan, zimage
 from tiny.parts import LENGTH
 
@@ -90,7 +91,8 @@ def prompt_batch(
     owners: (group, member) of each row; None: one row a group.
     """
     conditioner = Conditioner(model, LENGTH)
-    group, member = torch.tensor(owners or [(g, 0) for g in range(len(texts))]).unbind(1)
+    owners = [Row(*owner) for owner in owners or [(g, 0) for g in range(len(texts))]]
+    group = torch.tensor([owner.group for owner in owners])
     rows = [(text, (f"{g}.png",), references[g]) for g, text in enumerate(texts)]
     negatives = None
     if model.needs_negative(guidance):
@@ -99,9 +101,8 @@ def prompt_batch(
         conds=[conditioner.cond(*row) for row in rows],
         negatives=negatives,
         index=group,
-        group=group,
-        member=member,
+        owners=owners,
         size=size,
         prompts=[texts[g] for g in group.tolist()],
-        metadata=[{} for _ in group],
+        metadata=[{} for _ in owners],
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flow_grpo.objectives.base import Frozen, Objective, Reduce, Statistic
+from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
+from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -19,8 +20,7 @@ class NFT(Objective):
     optimality q = 1/2 + A / (2 A_max).
     """
 
-    samples_with = "old"
-    keeps = "final"
+    draws_points = True
     statistics = {
         "drift": Statistic("Drift", "mean squared difference from the old policy's velocity"),
         "kl": Statistic("KL to the reference", "mean squared difference of the velocities"),
@@ -32,55 +32,57 @@ class NFT(Objective):
         self.beta, self.kl_beta = config.nft.beta, config.nft.kl_beta
         self.num_times, self.steps = config.nft.num_times, tuple(config.nft.steps)
         self.decay = config.nft.decay
-        self.snapshots = self.anchors = ("old", "reference") if self.kl_beta else ("old",)
+        self.snapshots = ("old", "reference") if self.kl_beta else ("old",)
 
-    def points(self, micro: Rollout, randomness: Randomness) -> list[Point]:
+    def samples_with(self, epoch: int, num_updates: int) -> str:
+        return "old"
+
+    def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         """Noise the final latents at noise levels of the rollout's own grid.
 
         At those of config.nft.steps, or at some that are drawn for each picture.
         """
-        device, sigmas = micro.final.device, self.schedule.sigmas
+        device, sigmas = rows.final.device, self.schedule.sigmas
         points = []
         for k in range(len(self.steps) or self.num_times):
-            group, member = micro.batch.group.tolist(), micro.batch.member.tolist()
-            rows = [(g, m, k) for g, m in zip(group, member, strict=True)]
+            names = [(row.group, row.member, k, *row.branch) for row in rows.batch.owners]
             if self.steps:
-                steps = torch.full((len(rows),), self.steps[k])
+                steps = torch.full((len(names),), self.steps[k])
             else:
-                steps = (randomness.uniform("time", rows) * (len(sigmas) - 1)).long()
+                steps = (randomness.uniform("time", names) * (len(sigmas) - 1)).long()
             steps = steps.to(device)
-            noise = randomness.normal("noising", rows, micro.final.shape[1:]).to(device)
+            noise = randomness.normal("noising", names, rows.final.shape[1:]).to(device)
             sigma = sigmas[steps]
             wide = _wide(sigma, noise)
-            latents = (1 - wide) * micro.final + wide * noise
+            latents = (1 - wide) * rows.final + wide * noise
             points.append(Point(latents, sigma, step=steps, column=k, noise=noise))
         return points
 
-    def loss(
-        self,
-        velocity: Tensor,
-        anchors: dict[str, Tensor],
-        micro: Rollout,
-        point: Point,
-        reduce: Reduce,
-    ) -> Loss:
+    def freeze(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
+        return {name: predict(micros, name) for name in self.snapshots}
+
+    def loss(self, velocity: Tensor, known: dict[str, Tensor], rows: Rollout, point: Point) -> Loss:
         value, stats = contrast(
             velocity,
-            anchors["old"],
-            point.noise - micro.final,
+            known["old"],
+            point.noise - rows.final,
             point.sigma,
-            micro.advantages,
+            rows.at("advantages", point.column),
             self.beta,
             self.adv_clip_max,
         )
         if self.kl_beta:
-            kl = ((velocity - anchors["reference"]) ** 2).flatten(1).mean(1)
+            kl = ((velocity - known["reference"]) ** 2).flatten(1).mean(1)
             value = value + self.kl_beta * kl
             stats["kl"] = kl.detach()
         return Loss(value, stats)
 
-    def after_epoch(self, frozen: Frozen, num_updates: int) -> None:
-        frozen.update("old", old_decay(self.decay, num_updates))
+    def passes(self, num_kept: int) -> Passes:
+        points = len(self.steps) or self.num_times
+        return Passes(points, points * len(self.snapshots), 0)
+
+    def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
+        snapshots.update("old", old_decay(self.decay, num_updates))
 
 
 def contrast(

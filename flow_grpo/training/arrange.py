@@ -1,0 +1,85 @@
+"""Between scoring and the updates: who trains when, and this rank's share of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flow_grpo import randomness
+from flow_grpo.objectives.base import Objective
+from flow_grpo.plan import Plan
+from flow_grpo.records import Arranged, Rollout, RowTable
+
+
+def arrange(
+    objective: Objective, scores: Tensor, rows: RowTable, plan: Plan, epoch: int, shuffle: bool
+) -> Arranged:
+    """Let the objective arrange all ranks' rows; the same on every rank.
+
+    scores: (N,) fp64, NaN where missing. shuffle: a control that deals the outcome to random
+    leaves: advantages and weights or, where the objective selects by scores, these.
+    """
+    leaves = torch.nonzero(rows.leaf).flatten()
+    dealt = leaves.clone()
+    if shuffle:
+        order = list(range(len(leaves)))
+        randomness.rng(plan.seed, "shuffle", epoch).shuffle(order)
+        dealt = leaves[order]
+    if objective.selects:
+        scores = scores.index_copy(0, leaves, scores[dealt])
+    arranged = objective.arrange(scores, rows, plan, epoch)
+    if not objective.selects:
+        arranged = replace(
+            arranged,
+            advantages=arranged.advantages.index_copy(0, leaves, arranged.advantages[dealt]),
+            weights=arranged.weights.index_copy(0, leaves, arranged.weights[dealt]),
+        )
+    check(arranged, rows, plan)
+    return arranged
+
+
+def check(arranged: Arranged, rows: RowTable, plan: Plan) -> None:
+    """Raise AssertionError where ranks would make unequal calls, or a row is another rank's."""
+    for update in (update for inner in arranged.updates for update in inner):
+        assert len(update) == plan.world_size, "an update needs micro-batches for every rank"
+        sizes = [[len(micro) for micro in of_rank] for of_rank in update]
+        assert all(each == sizes[0] for each in sizes), f"ranks' micro-batches differ: {sizes}"
+        for rank, of_rank in enumerate(update):
+            for micro in of_rank:
+                assert (rows.rank[_numbers(micro)] == rank).all(), "a row stays on its rank"
+
+
+def total_weight(arranged: Arranged, update: list[list[np.ndarray]], num_points: int) -> float:
+    """Sum the weights of an update's rows of all ranks, over all their points."""
+    numbers = np.concatenate([micro for of_rank in update for micro in of_rank])
+    weights = arranged.weights[numbers[numbers >= 0]]
+    return weights.sum().item() * (num_points if weights.ndim == 1 else 1)
+
+
+def take_rows(rollout: Rollout, micro: np.ndarray, first: int) -> Rollout:
+    """Return a micro-batch's rows of this rank's rollout, with weight 0 where they only fill up.
+
+    first: the number of this rank's first row among all ranks'.
+    """
+    fill, local = micro < 0, _numbers(micro) - first
+    if (np.diff(local) == 1).all() and not fill.any():
+        return rollout.rows(slice(int(local[0]), int(local[-1]) + 1))  # views, no copies
+    rows = rollout.rows(torch.from_numpy(local))
+    rows.weights[torch.from_numpy(np.flatnonzero(fill))] = 0
+    return rows
+
+
+def trained_rows(arranged: Arranged, micro: np.ndarray, column: int) -> Tensor | None:
+    """List a micro-batch's rows of weight above 0 at one point; None: all of them."""
+    weights = arranged.weights[_numbers(micro)]
+    if weights.ndim > 1:
+        weights = weights[:, column]
+    kept = (weights > 0) & torch.from_numpy(micro >= 0)
+    return None if kept.all() else torch.nonzero(kept).flatten()
+
+
+def _numbers(micro: np.ndarray) -> np.ndarray:
+    return np.where(micro < 0, ~micro, micro)

@@ -1,0 +1,175 @@
+"""The first half of an epoch: roll out, score, and weigh the rows of all ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import ml_collections
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from flow_grpo import advantages
+from flow_grpo.cli import progress
+from flow_grpo.evaluation import diversity
+from flow_grpo.prompts import epoch_prompts
+from flow_grpo.randomness import Randomness
+from flow_grpo.records import Arranged, Rollout, RowTable
+from flow_grpo.rollouts import states_to_save
+from flow_grpo.sampling import Denoised, decode, denoise, parents
+from flow_grpo.training.arrange import arrange
+from flow_grpo.training.run import Run
+
+
+@dataclass
+class Sampled:
+    """This rank's part of an epoch's rollout."""
+
+    rollout: Rollout  # N rows
+    images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
+    pending: list  # scores of each call's leaves, to come
+    for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
+    first_row: int = 0  # the number of its first row among all ranks'
+
+
+def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
+    """Draw this rank's images, and start to score them."""
+    config, plan, objective = run.config, run.plan, run.objective
+    slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, config.seed, epoch)
+    world = [run.calls(rank, epoch) for rank in range(plan.world_size)]
+    calls = world[run.accelerator.process_index]
+    save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
+    done: list[Denoised] = []
+    images, pending, gated = [], [], []
+    num_steps = sum(call.segment.grid.shape[1] - 1 for call in calls)
+    bar = progress(num_steps, "sample", shown=run.accelerator.is_main_process)
+    weights = objective.samples_with(epoch, run.updater.num_updates)
+    with run.timer("sample"), run.snapshots.using(weights):
+        for number in range(max(map(len, world))):
+            if number < len(calls):
+                call, keep = calls[number], list(objective.keeps)
+                checked = for_gate and keep and sum(map(len, gated)) < plan.micro_batch_size
+                if checked and call.leaf:
+                    keep.append("velocities")
+                prompts = [plan.train_prompts[slots[row.group]] for row in call.rows]
+                batch = run.prompt_batch(prompts, call.rows, run.schedule.guidance_scale)
+                part = denoise(
+                    run.pipeline,
+                    run.model,
+                    batch,
+                    run.schedule,
+                    randomness,
+                    call.segment,
+                    leaf=call.leaf,
+                    keep=keep,
+                    start=parents(done, call.segment),
+                    save=save[number],
+                    on_step=bar.update,
+                )
+                if "velocities" in keep:
+                    gated.append(part.rollout)
+                    part.rollout = replace(part.rollout, velocities=None)
+                done.append(part)
+                if call.leaf:
+                    decoded = decode(run.pipeline, part.rollout)
+                    pending.append(
+                        run.scorer.submit(
+                            decoded,
+                            batch.prompts,
+                            batch.metadata,
+                            batch.references,
+                            batch.group.numpy(),
+                        )
+                    )
+                    images += decoded
+            run.stop.check()  # of as many calls as the rank with the most makes
+    bar.close()
+    return Sampled(
+        rollout=Rollout.cat([part.rollout for part in done]),
+        images=images,
+        pending=pending,
+        for_gate=Rollout.cat(gated) if gated else None,
+    )
+
+
+def score(run: Run, sampled: Sampled) -> dict[str, np.ndarray]:
+    """Wait for the scores of this rank's leaves, (L,) each. Raises Stopped if too few have one."""
+    with run.timer("reward"):
+        scored = run.scores(sampled.pending)
+    scores = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+    run.check_masked(scores["avg"])
+    return scores
+
+
+def weigh(
+    run: Run, sampled: Sampled, scores: dict[str, np.ndarray], epoch: int
+) -> tuple[Arranged, dict[str, float]]:
+    """Turn the scores of all ranks into what trains when; give this rank's rows their share."""
+    config, rollout = run.config, sampled.rollout
+    rows, world = table_of(run, rollout), _world(scores)
+    leaf_scores = combine(config, world, rows.group[rows.leaf])
+    all_scores = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    all_scores[rows.leaf] = leaf_scores
+    shuffle = config.train.shuffle_advantages
+    arranged = arrange(run.objective, all_scores, rows, run.plan, epoch, shuffle)
+    rank, device = run.accelerator.process_index, run.accelerator.device
+    mine, sampled.first_row = rows.rank == rank, int((rows.rank < rank).sum())
+    rollout.advantages = arranged.advantages[mine].float().to(device)
+    rollout.weights = arranged.weights[mine].float().to(device)
+    group = rows.group[rows.leaf]
+    metrics = {f"reward/{name}": values.nanmean().item() for name, values in world.items()}
+    small = np.concatenate(gather_object([diversity.thumbnails(sampled.images)]))
+    spread = diversity.diversity(small, group.numpy())
+    if not math.isnan(spread):  # a group has more than one image
+        metrics["diversity"] = spread
+    average = world["avg"]
+    present = average[~average.isnan()]
+    return arranged, metrics | {
+        "reward/avg_std": present.std(correction=0).item(),
+        "reward/missing": average.isnan().sum().item(),
+        "reward/zero_std_fraction": advantages.zero_std_fraction(average, group),
+        "advantage/abs_mean": arranged.advantages[rows.leaf].abs().mean().item(),
+    }
+
+
+def table_of(run: Run, rollout: Rollout) -> RowTable:
+    """Put what is known of all ranks' rows side by side."""
+    rank = run.accelerator.process_index
+    columns = {
+        "group": rollout.batch.group,
+        "member": rollout.batch.member,
+        "rank": torch.full((len(rollout),), rank),
+        "leaf": rollout.leaf,
+        "parent": rollout.parent[:, 0],
+        "steps": rollout.steps.cpu(),
+    }
+    ranks = gather_object([columns])
+    first = 0
+    for each in ranks:  # a parent's number among all rows
+        each["parent"] = torch.where(each["parent"] < 0, -1, each["parent"] + first)
+        first += len(each["parent"])
+    return RowTable(**{name: torch.cat([each[name] for each in ranks]) for name in columns})
+
+
+def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group: Tensor) -> Tensor:
+    """Return the one score (N,) that is trained, of all ranks; NaN where a reward is missing.
+
+    config.reward_aggregation "gdpo": each reward normalised in its groups first; the objective then
+    only centres it.
+    """
+    average = scores["avg"]
+    if config.reward_aggregation == "sum":
+        return average
+    weights = {name: weight for name, weight in config.reward_fn.items() if weight}
+    combined = advantages.gdpo_advantages({name: scores[name] for name in weights}, weights, group)
+    return torch.where(average.isnan(), average, combined)
+
+
+def _world(scores: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Put the scores of all ranks' leaves together."""
+    ranks = gather_object([scores])
+    return {
+        name: torch.from_numpy(np.concatenate([each[name] for each in ranks])) for name in scores
+    }
