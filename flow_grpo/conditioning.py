@@ -11,12 +11,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_collections
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.records import Cond, PromptBatch
+from flow_grpo.records import Cond, Conditioning, Guidance, PromptBatch
 
 
 class Item(NamedTuple):
@@ -113,6 +114,18 @@ class Conditioner:
             Item(None, image_paths), lambda: self.pipeline.negative(images, self.max_length)
         )
 
+    def branches(
+        self, rows: list[tuple[str, tuple, tuple]], guidance: Guidance
+    ) -> dict[str, list[Cond]]:
+        """Encode what the model needs of rows under this guidance, for a PromptBatch.
+
+        rows: each a prompt, the paths of its reference images, and the images.
+        """
+        branches = {"positive": [self.cond(*row) for row in rows]}
+        if self.pipeline.needs_negative(guidance):
+            branches["negative"] = [self.negative(paths, images) for _, paths, images in rows]
+        return branches
+
     def rest(self) -> None:
         """Send the encoders back to the CPU if they are to be there while nobody needs them."""
         if self.offload and self._awake:
@@ -138,16 +151,21 @@ class Conditioner:
         return encode()
 
 
-def collate(
-    pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int
-) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Return the conditioning and negative rows (B, ...) of a batch, on the device."""
+def collate(pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int) -> Conditioning:
+    """Return what a call of the model needs of a batch: rows (B, ...) of each branch."""
 
     def rows(conds: list[Cond]) -> dict[str, Tensor]:
         together = pipeline.collate(conds, pad_to)
         return {name: value[batch.index.to(value.device)] for name, value in together.items()}
 
-    return rows(batch.conds), rows(batch.negatives) if batch.negatives else None
+    branches = {name: rows(conds) for name, conds in batch.branches.items()}
+    return Conditioning(branches, batch.guidance, batch.size)
+
+
+def guidances(config: ml_collections.ConfigDict) -> tuple[Guidance, Guidance]:
+    """Return how the pictures of training and those of evaluations are guided."""
+    scale, eval_scale = config.sample.guidance_scale, config.sample.eval_guidance_scale
+    return Guidance(scale), Guidance(scale if eval_scale is None else eval_scale)
 
 
 @lru_cache(maxsize=4096)

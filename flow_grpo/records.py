@@ -22,6 +22,15 @@ class Size:
     num_frames: int = 1
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How a velocity is guided. What the numbers mean, and which it takes, a model decides."""
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)  # of sigma, where guidance acts
+    rescale: float = 0.0
+
+
 @dataclass(eq=False)
 class Cond:
     """The unpadded conditioning of one distinct (prompt, reference images)."""
@@ -38,9 +47,9 @@ class Cond:
 class PromptBatch:
     """B rows to generate: whom each row belongs to and what it is conditioned on."""
 
-    conds: list[Cond]  # distinct
-    negatives: list[Cond] | None  # beside conds; None: the model needs none
-    index: Tensor  # (B,) int64 into conds
+    branches: dict[str, list[Cond]]  # "positive", and "negative" where guidance asks for it
+    guidance: Guidance
+    index: Tensor  # (B,) int64 into each branch, whose conditionings are distinct
     owners: list[Row]  # B
     size: Size
     prompts: list[str]  # B
@@ -65,8 +74,9 @@ class PromptBatch:
         used, index = torch.unique(self.index[rows], return_inverse=True)
         return replace(
             self,
-            conds=[self.conds[i] for i in used.tolist()],
-            negatives=self.negatives and [self.negatives[i] for i in used.tolist()],
+            branches={
+                name: [conds[i] for i in used.tolist()] for name, conds in self.branches.items()
+            },
             index=index,
             owners=_chosen(self.owners, rows),
             prompts=_chosen(self.prompts, rows),
@@ -77,17 +87,37 @@ class PromptBatch:
     @staticmethod
     def cat(parts: list[PromptBatch]) -> PromptBatch:
         first = parts[0]
-        offsets = torch.tensor([0, *(len(part.conds) for part in parts[:-1])]).cumsum(0)
+        counts = [len(part.branches["positive"]) for part in parts[:-1]]
+        offsets = torch.tensor([0, *counts]).cumsum(0)
         return replace(
             first,
-            conds=[cond for part in parts for cond in part.conds],
-            negatives=first.negatives and [cond for part in parts for cond in part.negatives],
+            branches={
+                name: [cond for part in parts for cond in part.branches[name]]
+                for name in first.branches
+            },
             index=torch.cat([p.index + o for p, o in zip(parts, offsets.tolist(), strict=True)]),
             owners=[owner for part in parts for owner in part.owners],
             prompts=[prompt for part in parts for prompt in part.prompts],
             metadata=[row for part in parts for row in part.metadata],
             references=first.references and [row for part in parts for row in part.references],
         )
+
+
+@dataclass
+class Conditioning:
+    """What a call of the model is conditioned on, on the device."""
+
+    branches: dict[str, dict[str, Tensor]]  # rows (B, ...) by the branch's and the tensor's name
+    guidance: Guidance
+    size: Size
+
+    def __getitem__(self, branch: str) -> dict[str, Tensor]:
+        """Return a branch's rows. Fails, naming it, where the guidance needs one that is absent."""
+        assert branch in self.branches, (
+            f"{self.guidance} needs the branch {branch!r}; this conditioning has "
+            f"{', '.join(self.branches)}"
+        )
+        return self.branches[branch]
 
 
 @dataclass

@@ -22,7 +22,6 @@ class Schedule:
     """How images are drawn: what denoise(), replay() and an objective must agree on."""
 
     sigmas: Tensor  # (N + 1,) fp32 on the device, 1 ... 0
-    guidance_scale: float
     kind: str = "ode"  # of the stochastic steps
     noise_level: float = 0.0
     same_latent: bool = False
@@ -79,9 +78,7 @@ def denoise(
     for i in range(grid.shape[1] - 1):
         _save(states, segment.grid[:, i], latents, save)
         now, then = sigmas[grid[:, i]], sigmas[grid[:, i + 1]]
-        velocity = pipeline.velocity(
-            model, latents, now, *conditioning, schedule.guidance_scale, batch.size
-        )
+        velocity = pipeline.velocity(model, latents, now, conditioning)
         before, place = latents, (velocity, latents, now, then)
         # A row that waits steps from a sigma to the same one, and so stays where it is.
         latents = sde.step("ode", *place, 0.0, sigma_guard=sigmas[1]).next_latents
@@ -113,8 +110,12 @@ def parents(done: list[Denoised], segment: Segment) -> Tensor | None:
 
 
 def decode(pipeline: PatchedPipeline, rollout: Rollout) -> list[np.ndarray]:
-    """Return the images of leaves, uint8 ([F,] H, W, 3) each, rounded as diffusers does."""
-    images = pipeline.decode(rollout.final, rollout.batch.size)
+    """Return the images of leaves, uint8 ([F,] H, W, 3) each."""
+    return to_uint8(pipeline.decode(rollout.final, rollout.batch.size))
+
+
+def to_uint8(images: Tensor) -> list[np.ndarray]:
+    """Turn (B, [F,] 3, H, W) in [0, 1] into B uint8 ([F,] H, W, 3), rounded as diffusers does."""
     return list((images.movedim(-3, -1) * 255).round().to(torch.uint8).cpu().numpy())
 
 

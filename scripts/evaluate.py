@@ -17,7 +17,6 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import NamedTuple
 
 import ml_collections
@@ -25,11 +24,17 @@ import numpy as np
 from tqdm import tqdm
 
 from flow_grpo.cli import user_errors
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation import tables
-from flow_grpo.launch import model_files, preflight, settings, weights
+from flow_grpo.evaluation.evaluate import score_prompts, spread
+from flow_grpo.launch import entry, model_files, preflight, provenance, settings, weights
+from flow_grpo.launch.evaluator import build_evaluator
 from flow_grpo.launch.weights import Weights
+from flow_grpo.parallel.stop import Stopped
 from flow_grpo.prompts import Prompt
+from flow_grpo.report.sheets import captioned_sheet, side_by_side
 from flow_grpo.training import folders
+from flow_grpo.training.checkpoint import PACKAGES
 
 MUST_AGREE = (  # for an evaluation to repeat that of the run
     "pretrained.model",
@@ -57,7 +62,7 @@ class Job(NamedTuple):
     """What the command line asks for, checked."""
 
     config: ml_collections.ConfigDict
-    family: str
+    family: type[PatchedPipeline]
     checkpoints: list[Weights]  # one or two
     prompts: list[Prompt]
     out: Path
@@ -73,9 +78,6 @@ def main(argv: list[str]) -> None:
     """Evaluate, and leave with 0, or 1 and a message, or 128 + a signal's number."""
     with user_errors():
         job = read(argv)
-        from flow_grpo.launch import entry  # torch takes seconds
-        from flow_grpo.parallel.stop import Stopped
-
         try:
             results = [score(job, i) for i in range(len(job.checkpoints))]
         except Stopped as stopped:
@@ -90,7 +92,7 @@ def main(argv: list[str]) -> None:
 
 
 def read(argv: list[str]) -> Job:
-    """Check the command line and all that needs no torch. Raises ValueError."""
+    """Check the command line and all that needs no weights. Raises ValueError."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -142,12 +144,9 @@ def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> 
 
 def score(job: Job, number: int) -> Result:
     """Draw and score every prompt with one checkpoint; write and print what came of it."""
-    from flow_grpo.evaluation.evaluate import score_prompts, spread
-    from flow_grpo.launch.evaluator import build_evaluator
-
     checkpoint, prompts = job.checkpoints[number], job.prompts
     folder = job.out / ("first", "second")[number] if len(job.checkpoints) == 2 else job.out
-    evaluator = build_evaluator(job.config, resolve_name(job.family), checkpoint, prompts)
+    evaluator = build_evaluator(job.config, job.family, checkpoint, prompts)
     evaluator.accelerator.wait_for_everyone()  # all have seen --out empty
     pictures = folder / "images"
     (pictures if job.write_images else folder).mkdir(parents=True, exist_ok=True)
@@ -168,10 +167,6 @@ def score(job: Job, number: int) -> Result:
 
 def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) -> None:
     """Write a checkpoint's scores, their table, a sheet, and what they were made with."""
-    from flow_grpo.launch import provenance
-    from flow_grpo.report.sheets import captioned_sheet
-    from flow_grpo.training.checkpoint import PACKAGES
-
     texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
     summaries = tables.summarise(result.scores, tags, texts)
     print(tables.table(summaries))
@@ -206,8 +201,6 @@ def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) ->
 
 def write_comparison(job: Job, first: Result, second: Result) -> None:
     """Compare two checkpoints row by row."""
-    from flow_grpo.report.sheets import captioned_sheet, side_by_side
-
     texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
     comparisons = tables.compare(first.scores, second.scores, tags, texts)
     print(f"\n{job.checkpoints[1].name} less {job.checkpoints[0].name}")

@@ -11,7 +11,8 @@ at any scale; the policy is trained at the scale that it samples with.
 Memory: 12 B parameters take 24 GB in bf16, the T5 encoder 10 GB more.
 """
 
+from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main("flow_grpo.diffusers_patch.flux:Flux", "config/grpo.py:pickscore_flux")
+    main(Flux, "config/grpo.py:pickscore_flux")

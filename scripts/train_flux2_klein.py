@@ -16,7 +16,8 @@ equally many references of equal sizes.
 Memory (estimate): 4 B parameters take 8 GB in bf16, the Qwen3 encoder 8 GB more; 9 B: 18 + 16 GB.
 """
 
+from flow_grpo.diffusers_patch.flux2_klein import Flux2Klein
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main("flow_grpo.diffusers_patch.flux2_klein:Flux2Klein", "config/grpo.py:pickscore_flux2_klein")
+    main(Flux2Klein, "config/grpo.py:pickscore_flux2_klein")

@@ -16,9 +16,8 @@ config.resolution.
 Memory: 12 B parameters take 24 GB in bf16, the T5 encoder 10 GB more.
 """
 
+from flow_grpo.diffusers_patch.flux_kontext import FluxKontext
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main(
-        "flow_grpo.diffusers_patch.flux_kontext:FluxKontext", "config/grpo.py:counting_flux_kontext"
-    )
+    main(FluxKontext, "config/grpo.py:counting_flux_kontext")

@@ -13,7 +13,8 @@ longer prompts are cut. The template's own tokens don't count.
 Memory (estimate): 20 B parameters take 41 GB in bf16, the Qwen2.5-VL encoder 17 GB more.
 """
 
+from flow_grpo.diffusers_patch.qwenimage import QwenImage
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main("flow_grpo.diffusers_patch.qwenimage:QwenImage", "config/grpo.py:pickscore_qwenimage")
+    main(QwenImage, "config/grpo.py:pickscore_qwenimage")

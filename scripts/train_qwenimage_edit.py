@@ -18,10 +18,8 @@ Prompts: each is padded to max_sequence_length tokens and masked; its images' to
 Memory (estimate): 20 B parameters take 41 GB in bf16, the Qwen2.5-VL encoder 17 GB more.
 """
 
+from flow_grpo.diffusers_patch.qwenimage_edit import QwenImageEdit
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main(
-        "flow_grpo.diffusers_patch.qwenimage_edit:QwenImageEdit",
-        "config/grpo.py:counting_qwenimage_edit",
-    )
+    main(QwenImageEdit, "config/grpo.py:counting_qwenimage_edit")

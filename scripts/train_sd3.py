@@ -10,7 +10,8 @@ Guidance: classifier-free, both passes in one batch; runs without it (guidance_s
 False) take half the time.
 """
 
+from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main("flow_grpo.diffusers_patch.sd3:SD3", "config/testbed.py:shapes_sd3")
+    main(SD3, "config/testbed.py:shapes_sd3")

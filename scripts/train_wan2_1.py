@@ -15,7 +15,8 @@ Memory (estimate): 1.3 B parameters take 3 GB in bf16, the UMT5 encoder 11 GB; t
 activations of a video of 33 frames at 240 x 416 take far more, so activation_checkpointing is on.
 """
 
+from flow_grpo.diffusers_patch.wan import Wan
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main("flow_grpo.diffusers_patch.wan:Wan", "config/grpo.py:general_ocr_wan2_1")
+    main(Wan, "config/grpo.py:general_ocr_wan2_1")

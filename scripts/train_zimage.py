@@ -13,7 +13,8 @@ differ from the rollout's calls, train.old_log_prob=replay is needed, as for eve
 Memory (estimate): 6 B parameters take 12 GB in bf16, the Qwen3 encoder 8 GB more.
 """
 
+from flow_grpo.diffusers_patch.zimage import ZImage
 from flow_grpo.launch.entry import main
 
 if __name__ == "__main__":
-    main("flow_grpo.diffusers_patch.zimage:ZImage", "config/grpo.py:pickscore_zimage")
+    main(ZImage, "config/grpo.py:pickscore_zimage")

@@ -2,7 +2,7 @@
 
     python scripts/verify_model.py --model scripts/testbed/base --size 32 --max_sequence_length 10
 
-Any local folder or hub id of a model that flow_grpo/diffusers_patch/__init__.py lists. In fp32 our
+Any local folder or hub id of a model that flow_grpo/diffusers_patch/registry.py lists. In fp32 our
 pictures must equal the stock pipeline's bit for bit; in 16 bits the latents may differ by the bound
 that is printed, because the stock pipeline rounds them between steps. docs/add_a_model.md says what
 each line is for.
@@ -15,7 +15,7 @@ import sys
 
 from config.base import base
 from flow_grpo.cli import user_errors
-from flow_grpo.launch import tools
+from flow_grpo.launch import tools, verify
 
 PROMPTS = ("a photo of a red apple", 'two green cubes and a sign that says "Grüße 42"')
 
@@ -34,11 +34,9 @@ def main(argv: list[str]) -> int:
         if args.prompt and len(args.prompt) < 2:
             raise ValueError(f"--prompt={args.prompt[0]!r}: two prompts are needed, or none.")
         loaded = tools.load(args, tuple(args.prompt or PROMPTS), config)
-    from flow_grpo.launch import verify  # torch takes seconds
-
     pipeline = loaded.pipeline
     where = f"{loaded.dtype} on {pipeline.device}, {loaded.task.size}"
-    print(f"{args.model}: {loaded.family}, {where}", flush=True)
+    print(f"{args.model}: {loaded.family.__name__}, {where}", flush=True)
     failed = 0
     for check in verify.verify(pipeline, loaded.task, config):
         print(check, flush=True)

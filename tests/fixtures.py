@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo import sde
-from flow_grpo.records import Cond, PromptBatch, Size
+from flow_grpo.records import Cond, Guidance, PromptBatch, Size
 from flow_grpo.rollouts import Row, whole
 from flow_grpo.sampling import decode, denoise
 
@@ -104,8 +104,8 @@ def clean_grid(num_steps):
 def blank_batch(group: Tensor, member: Tensor) -> PromptBatch:
     """Rows of these groups and members, without a prompt or a size; group, member: (B,) int64."""
     return PromptBatch(
-        conds=[Cond({})],
-        negatives=None,
+        branches={"positive": [Cond({})]},
+        guidance=Guidance(1.0),
         index=torch.zeros_like(group),
         owners=[Row(*owner) for owner in zip(group.tolist(), member.tolist(), strict=True)],
         size=Size(1, 1),

@@ -18,12 +18,12 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
 from flow_grpo.training import collect
 from flow_grpo.training.run import Run
 
-SD3_FAMILY = "flow_grpo.diffusers_patch.sd3:SD3"
 DEFAULT = "config/testbed.py:shapes_sd3_grpo"
 PROMPTS = ["a red apple", "two green cubes", "a cat", "three cats", "a sign that says two", "cube"]
 TIMINGS = ("seconds/", "memory/", "images_per_second")
@@ -98,7 +98,7 @@ def save_random_lora(pipeline: Path, folder: Path, rank: int = 4) -> None:
     )
 
 
-def prepare(argv: list[str], family: str = SD3_FAMILY) -> Run:
+def prepare(argv: list[str], family: type[PatchedPipeline] = SD3) -> Run:
     """Build a run; a previous one in this process is forgotten."""
     with fresh_process():
         return entry.prepare(argv, family, DEFAULT)
@@ -117,7 +117,7 @@ def fresh_process() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def train(argv: list[str], family: str = SD3_FAMILY) -> Run:
+def train(argv: list[str], family: type[PatchedPipeline] = SD3) -> Run:
     """Train to the end and return the run."""
     run = prepare(argv, family)
     assert entry.execute(run) == 0
@@ -178,7 +178,7 @@ def record_rollouts(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":  # train_sd3.py with something done to it: MODE is break or a folder
-    trained = entry.prepare(sys.argv, SD3_FAMILY, DEFAULT)
+    trained = entry.prepare(sys.argv, SD3, DEFAULT)
     rank = trained.accelerator.process_index
     if os.environ["MODE"] != "break":
         record_rollouts(Path(os.environ["MODE"]), rank)

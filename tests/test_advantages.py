@@ -233,7 +233,7 @@ def test_win_rates_sum_to_half_the_group():
 def targets(scores, group, **keys):
     config = base()
     config.update_from_flattened_dict({key.replace("__", "."): keys[key] for key in keys})
-    return GRPO(config, Schedule(torch.linspace(1, 0, 5), 1.0)).targets(scores, group)
+    return GRPO(config, Schedule(torch.linspace(1, 0, 5))).targets(scores, group)
 
 
 @pytest.mark.parametrize("global_std, expected", [(True, GLOBAL_STD), (False, GROUP_STD)])

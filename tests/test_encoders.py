@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from flow_grpo.conditioning import Item
-from flow_grpo.diffusers_patch.loading import ENCODERS
+from flow_grpo.diffusers_patch.weights import ENCODERS
 from flow_grpo.launch import encoders
 from flow_grpo.launch.settings import load as load_config
+from flow_grpo.records import Guidance
 from flow_grpo.training import collect
 
 NAMES = {"sd3": 4.5, "flux_kontext": 2.5, "qwenimage_edit": 4.0, "zimage": 4.0}
@@ -67,8 +68,7 @@ def argv(folder, name: str, mode: str, **overrides) -> list[str]:
 
 def prepare(folder, name, mode, **overrides):
     family = tiny.MODELS[name][0].variants()[0]  # the script's
-    path = f"{family.__module__}:{family.__name__}"
-    return running.prepare(argv(folder, name, mode, **overrides), path)
+    return running.prepare(argv(folder, name, mode, **overrides), family)
 
 
 def parts(run) -> list:
@@ -93,7 +93,7 @@ def test_the_three_modes_draw_the_same_pictures(files, name):
             assert run.conditioner.num_encoded >= 2 and not cached(folder)
             continue
         assert run.conditioner.num_encoded == 0
-        guided = run.pipeline.needs_negative(NAMES[name])
+        guided = run.pipeline.needs_negative(Guidance(NAMES[name]))
         assert len(cached(folder)) == 3 + guided * (3 if name in tiny.EDITS else 1)
         for part in [*(folder / name).glob("text_enc*"), *(folder / name).glob("token*")]:
             shutil.rmtree(part)  # the second start finds none
@@ -109,7 +109,7 @@ def test_offloaded_encoders_are_back_on_the_cpu_after_each_call(files, monkeypat
     moves = []
     monkeypatch.setattr(run.pipeline, "move_encoders", lambda device: moves.append(str(device)))
     for number in (0, 1, 0):
-        run.prompt_batch([run.plan.train_prompts[number]], [(0, 0)], 4.5)
+        run.prompt_batch([run.plan.train_prompts[number]], [(0, 0)], Guidance(4.5))
     home = str(run.pipeline.device)
     assert moves == ["cpu", home, "cpu"]  # the third call found its prompt in memory
     assert run.conditioner.num_encoded == 3  # two prompts and what guidance subtracts
@@ -181,4 +181,4 @@ def test_a_file_that_is_damaged_while_a_run_goes_on_is_named(files):
     path = run.conditioner.store.path(Item(prompt.text))
     path.write_bytes(b"nothing")
     with pytest.raises(RuntimeError, match=f"{path}, .*{prompt.text}.*Delete it"):
-        run.prompt_batch([prompt], [(0, 0)], 1.0)
+        run.prompt_batch([prompt], [(0, 0)], Guidance(1.0))

@@ -201,7 +201,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_mistake_is_named_before_torch_is_needed(files, tagged, tmp_path, monkeypatch, case):
+def test_a_mistake_is_named_before_weights_load(files, tagged, tmp_path, monkeypatch, case):
     more, changed, message = BAD[case]
     monkeypatch.chdir(ROOT)
     if case in ("whole pipeline", "another class"):

@@ -32,9 +32,12 @@ def wrong_padding(run, monkeypatch):
     """Train with a token more than was sampled with, that no mask hides."""
 
     def padded(*given):
-        return tuple(
-            rows | {"embeds": pad(rows["embeds"], (0, 0, 0, 1))} for rows in honest(*given)
-        )
+        conditioning = honest(*given)
+        branches = {
+            name: rows | {"embeds": pad(rows["embeds"], (0, 0, 0, 1))}
+            for name, rows in conditioning.branches.items()
+        }
+        return replace(conditioning, branches=branches)
 
     honest = training_run.collate
     monkeypatch.setattr(training_run, "collate", padded)

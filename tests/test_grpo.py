@@ -7,6 +7,9 @@ import torch
 from fixtures import F64, FIXTURE, NOISE_LEVEL, SD3_SIGMAS, V_NEW, V, X, Z, blank_batch, close
 
 from config.base import base
+from flow_grpo.diffusers_patch.flux import Flux
+from flow_grpo.diffusers_patch.sd3 import SD3
+from flow_grpo.diffusers_patch.zimage import ZImage
 from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.ratio.grpo import GRPO
 from flow_grpo.objectives.ratio.terms import clipped_surrogate
@@ -20,7 +23,7 @@ SIGMAS = torch.tensor([1, 0.9, 0.8, 0.7, 0], dtype=F64)
 def objective(kind="sde", sigmas=SIGMAS, **train):
     config = base()
     config.train.update(train)
-    schedule = Schedule(sigmas, guidance_scale=1.0, kind=kind, noise_level=NOISE_LEVEL[kind])
+    schedule = Schedule(sigmas, kind=kind, noise_level=NOISE_LEVEL[kind])
     return GRPO(config, schedule)
 
 
@@ -270,11 +273,34 @@ def test_a_run_may_start_with_a_tenth_of_the_clip_range_or_replaying_with_its_to
 )
 def test_what_grpo_cannot_run_is_refused_with_key_value_and_remedy(key, value, others, remedy):
     config = base()
-    GRPO.check(config)
+    GRPO.check(config, SD3)
     config.update_from_flattened_dict(others | {key: value})
     with pytest.raises(ValueError) as error:
-        GRPO.check(config)
+        GRPO.check(config, SD3)
     assert f"config.{key}={value}" in str(error.value) and remedy in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "remedy"),
+    [
+        (SD3, 1.0, None),
+        (SD3, 1.5, "config.sample.guidance_scale=1."),
+        (ZImage, 0.0, None),
+        (ZImage, 1.0, "config.sample.guidance_scale=0."),  # its scale 1 is another model's 2
+        (Flux, 1.0, None),
+        (Flux, 3.5, None),  # one of the transformer's inputs: no second pass is left out
+    ],
+)
+def test_the_model_says_whether_training_unguided_would_train_another_policy(family, scale, remedy):
+    config = base()
+    config.train.cfg, config.sample.guidance_scale = False, scale
+    if remedy is None:
+        GRPO.check(config, family)
+        return
+    with pytest.raises(ValueError) as error:
+        GRPO.check(config, family)
+    assert f"config.sample.guidance_scale={scale}" in str(error.value)
+    assert str(error.value).endswith(remedy)
 
 
 @pytest.mark.parametrize(
@@ -290,4 +316,4 @@ def test_what_grpo_cannot_run_is_refused_with_key_value_and_remedy(key, value, o
 def test_what_grpo_can_run_passes_the_check(allowed):
     config = base()
     config.update_from_flattened_dict(allowed)
-    GRPO.check(config)
+    GRPO.check(config, SD3)

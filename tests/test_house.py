@@ -6,11 +6,10 @@ import ast
 import re
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 
 import pytest
 
-from flow_grpo.diffusers_patch import FAMILIES
+from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.launch import preflight
 from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.objectives import OBJECTIVES
@@ -62,12 +61,20 @@ def test_a_folder_has_at_most_14_files(folder):
 
 
 def test_every_model_is_in_the_registry_under_its_stock_class():
-    for name, path in FAMILIES.items():
-        assert name in {family.stock.__name__ for family in resolve_name(path).variants()}
-    named = {path.split(":")[0] for path in FAMILIES.values()}
+    for name, family in FAMILIES.items():
+        assert name == family.stock_name()
+    named = {family.__module__ for family in FAMILIES.values()}
     for script in (ROOT / "scripts").glob("train_*.py"):
         (module,) = set(re.findall(r"flow_grpo\.diffusers_patch\.\w+", script.read_text()))
-        assert module in named, f"{script}: {module} is not in diffusers_patch/__init__.py"
+        assert module in named, f"{script}: {module} is not in diffusers_patch/registry.py"
+
+
+@pytest.mark.parametrize("folder", ["flow_grpo", "scripts"])
+def test_the_stock_pipeline_is_known_to_the_models_alone(folder):
+    models = ROOT / "flow_grpo" / "diffusers_patch"
+    for path in (ROOT / folder).rglob("*.py"):
+        if models not in path.parents:
+            assert not re.search(r"\.(pipe|stock)\b", path.read_text()), path
 
 
 def test_every_name_in_a_registry_resolves():

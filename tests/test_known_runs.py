@@ -46,7 +46,10 @@ def scripts() -> dict[str, tuple[Path, str]]:
     """Return the script and pipeline patch of each model that a script trains by default."""
     found = {}
     for path in (ROOT / "scripts").glob("train_*.py"):
-        family, default = re.findall(r'"([\w./]+:\w+)"', path.read_text())[-2:]
+        text = path.read_text()
+        (family,) = re.findall(r"from (flow_grpo\.diffusers_patch\.\w+ import \w+)", text)
+        family = family.replace(" import ", ":")
+        default = re.findall(r'"([\w./]+:\w+)"', text)[-1]
         run = default.partition(":")[2]
         model = grpo.get_config(run).pretrained.model if run in RUNS else path.stem
         found[model] = (path, family)

@@ -13,10 +13,11 @@ from diffusers import FluxKontextPipeline
 from fixtures import sample
 from PIL import Image
 
+from flow_grpo.diffusers_patch.flux_kontext import FluxKontext
 from flow_grpo.randomness import Randomness
+from flow_grpo.records import Guidance
 from flow_grpo.report.output import read_metrics
 
-FAMILY = "flow_grpo.diffusers_patch.flux_kontext:FluxKontext"
 SIZES = [(32, 32), (48, 32)]  # width, height
 
 
@@ -55,14 +56,14 @@ def arguments(files: Path, **overrides) -> list[str]:
 @pytest.mark.parametrize("kind", ["sde", "cps"])
 def test_kontext_trains_and_its_lora_loads_into_the_stock_pipeline(files, kind):
     argv = arguments(files, run_name=f"kontext-{kind}", sample__sde_type=kind, train__beta=0.01)
-    run = running.train(argv, FAMILY)
+    run = running.train(argv, FluxKontext)
     found = running.gate(run.folder)
     assert len(found) == 2 and set(found.values()) == {0.0}
     assert read_metrics(run.folder, "update")[-1]["kl"] > 0
     assert "avg/edit" in read_metrics(run.folder, "eval")[0]
 
     prompt = run.plan.eval_prompts[1]  # the wider reference
-    batch = run.prompt_batch([prompt], [(0, -1)], 2.5)
+    batch = run.prompt_batch([prompt], [(0, -1)], Guidance(2.5))
     randomness = Randomness(run.config.seed, ())
     ours = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]
     stock = FluxKontextPipeline.from_pretrained(files / "kontext")
@@ -87,11 +88,11 @@ def test_kontext_trains_and_its_lora_loads_into_the_stock_pipeline(files, kind):
 
 def test_a_call_that_would_mix_reference_sizes_is_refused_before_weights_load(files):
     with pytest.raises(ValueError, match="reference pictures have 2 sizes"):
-        running.prepare(arguments(files, sample__train_batch_size=8), FAMILY)
+        running.prepare(arguments(files, sample__train_batch_size=8), FluxKontext)
 
 
 def test_a_row_without_a_reference_is_named(files, tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.txt").write_text("\n".join(running.PROMPTS))
     with pytest.raises(ValueError, match="0 reference pictures"):
-        running.prepare(arguments(files, dataset=tmp_path), FAMILY)
+        running.prepare(arguments(files, dataset=tmp_path), FluxKontext)

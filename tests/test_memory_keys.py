@@ -12,6 +12,8 @@ from diffusers.models.attention_processor import Attention
 from tiny import LENGTH, prompt_batch
 
 from config.base import base
+from flow_grpo.conditioning import collate
+from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.launch import build
 from flow_grpo.records import Size
 
@@ -35,9 +37,9 @@ def gradients(name: str, checkpointing: bool) -> tuple[dict[str, torch.Tensor], 
     config.activation_checkpointing, config.use_lora = checkpointing, False
     build.add_trained_weights(model, config)
     size, calls = size_of(name), []
-    batch = prompt_batch(model, size, [SIGN], [tiny.pictures(name)], model.unguided_scale)
+    batch = prompt_batch(model, size, [SIGN], [tiny.pictures(name)], model.unguided)
     latents, sigma = model.initial_latents(size, noise_of(model, size)), torch.tensor([0.7])
-    inputs = latents, sigma, model.collate(batch.conds, LENGTH), None, model.unguided_scale, size
+    inputs = latents, sigma, collate(model, batch, LENGTH)
     block = next(
         part
         for part in model.transformer.children()
@@ -109,7 +111,7 @@ def test_the_keys_reach_the_model(files, flux):
     keys = {"attention_backend": "_native_math", "vae_tiling": True, "vae_slicing": True}
     keys |= {"sample__batched_guidance": True}
     argv = running.arguments(files, run_name="keys", pretrained__model=flux, **keys)
-    run = running.prepare(argv, "flow_grpo.diffusers_patch.flux:Flux")
+    run = running.prepare(argv, Flux)
     vae = run.pipeline.pipe.vae
     assert vae.use_tiling and vae.use_slicing and run.pipeline.batches_guidance
     assert chosen_backends(run.pipeline.transformer) == {"_native_math"}
@@ -122,7 +124,7 @@ def test_the_keys_reach_the_model(files, flux):
 def test_a_backend_that_is_unknown_or_not_installed_is_refused(files, flux, name, message):
     argv = running.arguments(files, run_name="no", pretrained__model=flux, attention_backend=name)
     with pytest.raises(ValueError, match=f"config.attention_backend='{name}'.*{message}"):
-        running.prepare(argv, "flow_grpo.diffusers_patch.flux:Flux")
+        running.prepare(argv, Flux)
 
 
 @pytest.mark.usefixtures("fresh_logs")

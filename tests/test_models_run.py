@@ -17,6 +17,7 @@ from PIL import Image
 from running import PROMPTS
 from tiny import qwen
 
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.launch import entry
 from flow_grpo.randomness import Randomness
 from flow_grpo.report.output import read_metrics
@@ -62,9 +63,8 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
-def family(name: str) -> str:
-    cls = tiny.MODELS[name][0].variants()[0]  # the script's
-    return f"{cls.__module__}:{cls.__name__}"
+def family(name: str) -> type[PatchedPipeline]:
+    return tiny.MODELS[name][0].variants()[0]  # the script's
 
 
 def arguments(files: Path, name: str, **overrides) -> list[str]:
@@ -97,7 +97,7 @@ def stock_picture(pipe, name: str, run, prompt, randomness) -> np.ndarray:
         max_sequence_length=LENGTH,
         output_type="pil",
         return_dict=False,
-        **run.pipeline.stock_arguments(run.size, GUIDANCE[name], noise, images),
+        **run.pipeline.stock_arguments(run.size, run.eval_guidance, noise, images),
     )
     return np.asarray(pictures[0])
 
@@ -109,7 +109,7 @@ def test_a_model_trains_and_its_lora_gives_the_same_picture_in_a_stock_pipeline(
     assert read_metrics(run.folder, "update")[-1]["ratio_std"] > 0
 
     prompt, randomness = run.plan.eval_prompts[3], Randomness(run.config.seed, ())
-    batch = run.prompt_batch([prompt], [(0, -1)], GUIDANCE[name])
+    batch = run.prompt_batch([prompt], [(0, -1)], run.eval_guidance)
     alone = replace(run.eval_schedule, pad_to=0)  # as a stock call of this prompt
     ours = sample(run.pipeline, run.model, batch, alone, randomness).images[0]
     path = str(files / name)
@@ -151,7 +151,7 @@ def test_a_full_fine_tune_changes_every_matrix_and_exports_them(files, name):
     exported = type(run.pipeline.transformer).from_pretrained(folder).state_dict()
     assert all(torch.equal(exported[key], trained[key]) for key in trained)
     still = {key for key in trained if torch.equal(start[key], trained[key])}
-    heard = [key for key in still if run.pipeline.reaches_output(key)]
+    heard = [key for key in still if run.pipeline.trains(key)]
     assert not [key for key in heard if trained[key].ndim > 1], still
 
 

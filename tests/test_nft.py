@@ -27,7 +27,7 @@ def objective(adv_clip_max=5.0, global_std=True, **nft):
     config.nft.update({"kl_beta": 0.0} | nft)
     config.train.adv_clip_max = adv_clip_max
     config.sample.global_std = global_std
-    return NFT(config, Schedule(SIGMAS, guidance_scale=1.0))
+    return NFT(config, Schedule(SIGMAS))
 
 
 def rollout(final=FINAL, advantages=(1.5, -0.5), group=None, member=None):

@@ -1,6 +1,7 @@
 """The truth is the stock diffusers pipeline: called in fp32, on the same initial noise."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,16 +11,17 @@ from diffusers import FluxPipeline
 from fixtures import sample
 from tiny import LENGTH, picture, prompt_batch, qwen
 
-from flow_grpo.conditioning import Conditioner
+from flow_grpo.conditioning import Conditioner, collate
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.diffusers_patch.flux_kontext import FluxKontext
 from flow_grpo.diffusers_patch.qwenimage import QwenImage
 from flow_grpo.diffusers_patch.qwenimage_edit import QwenImageEditPlus
 from flow_grpo.diffusers_patch.sd3 import SD3
-from flow_grpo.evaluation import stock
-from flow_grpo.evaluation.stock import RANDOMNESS, Task, initial_noise, timesteps
+from flow_grpo.diffusers_patch.stock import timesteps
+from flow_grpo.evaluation import comparison
+from flow_grpo.evaluation.comparison import RANDOMNESS, Task, initial_noise
 from flow_grpo.prompts import Prompt
-from flow_grpo.records import Size
+from flow_grpo.records import Guidance, Size
 from flow_grpo.sampling import Schedule
 
 EVERY_MODEL = pytest.mark.parametrize("name", list(tiny.MODELS))
@@ -99,15 +101,15 @@ def stock_embeds(model, cond, prefix=""):
 
 def call_stock(model, size, num_steps, guidance, latents, images=(), **given):
     """Return the stock pipeline's final latents and uint8 pictures or videos."""
-    task = Task((), images, size, num_steps, guidance, LENGTH)
+    task = Task((), images, size, num_steps, Guidance(guidance), LENGTH)
     noise = initial_noise(model, size, list(range(len(latents))))
     with qwen.stock_reference_area(model.reference_area):  # elsewhere it is the same
-        states, pictures = stock.call_stock(model, task, noise, latents=latents, **given)
+        states, pictures = comparison.call_stock(model, task, noise, latents=latents, **given)
     return states[-1], pictures
 
 
-def schedule_of(model, size, num_steps, guidance, pad_to=LENGTH) -> Schedule:
-    return Schedule(model.sigmas(num_steps, size), guidance, pad_to=pad_to)
+def schedule_of(model, size, num_steps, pad_to=LENGTH) -> Schedule:
+    return Schedule(model.sigmas(num_steps, size), pad_to=pad_to)
 
 
 def assert_same(rollout, latents, images):
@@ -127,9 +129,9 @@ def test_without_noise_a_prompt_gives_the_stock_picture(
     noise = stock_noise(model, size, 1)
     with timesteps(model.transformer) as stock_times:
         expected = call_stock(model, size, num_steps, guidance, noise, images, prompt=SIGN)
-    schedule = schedule_of(model, size, num_steps, guidance, pad_to=0)  # a lone prompt: no padding
+    schedule = schedule_of(model, size, num_steps, pad_to=0)  # a lone prompt: no padding
     assert torch.equal(schedule.sigmas, model.pipe.scheduler.sigmas)
-    batch = prompt_batch(model, size, [SIGN], [images], guidance)
+    batch = prompt_batch(model, size, [SIGN], [images], Guidance(guidance))
     with timesteps(model.transformer) as times:
         assert_same(sample(model, model.transformer, batch, schedule, RANDOMNESS), *expected)
     assert times == stock_times
@@ -144,17 +146,17 @@ def test_without_noise_two_prompts_give_the_stock_pictures(
         pytest.skip("its stock pipeline takes one prompt a call")
     seeds = (1, 2) if isinstance(model, FluxKontext) else (1, 1)  # other stock calls have one set
     images = [pictures(references, seed) for seed in seeds]
-    batch = prompt_batch(model, size, [APPLE, SIGN], images, guidance)
-    cond = model.collate(batch.conds, LENGTH)
-    arguments = stock_embeds(model, cond)
-    if batch.negatives:
-        arguments |= stock_embeds(model, model.collate(batch.negatives, LENGTH), "negative_")
+    batch = prompt_batch(model, size, [APPLE, SIGN], images, Guidance(guidance))
+    branches = {name: model.collate(conds, LENGTH) for name, conds in batch.branches.items()}
+    arguments = stock_embeds(model, branches["positive"])
+    if "negative" in branches:
+        arguments |= stock_embeds(model, branches["negative"], "negative_")
     if isinstance(model, FluxKontext):  # four channels: stock takes latents for an encoded picture
-        arguments["image"] = cond["reference_0"]
+        arguments["image"] = branches["positive"]["reference_0"]
     shared = () if isinstance(model, FluxKontext) else images[0]
     noise = stock_noise(model, size, 2)
     expected = call_stock(model, size, num_steps, guidance, noise, shared, **arguments)
-    schedule = schedule_of(model, size, num_steps, guidance)
+    schedule = schedule_of(model, size, num_steps)
     rollout = sample(model, model.transformer, batch, schedule, RANDOMNESS)
     assert_same(rollout, *expected)
     assert not np.array_equal(*rollout.images)
@@ -164,15 +166,16 @@ def test_without_noise_two_prompts_give_the_stock_pictures(
 def test_a_row_does_not_depend_on_its_neighbour(models, name):
     model = models[name]
     images = [tiny.pictures(name, seed) for seed in (1, 2)]
-    batch = prompt_batch(model, SQUARE, [APPLE, SIGN], images, model.unguided_scale)
-    cond = model.collate(batch.conds, LENGTH)
+    batch = prompt_batch(model, SQUARE, [APPLE, SIGN], images, model.unguided)
+    conditioning = collate(model, batch, LENGTH)
     noise = RANDOMNESS.normal("init", [(0, 0), (1, 0)], model.noise_shape(SQUARE))
     latents, sigma = model.initial_latents(SQUARE, noise), torch.tensor([0.9, 0.4])
 
     @torch.no_grad()
     def velocity(rows):
-        inputs = latents[rows], sigma[rows], {key: value[rows] for key, value in cond.items()}
-        return model.velocity(model.transformer, *inputs, None, model.unguided_scale, SQUARE)
+        chosen = {key: value[rows] for key, value in conditioning["positive"].items()}
+        inputs = latents[rows], sigma[rows], replace(conditioning, branches={"positive": chosen})
+        return model.velocity(model.transformer, *inputs)
 
     both = velocity(slice(0, 2))
     alone = torch.cat([velocity(slice(0, 1)), velocity(slice(1, 2))])
@@ -184,12 +187,11 @@ def test_a_row_does_not_depend_on_its_neighbour(models, name):
 @pytest.mark.parametrize("name", ["qwenimage", "qwenimage_edit_2509", "zimage"])
 def test_padding_changes_a_velocity_by_rounding_only(models, name):
     model = models[name]
-    cond = model.encode([SIGN], [tiny.pictures(name)], LENGTH)
+    batch = prompt_batch(model, WIDE, [SIGN], [tiny.pictures(name)], model.unguided)
     noise = RANDOMNESS.normal("init", [(0, 0)], model.noise_shape(WIDE))
     inputs = model.transformer, model.initial_latents(WIDE, noise), torch.tensor([0.7])
     alone, narrow, wide = (
-        model.velocity(*inputs, model.collate(cond, pad_to), None, model.unguided_scale, WIDE)
-        for pad_to in (0, LENGTH, 4 * LENGTH)
+        model.velocity(*inputs, collate(model, batch, pad_to)) for pad_to in (0, LENGTH, 4 * LENGTH)
     )
     for padded in (narrow, wide):
         assert (padded - alone).abs().max() < 1e-5 * alone.abs().max()
@@ -246,8 +248,8 @@ def test_references_of_two_sizes_can_not_share_a_call(models, sizes):
     """The second pair has equally many tokens, at different positions."""
     model = models["flux_kontext"]
     images = [(picture(*size),) for size in sizes]
-    batch = prompt_batch(model, SQUARE, [APPLE, SIGN], images, 2.5)
-    schedule = schedule_of(model, SQUARE, 6, 2.5)
+    batch = prompt_batch(model, SQUARE, [APPLE, SIGN], images, Guidance(2.5))
+    schedule = schedule_of(model, SQUARE, 6)
     with pytest.raises(ValueError, match="sample.train_batch_size"):
         sample(model, model.transformer, batch, schedule, RANDOMNESS)
 
@@ -300,15 +302,14 @@ def test_each_lora_target_names_a_layer(models, name):
 def test_only_what_never_reaches_the_output_is_left_out_of_the_backward(name):
     """DistributedDataParallel stops where a parameter that trains gets no gradient."""
     model = tiny.patched(name)
-    batch = prompt_batch(model, SQUARE, [SIGN], [tiny.pictures(name)], model.unguided_scale)
+    batch = prompt_batch(model, SQUARE, [SIGN], [tiny.pictures(name)], model.unguided)
     noise = RANDOMNESS.normal("init", [(0, 0)], model.noise_shape(SQUARE))
     latents, sigma = model.initial_latents(SQUARE, noise), torch.tensor([0.7])
     params = dict(model.transformer.requires_grad_(True).named_parameters())
-    inputs = latents, sigma, model.collate(batch.conds, LENGTH), None, model.unguided_scale, SQUARE
-    velocity = model.velocity(model.transformer, *inputs)
+    velocity = model.velocity(model.transformer, latents, sigma, collate(model, batch, LENGTH))
     found = torch.autograd.grad(velocity.square().mean(), params.values(), allow_unused=True)
     grads = dict(zip(params, found, strict=True))
-    frozen = {key for key in params if not model.reaches_output(key)}
+    frozen = {key for key in params if not model.trains(key)}
     assert {key for key, grad in grads.items() if grad is None} <= frozen
     assert frozen <= {key for key, grad in grads.items() if grad is None or not grad.any()}
 
@@ -317,12 +318,12 @@ def test_a_saved_pipeline_loads_without_its_absent_encoder(models, tmp_path):
     folder = tiny.save("sd3_without_t5", tmp_path)
     loaded = SD3.from_pretrained(str(folder), dtype=torch.float32, device="cpu")
     assert loaded.pipe.text_encoder_3 is None
-    schedule = schedule_of(loaded, SQUARE, 4, 4.5)
+    schedule = schedule_of(loaded, SQUARE, 4)
     rollouts = [
         sample(
             model,
             model.transformer,
-            prompt_batch(model, SQUARE, [SIGN], [()], 4.5),
+            prompt_batch(model, SQUARE, [SIGN], [()], Guidance(4.5)),
             schedule,
             RANDOMNESS,
         )

@@ -13,6 +13,7 @@ from fixtures import sample
 
 from flow_grpo.launch import entry
 from flow_grpo.randomness import Randomness
+from flow_grpo.records import Guidance
 from flow_grpo.report.output import read_metrics
 
 pytestmark = pytest.mark.usefixtures("fresh_logs")
@@ -47,7 +48,7 @@ def test_the_log_ratio_before_the_first_update_is_exactly_zero(files, kind, use_
 def test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_base(files):
     run = running.prepare(running.arguments(files, **running.lora(files)))
     base = running.prepare(running.arguments(files))
-    batch = run.prompt_batch(run.plan.train_prompts[:2], [(0, 0), (1, 0)], 1.0)
+    batch = run.prompt_batch(run.plan.train_prompts[:2], [(0, 0), (1, 0)], Guidance(1.0))
 
     def final(which, name):
         with which.snapshots.using(name):
@@ -104,7 +105,7 @@ def test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline(files):
     )
     run = running.train(argv)
     prompts = run.plan.eval_prompts
-    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_schedule.guidance_scale)
+    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_guidance)
     randomness = Randomness(run.config.seed, ())
     with run.snapshots.using("ema"):
         ours = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]

@@ -11,7 +11,7 @@ from tiny import LENGTH, prompt_batch
 
 from flow_grpo.conditioning import collate
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Size
+from flow_grpo.records import Guidance, Size
 from flow_grpo.sampling import Schedule, replay
 
 SIZE = Size(48, 64)
@@ -35,29 +35,20 @@ def models():
 
 def batch_of(model, name, guidance, owners=OWNERS):
     references = [tiny.pictures(name, g) for g in range(3)]
-    return prompt_batch(model, SIZE, TEXTS, references, guidance, owners)
+    return prompt_batch(model, SIZE, TEXTS, references, Guidance(guidance), owners)
 
 
-def schedule_of(model, kind, guidance=1.0, same_latent=False):
-    return Schedule(
-        model.sigmas(NUM_STEPS, SIZE), guidance, kind, NOISE_LEVEL[kind], same_latent, LENGTH
-    )
+def schedule_of(model, kind, same_latent=False):
+    return Schedule(model.sigmas(NUM_STEPS, SIZE), kind, NOISE_LEVEL[kind], same_latent, LENGTH)
 
 
 def log_ratios(model, schedule, rollout):
     """Score each trained step again, with gradients, (N, K)."""
-    cond, negative = collate(model, rollout.batch, LENGTH)
+    conditioning = collate(model, rollout.batch, LENGTH)
     ratios = []
     for k, steps in enumerate(rollout.steps.unbind(1)):
-        velocity = model.velocity(
-            model.transformer,
-            rollout.latents[:, k],
-            schedule.sigmas[steps],
-            cond,
-            negative,
-            schedule.guidance_scale,
-            SIZE,
-        )
+        point = rollout.latents[:, k], schedule.sigmas[steps]
+        velocity = model.velocity(model.transformer, *point, conditioning)
         log_prob = replay(schedule, rollout, k, velocity).log_prob
         assert log_prob.requires_grad
         ratios.append(log_prob.detach() - rollout.log_probs[:, k])
@@ -84,7 +75,7 @@ def log_ratios(model, schedule, rollout):
 )
 def test_replaying_a_rollout_gives_log_ratio_zero(models, name, guidance, kind, steps):
     model = models[name]
-    batch, schedule = batch_of(model, name, guidance), schedule_of(model, kind, guidance)
+    batch, schedule = batch_of(model, name, guidance), schedule_of(model, kind)
     trained = STEPS[steps][batch.group.numpy()]
     rollout = sample(model, model.transformer, batch, schedule, DRAW, steps=trained)
     assert rollout.steps.tolist() == trained.tolist()
@@ -131,9 +122,7 @@ def noises(model, name, kind, owners, randomness=DRAW, same_latent=False):
     """Return the initial and final latents of each owner where nothing but noise moves them."""
     batch = batch_of(model, name, 1.0, owners)
     steps = STEPS["full"][batch.group.numpy()]
-    rollout = sample(
-        model, still, batch, schedule_of(model, kind, 1.0, same_latent), randomness, steps
-    )
+    rollout = sample(model, still, batch, schedule_of(model, kind, same_latent), randomness, steps)
     ends = zip(rollout.latents[:, 0], rollout.final, strict=True)
     return dict(zip(owners, ends, strict=True))
 

@@ -1,14 +1,16 @@
 """Rollouts in segments: a shared prefix changes nothing but the number of forwards; branches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from fixtures import clean_grid
+from fixtures import blank_batch, clean_grid
 from toy import Toy
 
 from flow_grpo import rollouts
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Cond, PromptBatch, Rollout, Size
+from flow_grpo.records import Rollout
 from flow_grpo.rollouts import Row
 from flow_grpo.sampling import Schedule, denoise, parents
 
@@ -37,18 +39,11 @@ def walk(calls, same_latent=True):
         forwards.append(len(latents))
         return pipeline.transformer(latents, sigma)
 
-    schedule = Schedule(SIGMAS, 1.0, "sde", 0.7, same_latent)
+    schedule = Schedule(SIGMAS, "sde", 0.7, same_latent)
     save, done = rollouts.states_to_save(calls), []
     for call, indices in zip(calls, save, strict=True):
-        batch = PromptBatch(
-            conds=[Cond({})],
-            negatives=None,
-            index=torch.zeros(len(call.rows), dtype=torch.int64),
-            owners=call.rows,
-            size=Size(1, 1),
-            prompts=[""] * len(call.rows),
-            metadata=[{}] * len(call.rows),
-        )
+        rows = torch.tensor([row[:2] for row in call.rows])
+        batch = replace(blank_batch(*rows.unbind(1)), owners=call.rows)
         done.append(
             denoise(
                 pipeline,

@@ -11,8 +11,9 @@ import tiny
 import torch
 from tiny import LENGTH
 
+from flow_grpo.conditioning import collate
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Size
+from flow_grpo.records import Guidance, Size
 
 APPLE, SIGN = "a photo of a red apple", 'a sign that says "Grüße 42"'
 SIZE = Size(64, 64)
@@ -27,32 +28,29 @@ def test_the_velocity_responds_to_each_input(name):
         tiny.pictures(name, 2),
     )
 
-    def cond(text, references=images):
-        return model.collate(model.encode([text], [references], LENGTH), LENGTH)
+    def conditioning(text=APPLE, references=images, guidance=model.unguided):
+        batch = tiny.prompt_batch(model, SIZE, [text], [references], guidance)
+        return collate(model, batch, LENGTH)
 
-    apple = cond(APPLE)
-    negative = None
-    if model.needs_negative(4.5):
-        negative = model.collate([model.negative(images, LENGTH)], LENGTH)
+    alone = conditioning()
     first, second = (
         model.initial_latents(SIZE, randomness.normal("init", [row], model.noise_shape(SIZE)))
         for row in ((0, 0), (1, 0))
     )
 
     @torch.no_grad()
-    def velocity(latents=first, sigma=0.7, cond=apple, scale=model.unguided_scale):
-        sigma = torch.tensor([sigma])
-        return model.velocity(model.transformer, latents, sigma, cond, negative, scale, SIZE)
+    def velocity(latents=first, sigma=0.7, given=alone):
+        return model.velocity(model.transformer, latents, torch.tensor([sigma]), given)
 
     changed = {
-        "prompt": velocity(cond=cond(SIGN)),
+        "prompt": velocity(given=conditioning(SIGN)),
         "sigma": velocity(sigma=0.5),
         "latents": velocity(latents=second),
-        "guidance": velocity(scale=4.5),
+        "guidance": velocity(given=conditioning(guidance=Guidance(4.5))),
     }
     for n in range(len(images)):
         mixed = (*images[:n], others[n], *images[n + 1 :])
-        changed[f"reference {n}"] = velocity(cond=cond(APPLE, mixed))
+        changed[f"reference {n}"] = velocity(given=conditioning(references=mixed))
     base = velocity()
     change = {key: ((v - base).norm() / base.norm()).item() for key, v in changed.items()}
     deaf = {"guidance"} if name in ("flux_schnell", "flux2_klein_distilled") else set()

@@ -11,11 +11,11 @@ from tiny import LENGTH, qwen
 
 from config.base import base
 from flow_grpo import sde
-from flow_grpo.diffusers_patch import FAMILIES
+from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.diffusers_patch.sd3 import SD3
-from flow_grpo.evaluation.stock import Task
+from flow_grpo.evaluation.comparison import Task
 from flow_grpo.launch import verify
-from flow_grpo.records import Size
+from flow_grpo.records import Guidance, Size
 from scripts import verify_model
 
 PROMPTS = ("a photo of a red apple", 'a sign that says "Grüße 42"')
@@ -43,7 +43,7 @@ def task_of(name: str, num_steps: int = 3) -> Task:
     images = tiny.pictures(name)
     if name == "flux2_klein_edit":  # its stock pipeline takes no smaller ones
         images = (tiny.picture(64, 80), tiny.picture(90, 71))
-    return Task(PROMPTS, images, size, num_steps, 4.0, LENGTH)
+    return Task(PROMPTS, images, size, num_steps, Guidance(4.0), LENGTH)
 
 
 def checks(model, name: str) -> list[verify.Check]:
@@ -83,8 +83,8 @@ class WrongTime(SD3):
 
 
 class WrongGuidance(SD3):
-    def combine(self, conditional, unconditional, guidance_scale):
-        return super().combine(conditional, unconditional, guidance_scale + 1)
+    def combine(self, conditional, unconditional, guidance):
+        return super().combine(conditional, unconditional, Guidance(guidance.scale + 1))
 
 
 class WrongSchedule(SD3):
@@ -103,7 +103,7 @@ class Forgetful(SD3):
 
 
 class Detached(SD3):
-    def reaches_output(self, parameter):
+    def trains(self, parameter):
         return True  # also the last block's text query, which nobody reads
 
 
@@ -144,7 +144,7 @@ def test_the_script_prints_a_line_each_and_leaves_with_1_if_one_fails(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "all passed" and not [line for line in lines if line.startswith("FAIL")]
     assert len([line for line in lines if line.startswith("PASS  ")]) == len(EVERYTHING)
-    monkeypatch.setitem(FAMILIES, "StableDiffusion3Pipeline", f"{__name__}:WrongGuidance")
+    monkeypatch.setitem(FAMILIES, "StableDiffusion3Pipeline", WrongGuidance)
     assert verify_model.main(arguments(folder)) == 1
     said = capsys.readouterr().out
     assert "\nFAIL  noise level 0 is stock, guided" in said and said.endswith("2 failed\n")
@@ -153,7 +153,7 @@ def test_the_script_prints_a_line_each_and_leaves_with_1_if_one_fails(
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--script", "flux"), "--script=flux: .*sd3:SD3"),
+        (("--script", "flux"), "--script=flux: .* is for sd3"),
         (("--size", "big"), "--size=big: 512 or 512x768"),
         (("--size", "50"), "multiples of 16"),
         (("--steps", "1"), "--steps=1: at least 2"),

@@ -58,7 +58,7 @@ class Toy(PatchedPipeline):
     def collate(self, conds, pad_to):
         return {}
 
-    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size):
+    def velocity(self, model, latents, sigma, conditioning):
         return model(latents, sigma)
 
     def decode(self, latents, size):
@@ -74,7 +74,6 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
     pipeline = Toy(sigmas)
     schedule = Schedule(
         sigmas,
-        guidance_scale=1.0,
         kind=config.sample.sde_type,
         noise_level=config.sample.noise_level,
         same_latent=config.sample.same_latent,
@@ -94,7 +93,9 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         model=model,
         size=Size(1, 1),
         schedule=schedule,
+        guidance=pipeline.unguided,
         eval_schedule=schedule,
+        eval_guidance=pipeline.unguided,
         objective=objective,
         updater=Updater(accelerator, model, base_optimizer, train, 1000),
         snapshots=Snapshots(model, names, use_lora=False),

@@ -1,10 +1,11 @@
-"""What a model must provide: a stock pipeline, cut into encode, sigmas, velocity and decode."""
+"""What a model must provide: a stock pipeline, cut into what sampling and training call."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -12,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.loading import ENCODERS, Loading
-from flow_grpo.records import Cond, Size
+from flow_grpo.diffusers_patch.weights import ENCODERS, Weights
+from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
     "attn.add_k_proj",
@@ -27,7 +28,7 @@ JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
 )
 
 
-class PatchedPipeline(Loading):
+class PatchedPipeline(Weights):
     """A model family. A subclass states the stock class and overrides what differs.
 
     `model` in velocity() is the transformer as accelerate wrapped it: sampling and training call
@@ -35,8 +36,7 @@ class PatchedPipeline(Loading):
     is fed with.
     """
 
-    lora_target_modules: tuple[str, ...]
-    unguided_scale: float = 1.0  # the guidance_scale that means a single, conditional pass
+    unguided: Guidance = Guidance(1.0)  # means a single, conditional pass
     guides_by_two_passes: bool = True  # False: the scale is one of the transformer's inputs
     batches_guidance: bool = False  # guide() makes one pass of twice the rows instead of two
     ragged_text: bool = False  # prompts' "embeds" (L, C) differ in L
@@ -73,6 +73,13 @@ class PatchedPipeline(Loading):
         """Encode what guidance subtracts."""
         return self.encode([self.negative_prompt], [images], max_length)[0]
 
+    def move(self, device: torch.device | str) -> None:
+        """Bring all of the model to a device."""
+        self.pipe.to(device)
+
+    def move_vae(self, device: torch.device | str) -> None:
+        self.pipe.vae.to(device)
+
     def move_encoders(self, device: torch.device | str) -> None:
         """Bring the text encoders to a device, or to the CPU while nobody needs them."""
         for name, component in self.pipe.components.items():
@@ -85,14 +92,21 @@ class PatchedPipeline(Loading):
             if name.startswith(ENCODERS):
                 setattr(self.pipe, name, None)
 
-    @classmethod
-    def may_need_negative(cls, guidance_scale: float) -> bool:
-        """Whether a second, unconditional pass may be made at this scale, before weights load."""
-        return cls.guides_by_two_passes and guidance_scale > cls.unguided_scale
+    def cut_decoding(self, tiling: bool, slicing: bool) -> None:
+        """Decode a picture in tiles, or one picture after the other, to take less memory."""
+        if tiling:
+            self.pipe.vae.enable_tiling()
+        if slicing:
+            self.pipe.vae.enable_slicing()
 
-    def needs_negative(self, guidance_scale: float) -> bool:
-        """Whether a second, unconditional pass is made at this scale."""
-        return self.may_need_negative(guidance_scale)
+    @classmethod
+    def may_need_negative(cls, guidance: Guidance) -> bool:
+        """Whether a second, unconditional pass may be made, as far as the family alone knows."""
+        return cls.guides_by_two_passes and guidance.scale > cls.unguided.scale
+
+    def needs_negative(self, guidance: Guidance) -> bool:
+        """Whether a second, unconditional pass is made."""
+        return self.may_need_negative(guidance)
 
     def collate(self, conds: list[Cond], pad_to: int) -> dict[str, Tensor]:
         """Stack conditionings, on the device. pad_to: tokens, one number for the whole epoch.
@@ -148,52 +162,38 @@ class PatchedPipeline(Loading):
         )
 
     def velocity(
-        self,
-        model: Callable,
-        latents: Tensor,
-        sigma: Tensor,
-        cond: dict[str, Tensor],
-        negative: dict[str, Tensor] | None,
-        guidance_scale: float,
-        size: Size,
+        self, model: Callable, latents: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Predict x1 - x0 with guidance, exactly as the stock pipeline's denoising loop does.
 
-        latents: (B, ...) fp32. sigma: (B,) fp32. cond, negative: rows of collate().
-        Returns (B, ...) fp32.
+        latents: (B, ...) fp32. sigma: (B,) fp32. Returns (B, ...) fp32.
         """
         raise NotImplementedError
 
     def guide(
-        self,
-        predict: Callable[[dict[str, Tensor]], Tensor],
-        cond: dict[str, Tensor],
-        negative: dict[str, Tensor] | None,
-        guidance_scale: float,
+        self, predict: Callable[[dict[str, Tensor]], Tensor], conditioning: Conditioning
     ) -> Tensor:
         """Guide by two passes one after the other, or by one if `batches_guidance`.
 
-        predict: the velocity of a conditioning's rows, which may be twice the latents'.
+        predict: the velocity of a branch's rows, which may be twice the latents'.
         """
-        if not self.needs_negative(guidance_scale):
-            return predict(cond)
+        positive = conditioning["positive"]
+        if not self.needs_negative(conditioning.guidance):
+            return predict(positive)
+        negative = conditioning["negative"]
         if self.batches_guidance:
-            passes = predict(self.join(cond, negative)).chunk(2)
+            passes = predict(self.join(positive, negative)).chunk(2)
         else:
-            passes = predict(cond), predict(negative)
-        return self.combine(*passes, guidance_scale)
+            passes = predict(positive), predict(negative)
+        return self.combine(*passes, conditioning.guidance)
 
-    def join(self, cond: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Stack what guide()'s predict reads of two conditionings."""
-        return {"embeds": torch.cat([cond["embeds"], negative["embeds"]])}
+    def join(self, positive: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Stack what guide()'s predict reads of two branches."""
+        return {"embeds": torch.cat([positive["embeds"], negative["embeds"]])}
 
-    def combine(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    def combine(self, conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
         """Guide, given both velocities (B, ...) fp32."""
-        return unconditional + guidance_scale * (conditional - unconditional)
-
-    def reaches_output(self, parameter: str) -> bool:
-        """Whether the velocity depends on the transformer's parameter of this name."""
-        return True
+        return unconditional + guidance.scale * (conditional - unconditional)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, size: Size) -> Tensor:
@@ -208,8 +208,28 @@ class PatchedPipeline(Loading):
         config = self.pipe.vae.config
         return latents / config.scaling_factor + (config.shift_factor or 0.0)
 
+    @torch.no_grad()
+    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
+        """Encode pictures of this size as the transformer sees them, decode()'s inverse.
+
+        images: B of uint8 (H, W, 3); of a video (F, H, W, 3). Returns the means of the VAE's
+        posteriors, (B, ...) fp32, in the layout of initial_latents().
+        """
+        pixels = torch.stack([torch.as_tensor(image) for image in images]).movedim(-1, 1)
+        shape = (size.num_frames, size.height, size.width)[-(pixels.ndim - 2) :]
+        assert pixels.shape[2:] == shape, f"pictures of {tuple(pixels.shape[2:])}, not of {size}"
+        vae = self.pipe.vae
+        pixels = 2.0 * (pixels.to(self.device).float() / 255) - 1.0  # the image processors' way
+        mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
+        return self.from_vae_latents(mean, size)
+
+    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        """Undo vae_latents()."""
+        config = self.pipe.vae.config
+        return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
     def stock_arguments(
-        self, size: Size, guidance_scale: float, noise: Tensor, images: tuple = ()
+        self, size: Size, guidance: Guidance, noise: Tensor, images: tuple = ()
     ) -> dict:
         """Return, beside the prompt, what makes the stock pipeline draw the same pictures.
 
@@ -218,7 +238,7 @@ class PatchedPipeline(Loading):
         arguments = {
             "height": size.height,
             "width": size.width,
-            "guidance_scale": guidance_scale,
+            "guidance_scale": guidance.scale,
             "latents": noise,
         }
         if images:
@@ -250,8 +270,20 @@ def _padded(cond: Cond, pad_to: int) -> Cond:
 
 def unscale_channels(vae: torch.nn.Module, latents: Tensor) -> Tensor:
     """Give latents (B, C, F, h, w) of a VAE for videos each channel's mean and std back."""
-    mean, std = (
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = _mean_and_std(vae, latents)
     return latents / (1.0 / std) + mean  # the stock pipelines' arithmetic
+
+
+def scale_channels(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """Undo unscale_channels."""
+    mean, std = _mean_and_std(vae, latents)
+    return (latents - mean) * (1.0 / std)
+
+
+def _mean_and_std(vae: torch.nn.Module, latents: Tensor) -> list[Tensor]:
+    """Return each channel's (C, 1, 1, 1)."""
+    config = vae.config
+    return [
+        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1)
+        for values in (config.latents_mean, config.latents_std)
+    ]

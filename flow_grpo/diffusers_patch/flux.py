@@ -8,11 +8,11 @@ from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
 from flow_grpo.diffusers_patch.packed import Packed
-from flow_grpo.records import Cond, Size
+from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 
 class Flux(Packed):
-    """Checkpoints without a guidance embedding ignore guidance_scale."""
+    """Its scale is one of the transformer's inputs; checkpoints without one ignore it."""
 
     stock = FluxPipeline
     lora_target_modules = (
@@ -39,12 +39,12 @@ class Flux(Packed):
             for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
         ]
 
-    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
+    def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
         latents = self.initial_latents(size, noise)
-        return super().stock_arguments(size, guidance_scale, latents, images)
+        return super().stock_arguments(size, guidance, latents, images)
 
     def image_tokens(
-        self, latents: Tensor, cond: dict[str, Tensor], size: Size
+        self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, Tensor]:
         """Return what the transformer sees, (B, T, C), and where each token lies, (T, 3).
 
@@ -52,15 +52,17 @@ class Flux(Packed):
         """
         return latents, position_ids(0, *self.grid(size), latents.device)
 
-    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
-        tokens, ids = self.image_tokens(latents, cond, size)
-        guidance = sigma.new_full(sigma.shape, guidance_scale) if self.embeds_guidance else None
-        embeds = cond["embeds"].to(self.input_dtype)
+    def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
+        positive, guidance = conditioning["positive"], None
+        if self.embeds_guidance:
+            guidance = sigma.new_full(sigma.shape, conditioning.guidance.scale)
+        tokens, ids = self.image_tokens(latents, positive, conditioning.size)
+        embeds = positive["embeds"].to(self.input_dtype)
         velocity = model(
             hidden_states=tokens.to(self.input_dtype),
             timestep=sigma * 1000 / 1000,  # as stock does in fp32; in bf16 it rounds before
             guidance=guidance,
-            pooled_projections=cond["pooled"].to(self.input_dtype),
+            pooled_projections=positive["pooled"].to(self.input_dtype),
             encoder_hidden_states=embeds,
             txt_ids=ids.new_zeros(embeds.shape[1], 3),
             img_ids=ids,

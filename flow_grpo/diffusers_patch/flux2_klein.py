@@ -12,15 +12,15 @@ from torch.nn.functional import pad
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows
 from flow_grpo.diffusers_patch.flux import position_ids
-from flow_grpo.diffusers_patch.packed import Packed, references_of, unpack
-from flow_grpo.records import Cond, Size
+from flow_grpo.diffusers_patch.packed import Packed, pack, references_of, unpack
+from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 MIN_SIDE, MAX_ASPECT = 64, 8  # of a reference picture, as the stock pipeline checks
 REFERENCE_TIME = 10  # reference i lies at time 10 (i + 1), the picture that is denoised at 0
 
 
 class Flux2Klein(Packed):
-    """Any number of reference pictures a row. Distilled checkpoints ignore guidance_scale."""
+    """Any number of reference pictures a row. Distilled checkpoints ignore guidance."""
 
     stock = Flux2KleinPipeline
     lora_target_modules = (
@@ -55,10 +55,10 @@ class Flux2Klein(Packed):
         return conds
 
     def negative(self, images: tuple, max_length: int) -> Cond:
-        return super().negative((), max_length)  # both passes see cond's references
+        return super().negative((), max_length)  # both passes see the positive branch's references
 
-    def needs_negative(self, guidance_scale: float) -> bool:
-        return super().needs_negative(guidance_scale) and not self.pipe.config.is_distilled
+    def needs_negative(self, guidance: Guidance) -> bool:
+        return super().needs_negative(guidance) and not self.pipe.config.is_distilled
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
         """Encode a picture, uint8 (H, W, 3), to latents (4 C, H/16, W/16), fp32.
@@ -84,15 +84,15 @@ class Flux2Klein(Packed):
         mu = compute_empirical_mu(height * width, num_steps)
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": mu}
 
-    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
-        device = latents.device
-        references = references_of(cond)
+    def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
+        device, positive = latents.device, conditioning["positive"]
+        references = references_of(positive)
         tokens = torch.cat([latents, *(r.flatten(2).transpose(1, 2) for r in references)], dim=1)
-        places = [position_ids(0, *self.grid(size), device)]
+        places = [position_ids(0, *self.grid(conditioning.size), device)]
         for number, reference in enumerate(references, start=1):
             places.append(position_ids(REFERENCE_TIME * number, *reference.shape[2:], device))
         places = pad(torch.cat(places), (0, 1))  # (T, 4): time, row, column, word
-        words = torch.arange(cond["embeds"].shape[1], device=device)
+        words = torch.arange(positive["embeds"].shape[1], device=device)
         time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
         def predict(rows: dict[str, Tensor]) -> Tensor:
@@ -108,9 +108,17 @@ class Flux2Klein(Packed):
             )[0]
             return output[:, : latents.shape[1]].float()
 
-        return self.guide(predict, cond, negative, guidance_scale)
+        return self.guide(predict, conditioning)
 
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        mean, std = self.token_mean_and_std()
+        return unpack(latents * std + mean, *self.grid(size))
+
+    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        mean, std = self.token_mean_and_std()
+        return (pack(latents) - mean) / std
+
+    def token_mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Return what each of a token's 4 C numbers is normalised by, (4 C,)."""
         vae = self.pipe.vae
-        std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
-        return unpack(latents * std + vae.bn.running_mean, *self.grid(size))
+        return vae.bn.running_mean, torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flow_grpo.diffusers_patch.flux import Flux, position_ids
 from flow_grpo.diffusers_patch.packed import Edits, pack
-from flow_grpo.records import Size
+from flow_grpo.records import Guidance, Size
 
 
 class FluxKontext(Edits, Flux):
@@ -20,8 +20,8 @@ class FluxKontext(Edits, Flux):
     lora_target_modules = (*Flux.lora_target_modules, "proj_mlp")
     num_references = (1, 1)
 
-    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
-        stock = super().stock_arguments(size, guidance_scale, noise, images)
+    def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
+        stock = super().stock_arguments(size, guidance, noise, images)
         return stock | {"max_area": size.height * size.width, "_auto_resize": False}
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
@@ -45,10 +45,10 @@ class FluxKontext(Edits, Flux):
         return max(height, 1) * multiple, max(width, 1) * multiple
 
     def image_tokens(
-        self, latents: Tensor, cond: dict[str, Tensor], size: Size
+        self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, Tensor]:
-        tokens, ids = super().image_tokens(latents, cond, size)
-        reference = cond["reference_0"]
+        tokens, ids = super().image_tokens(latents, positive, size)
+        reference = positive["reference_0"]
         height, width = (side // 2 for side in reference.shape[2:])
         reference_ids = position_ids(1, height, width, latents.device)
         return torch.cat([tokens, pack(reference)], dim=1), torch.cat([ids, reference_ids])

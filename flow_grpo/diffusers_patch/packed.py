@@ -29,6 +29,9 @@ class Packed(PatchedPipeline):
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
         return super().vae_latents(unpack(latents, *self.grid(size)), size)
 
+    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        return pack(super().from_vae_latents(latents, size))
+
     def keep_references(self, conds: list[Cond], images: list[tuple]) -> None:
         """Encode each row's reference pictures into its "reference_0", "reference_1" ..."""
         for cond, references in zip(conds, images, strict=True):
@@ -51,9 +54,9 @@ class Edits(Packed):
         return conds
 
 
-def references_of(cond: dict[str, Tensor]) -> list[Tensor]:
+def references_of(positive: dict[str, Tensor]) -> list[Tensor]:
     """Return the latents (B, C, h, w) of a call's reference pictures, in their order."""
-    return [value for name, value in cond.items() if name.startswith("reference_")]
+    return [value for name, value in positive.items() if name.startswith("reference_")]
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows, unscale_channels
-from flow_grpo.diffusers_patch.packed import Packed, unpack
-from flow_grpo.records import Cond, Size
+from flow_grpo.diffusers_patch.base import (
+    JOINT_ATTENTION,
+    repeat_rows,
+    scale_channels,
+    unscale_channels,
+)
+from flow_grpo.diffusers_patch.packed import Packed, pack, unpack
+from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 UNHEARD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 
@@ -56,7 +62,7 @@ class QwenImage(Packed):
         return (self.transformer.config.in_channels // 4, 2 * height, 2 * width)
 
     def image_tokens(
-        self, latents: Tensor, cond: dict[str, Tensor], size: Size
+        self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """Return what the transformer sees, (B, T, C), and each picture's (1, height, width).
 
@@ -64,8 +70,8 @@ class QwenImage(Packed):
         """
         return latents, [(1, *self.grid(size))]
 
-    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
-        tokens, sizes = self.image_tokens(latents, cond, size)
+    def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
+        tokens, sizes = self.image_tokens(latents, conditioning["positive"], conditioning.size)
         time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
         def predict(rows: dict[str, Tensor]) -> Tensor:
@@ -80,36 +86,35 @@ class QwenImage(Packed):
             )[0]
             return output[:, : latents.shape[1]].float()
 
-        return self.guide(predict, cond, negative, guidance_scale)
+        return self.guide(predict, conditioning)
 
-    def join(self, cond: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
-        both = cond["embeds"], negative["embeds"]
+    def join(self, positive: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
+        both = positive["embeds"], negative["embeds"]
         width = max(embeds.shape[1] for embeds in both)
         joined = {"embeds": torch.cat([pad(e, (0, 0, 0, width - e.shape[1])) for e in both])}
-        if "mask" in cond or "mask" in negative or both[0].shape[1] != both[1].shape[1]:
+        if "mask" in positive or "mask" in negative or both[0].shape[1] != both[1].shape[1]:
             masks = (
                 pad(rows.get("mask", _all(rows["embeds"])), (0, width - rows["embeds"].shape[1]))
-                for rows in (cond, negative)
+                for rows in (positive, negative)
             )
             joined["mask"] = torch.cat(list(masks))
         return joined
 
-    def combine(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
+    def combine(self, conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
         """Guide, then give each token the norm of its conditional velocity."""
-        guided = super().combine(conditional, unconditional, guidance_scale)
+        guided = super().combine(conditional, unconditional, guidance)
         wanted, found = (v.norm(dim=-1, keepdim=True) for v in (conditional, guided))
         return guided * (wanted / found.clamp(min=1e-12))
 
-    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
-        stock = super().stock_arguments(
-            size, guidance_scale, self.initial_latents(size, noise), images
-        )
+    def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
+        latents = self.initial_latents(size, noise)
+        stock = super().stock_arguments(size, guidance, latents, images)
         stock["true_cfg_scale"] = stock.pop("guidance_scale")
-        if self.needs_negative(guidance_scale):
+        if self.needs_negative(guidance):
             stock["negative_prompt"] = self.negative_prompt
         return stock
 
-    def reaches_output(self, parameter: str) -> bool:
+    def trains(self, parameter: str) -> bool:
         """Whether it is not among those that shape the last block's text, which nobody reads."""
         last = f"transformer_blocks.{self.transformer.config.num_layers - 1}."
         return not parameter.startswith(tuple(last + name for name in UNHEARD))
@@ -117,8 +122,14 @@ class QwenImage(Packed):
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
         return unscale_channels(self.pipe.vae, unpack(latents, *self.grid(size)).unsqueeze(2))
 
+    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        return pack(scale_channels(self.pipe.vae, latents).squeeze(2))
+
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         return super().decode(latents, size)[:, :, 0]
+
+    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
+        return super().latents([image[None] for image in images], size)
 
 
 def _all(embeds: Tensor) -> Tensor:

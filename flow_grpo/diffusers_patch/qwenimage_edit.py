@@ -43,7 +43,7 @@ class QwenImageEdit(Edits, QwenImage):
 
     @torch.no_grad()
     def negative(self, images: tuple, max_length: int) -> Cond:
-        # Both passes see cond's references.
+        # Both passes see the positive branch's references.
         return QwenImage.encode(self, [self.negative_prompt], [images], max_length)[0]
 
     def text(self, prompt: str, references: tuple, max_length: int) -> dict[str, Tensor]:
@@ -89,10 +89,10 @@ class QwenImageEdit(Edits, QwenImage):
         return self.pipe._encode_vae_image(pixels, generator=None)[0, :, 0].float()
 
     def image_tokens(
-        self, latents: Tensor, cond: dict[str, Tensor], size: Size
+        self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        tokens, sizes = super().image_tokens(latents, cond, size)
-        references = references_of(cond)
+        tokens, sizes = super().image_tokens(latents, positive, size)
+        references = references_of(positive)
         sizes += [(1, r.shape[2] // 2, r.shape[3] // 2) for r in references]
         return torch.cat([tokens, *map(pack, references)], dim=1), sizes
 

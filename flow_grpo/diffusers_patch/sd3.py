@@ -7,7 +7,7 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, PatchedPipeline
-from flow_grpo.records import Cond, Size
+from flow_grpo.records import Cond, Conditioning, Size
 
 
 class SD3(PatchedPipeline):
@@ -37,7 +37,7 @@ class SD3(PatchedPipeline):
         tokens = (size.height // patch) * (size.width // patch)
         return {"mu": self.dynamic_shift(tokens, max_shift=1.16)}
 
-    def reaches_output(self, parameter: str) -> bool:
+    def trains(self, parameter: str) -> bool:
         """Whether it is no adapter of the last block's text query, which nobody reads.
 
         The query's own weight may train along in a full fine-tune: its gradient is zero.
@@ -45,11 +45,13 @@ class SD3(PatchedPipeline):
         last = self.transformer.config.num_layers - 1
         return not parameter.startswith(f"transformer_blocks.{last}.attn.add_q_proj.lora_")
 
-    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
-        guided = self.needs_negative(guidance_scale)
+    def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
+        guided = self.needs_negative(conditioning.guidance)
         rows = 2 if guided else 1
-        embeds, pooled = cond["embeds"], cond["pooled"]
+        positive = conditioning["positive"]
+        embeds, pooled = positive["embeds"], positive["pooled"]
         if guided:  # one batch of [negative, positive], the stock pipeline's layout
+            negative = conditioning["negative"]
             embeds = torch.cat([negative["embeds"], embeds])
             pooled = torch.cat([negative["pooled"], pooled])
         velocity = model(
@@ -62,4 +64,4 @@ class SD3(PatchedPipeline):
         if not guided:
             return velocity
         unconditional, conditional = velocity.chunk(2)
-        return self.combine(conditional, unconditional, guidance_scale)
+        return self.combine(conditional, unconditional, conditioning.guidance)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.base import PatchedPipeline, repeat_rows, unscale_channels
-from flow_grpo.records import Cond, Size
+from flow_grpo.diffusers_patch.base import (
+    PatchedPipeline,
+    repeat_rows,
+    scale_channels,
+    unscale_channels,
+)
+from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 
 class Wan(PatchedPipeline):
@@ -56,7 +62,7 @@ class Wan(PatchedPipeline):
         height, width = size.height // self.vae_scale, size.width // self.vae_scale
         return (self.transformer.config.in_channels, frames, height, width)
 
-    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
+    def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
         time = sigma * 1000
         if self.pipe.config.expand_timesteps:  # Wan2.2 TI2V: a time for each of the tokens
             time = time[:, None].expand(-1, latents[0, 0, :, ::2, ::2].numel())
@@ -71,14 +77,22 @@ class Wan(PatchedPipeline):
             )[0]
             return output.float()
 
-        return self.guide(predict, cond, negative, guidance_scale)
+        return self.guide(predict, conditioning)
 
-    def stock_arguments(self, size, guidance_scale, noise, images=()) -> dict:
-        stock = super().stock_arguments(size, guidance_scale, noise, images)
+    def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
+        stock = super().stock_arguments(size, guidance, noise, images)
         return stock | {"num_frames": size.num_frames}
 
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
         return unscale_channels(self.pipe.vae, latents)
 
+    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        return scale_channels(self.pipe.vae, latents)
+
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         return super().decode(latents, size).movedim(2, 1)
+
+    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
+        """Encode videos, or pictures as videos of one frame."""
+        videos = [image if image.ndim == 4 else image[None] for image in images]
+        return super().latents(videos, size)

@@ -7,11 +7,11 @@ from diffusers import ZImagePipeline
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.records import Cond, Size
+from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 
 class ZImage(PatchedPipeline):
-    """Its guidance_scale w gives c + w (c - u), SD3's scale w + 1: 0 means none, as Turbo wants.
+    """Its scale w gives c + w (c - u), SD3's scale w + 1: 0 means none, as Turbo wants.
 
     The transformer takes a list of prompts without padding and pads within; it masks what it adds
     to the shorter prompts of a call, so that other neighbours change a row by rounding only. The
@@ -29,7 +29,7 @@ class ZImage(PatchedPipeline):
         "feed_forward.w3",
     )
     runs_in_fp16 = False
-    unguided_scale = 0.0
+    unguided = Guidance(0.0)
     ragged_text = True
 
     @torch.no_grad()
@@ -49,8 +49,11 @@ class ZImage(PatchedPipeline):
             "mu": self.dynamic_shift(tokens, max_shift=1.15),
         }
 
-    def velocity(self, model, latents, sigma, cond, negative, guidance_scale, size) -> Tensor:
-        rows = [cond, negative] if self.needs_negative(guidance_scale) else [cond]
+    def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
+        guided = self.needs_negative(conditioning.guidance)
+        rows = [conditioning["positive"]]
+        if guided:
+            rows.append(conditioning["negative"])
         pictures = latents.to(self.input_dtype).repeat(len(rows), 1, 1, 1)
         output = model(
             list(pictures.unsqueeze(2).unbind(0)),  # (C, 1, h, w) each
@@ -59,12 +62,12 @@ class ZImage(PatchedPipeline):
             return_dict=False,
         )[0]
         output = -torch.stack(output).squeeze(2).float()  # it predicts x0 - x1
-        if len(rows) == 1:
+        if not guided:
             return output
-        return self.combine(*output.chunk(2), guidance_scale)
+        return self.combine(*output.chunk(2), conditioning.guidance)
 
-    def combine(self, conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-        return conditional + guidance_scale * (conditional - unconditional)
+    def combine(self, conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
+        return conditional + guidance.scale * (conditional - unconditional)
 
     def prompts(self, rows: dict[str, Tensor]) -> list[Tensor]:
         """Return each row's text (L, C) without its padding."""

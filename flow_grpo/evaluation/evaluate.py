@@ -22,7 +22,7 @@ from flow_grpo.evaluation.tables import summarise
 from flow_grpo.parallel.stop import Stop, Stopped
 from flow_grpo.prompts import Prompt, eval_batches
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import PromptBatch, Size
+from flow_grpo.records import Guidance, PromptBatch, Size
 from flow_grpo.rewards.combine import Scorer
 from flow_grpo.rollouts import Row, whole
 from flow_grpo.sampling import Schedule, decode, denoise
@@ -41,24 +41,23 @@ class Evaluator:
     model: nn.Module  # the transformer as accelerate wrapped it
     size: Size
     eval_schedule: Schedule
+    eval_guidance: Guidance
     conditioner: Conditioner
     scorer: Scorer
     stop: Stop
 
     def prompt_batch(
-        self, prompts: list[Prompt], rows: list[Row], guidance_scale: float
+        self, prompts: list[Prompt], rows: list[Row], guidance: Guidance
     ) -> PromptBatch:
         """Encode a call's prompts."""
         distinct = list(dict.fromkeys(prompts))
         images = {prompt: prompt.load_images() for prompt in distinct}
-        conds = [self.conditioner.cond(p.text, p.images, images[p]) for p in distinct]
-        negatives = None
-        if self.pipeline.needs_negative(guidance_scale):
-            negatives = [self.conditioner.negative(p.images, images[p]) for p in distinct]
+        encoded = [(p.text, p.images, images[p]) for p in distinct]
+        branches = self.conditioner.branches(encoded, guidance)
         self.conditioner.rest()
         return PromptBatch(
-            conds=conds,
-            negatives=negatives,
+            branches=branches,
+            guidance=guidance,
             index=torch.tensor([distinct.index(prompt) for prompt in prompts]),
             owners=[Row(*row) for row in rows],
             size=self.size,
@@ -133,7 +132,7 @@ def score_prompts(
         batch = evaluator.prompt_batch(
             [prompts[n] for n in numbers],
             [(n, -1) for n in numbers],  # member -1: no training row draws this noise
-            schedule.guidance_scale,
+            evaluator.eval_guidance,
         )
         segment = whole(np.empty((len(numbers), 0), dtype=np.int64), schedule.num_steps)
         part = denoise(

@@ -21,9 +21,9 @@ from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _check_attention_backend_requirements,
 )
-from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
 from config.base import base
+from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.launch import encoders
 from flow_grpo.objectives import OBJECTIVES
@@ -51,9 +51,10 @@ def build(
     identity = folders.identity(config, family.__name__, plan.world_size)
     resume_from = folders.resume_point(config, identity)
     objective_class = resolve_name(OBJECTIVES[config.objective])
-    objective_class.check(config)
+    objective_class.check(config, family)
     accelerator, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
     schedule, eval_schedule = schedules(config, pipeline, size)
+    guidance, eval_guidance = guidances(config)
     objective = objective_class(config, schedule)
     scorer = Scorer.of(config, str(accelerator.device))
 
@@ -76,7 +77,9 @@ def build(
         model=model,
         size=size,
         schedule=schedule,
+        guidance=guidance,
         eval_schedule=eval_schedule,
+        eval_guidance=eval_guidance,
         objective=objective,
         updater=Updater(accelerator, model, base_optimizer, config.train, total_updates),
         snapshots=Snapshots(pipeline.transformer, names, config.use_lora),
@@ -110,6 +113,8 @@ def load(
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     family.check_prompts(prompts)
     family.check_num_frames(config.num_frames)
+    for guidance in guidances(config):
+        family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
     accelerator = _accelerator(config)
     pipeline = encoders.load_pipeline(config, family, prompts, accelerator)
@@ -119,10 +124,7 @@ def load(
     pipeline.batches_guidance = config.sample.batched_guidance
     if config.attention_backend:
         pipeline.transformer.set_attention_backend(config.attention_backend)
-    if config.vae_tiling:
-        pipeline.pipe.vae.enable_tiling()
-    if config.vae_slicing:
-        pipeline.pipe.vae.enable_slicing()
+    pipeline.cut_decoding(config.vae_tiling, config.vae_slicing)
     return accelerator, pipeline, size
 
 
@@ -133,31 +135,22 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.Config
         transformer.enable_gradient_checkpointing()
     if not config.use_lora:
         for name, param in transformer.named_parameters():
-            param.requires_grad_(pipeline.reaches_output(name))
+            param.requires_grad_(pipeline.trains(name))
         return
     if train.lora_path:
         _load_lora(pipeline, config)
     else:
         targets = list(train.lora_targets) or list(pipeline.lora_target_modules)
-        torch.manual_seed(config.seed)  # peft draws A from the global generator
-        transformer.add_adapter(
-            LoraConfig(
-                r=train.lora_rank,
-                lora_alpha=train.lora_alpha,
-                init_lora_weights="gaussian",
-                target_modules=targets,
-            )
-        )
+        torch.manual_seed(config.seed)
+        pipeline.add_lora(train.lora_rank, train.lora_alpha, targets)
     for name, param in transformer.named_parameters():
-        param.requires_grad_("lora_" in name and pipeline.reaches_output(name))
-        if "lora_" in name:
-            param.data = param.data.float()
+        param.requires_grad_("lora_" in name and pipeline.trains(name))
 
 
 def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
     """Start from a LoRA. Raises ValueError if the config says otherwise than its file."""
     path = config.train.lora_path
-    add_lora(pipeline, path)
+    pipeline.load_lora(path)
     found = pipeline.transformer.peft_config["default"]
     for key, value in (("lora_rank", found.r), ("lora_alpha", found.lora_alpha)):
         if config.train[key] != value:
@@ -165,41 +158,6 @@ def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> 
                 f"config.train.{key}={config.train[key]}, but that of the LoRA in {path!r} is "
                 f"{value}. Set config.train.{key}={value}."
             )
-
-
-def add_lora(pipeline: PatchedPipeline, path: str) -> None:
-    """Add a LoRA in diffusers' or PEFT's format. Raises ValueError if it does not fit."""
-    if (Path(path) / "adapter_config.json").is_file():
-        _load_peft(path, pipeline.transformer)
-        return
-    weights, metadata = pipeline.stock.lora_state_dict(path, return_lora_metadata=True)
-    pipeline.stock.load_lora_into_transformer(
-        weights, pipeline.transformer, adapter_name="default", metadata=metadata
-    )
-    given = [key for key in weights if key.startswith("transformer.") and ".lora_" in key]
-    added = [name for name, _ in pipeline.transformer.named_parameters() if "lora_" in name]
-    if not given or len(given) > len(added):
-        raise ValueError(
-            f"the LoRA {path!r} does not fit {type(pipeline.transformer).__name__}: of its "
-            f"{len(weights)} weights {len(given)} are a transformer's, and this one took "
-            f"{len(added)}. A LoRA of config.pretrained.model's transformer is needed."
-        )
-
-
-def _load_peft(path: str, transformer: torch.nn.Module) -> None:
-    """Add the adapter that PeftModel.save_pretrained wrote."""
-    transformer.add_adapter(LoraConfig.from_pretrained(path))
-    prefix = "base_model.model."
-    weights = {k.removeprefix(prefix): v for k, v in load_peft_weights(path, "cpu").items()}
-    outcome = set_peft_model_state_dict(transformer, weights, adapter_name="default")
-    missing = [key for key in outcome.missing_keys if "lora_" in key]
-    if missing or outcome.unexpected_keys:
-        raise ValueError(
-            f"config.train.lora_path={path!r}: its adapter does not fit the model "
-            f"({len(missing)} weights missing, {len(outcome.unexpected_keys)} unknown, such as "
-            f"{(missing + outcome.unexpected_keys)[0]}). A LoRA of config.pretrained.model's "
-            f"transformer is needed."
-        )
 
 
 def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:
@@ -264,16 +222,13 @@ def schedules(
     sample, device = config.sample, pipeline.device
     schedule = Schedule(
         sigmas=pipeline.sigmas(sample.num_steps, size).to(device),
-        guidance_scale=sample.guidance_scale,
         kind=sample.sde_type,
         noise_level=sample.noise_level,
         same_latent=sample.same_latent,
         pad_to=config.max_sequence_length,
     )
-    scale = sample.eval_guidance_scale
     eval_schedule = Schedule(
         sigmas=pipeline.sigmas(sample.eval_num_steps, size).to(device),
-        guidance_scale=sample.guidance_scale if scale is None else scale,
         pad_to=config.max_sequence_length,
     )
     return schedule, eval_schedule

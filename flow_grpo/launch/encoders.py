@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from flow_grpo.cli import progress
-from flow_grpo.conditioning import Conditioner, Item, Store
+from flow_grpo.conditioning import Conditioner, Item, Store, guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.prompts import Prompt
 
@@ -37,7 +37,7 @@ def load_pipeline(
     if not world.reduce(count, "sum").item():
         return _load(config, family, world.device, encoders=False)
     pipeline = _load(config, family, torch.device("cpu"))
-    pipeline.pipe.vae.to(world.device)
+    pipeline.move_vae(world.device)
     pipeline.move_encoders(world.device)
     for item in missing:
         damaged = held.path(item)
@@ -45,7 +45,7 @@ def load_pipeline(
             print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
     _precompute(pipeline, held, {item: items[item] for item in missing}, config, world)
     pipeline.drop_encoders()
-    pipeline.pipe.to(world.device)
+    pipeline.move(world.device)
     world.wait_for_everyone()
     if not all(held.path(item).exists() for item in items):
         raise ValueError(
@@ -74,7 +74,7 @@ def store(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> S
         {
             "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
             "revision": config.pretrained.revision,
-            "pipeline": family.stock.__name__,
+            "pipeline": family.stock_name(),
             "negative_prompt": family.negative_prompt,
             "precision": config.mixed_precision,
             "max_sequence_length": config.max_sequence_length,
@@ -113,9 +113,8 @@ def _items(
     config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
 ) -> dict[Item, Prompt]:
     """List what the run will ask for, and a prompt that holds its pictures."""
-    sample, items = config.sample, {}
-    scales = (sample.guidance_scale, sample.eval_guidance_scale or 0.0)
-    guided = any(family.may_need_negative(scale) for scale in scales)
+    items = {}
+    guided = any(family.may_need_negative(guidance) for guidance in guidances(config))
     for prompt in prompts:
         items[Item(prompt.text, prompt.images)] = prompt
         if guided:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from flow_grpo.cli import user_errors
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 
 if TYPE_CHECKING:
     from flow_grpo.training.run import Run
 
 
-def main(family: str, default_config: str) -> None:
+def main(family: type[PatchedPipeline], default_config: str) -> None:
     """Run a training script.
 
-    family: "module:class" of the model's pipeline patch. default_config: FILE.py:RUN.
+    family: the model's pipeline patch. default_config: FILE.py:RUN.
     Exits with 1 and one message where the config, the data or the checkpoint is at fault, and with
     128 + the signal's number after SIGTERM or SIGINT.
     """
@@ -32,10 +32,10 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def prepare(argv: list[str], family: str, default_config: str) -> Run:
+def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str) -> Run:
     """Check everything, the cheapest first, then load the model. Raises ValueError."""
-    from flow_grpo.launch import model_files, preflight, settings  # no torch: it is slow
-    from flow_grpo.training import folders  # no torch: it is slow
+    from flow_grpo.launch import model_files, preflight, settings
+    from flow_grpo.training import folders
 
     config, name = settings.load(argv, default_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -47,13 +47,13 @@ def prepare(argv: list[str], family: str, default_config: str) -> Run:
             model_files.to_download(config),
         )
         print(*filter(None, notes), sep="\n", flush=True)
-    identity = folders.identity(config, family.split(":")[1], world_size)
+    identity = folders.identity(config, family.__name__, world_size)
     resume_from = folders.resume_point(config, identity)
 
     from flow_grpo.launch import provenance
     from flow_grpo.launch.build import build
 
-    run = build(config, name, plan, resolve_name(family))
+    run = build(config, name, plan, family)
     if run.accelerator.is_main_process:
         provenance.record(run.folder, argv, world_size, resume_from)
     return run

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import ml_collections
-import torch
 
+from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.launch import build, encoders
@@ -29,12 +27,9 @@ def build_evaluator(
     accelerator, pipeline, size = build.load(config, family, prompts)
     transformer = pipeline.transformer
     if weights.kind == "lora":
-        build.add_lora(pipeline, str(weights.path))
-        for name, param in transformer.named_parameters():
-            if "lora_" in name:
-                param.data = param.data.float()  # as in training
+        pipeline.load_lora(str(weights.path))
     elif weights.kind == "transformer":
-        _replace(transformer, weights.path)
+        pipeline.load_transformer(weights.path)
     pipeline.input_dtype = transformer.dtype
     return Evaluator(
         config=config,
@@ -43,19 +38,8 @@ def build_evaluator(
         model=accelerator.prepare_model(transformer, evaluation_mode=True),
         size=size,
         eval_schedule=build.schedules(config, pipeline, size)[1],
+        eval_guidance=guidances(config)[1],
         conditioner=encoders.conditioner(config, pipeline),
         scorer=Scorer.of(config, str(accelerator.device)),
         stop=Stop(accelerator),
     )
-
-
-def _replace(transformer: torch.nn.Module, folder: Path) -> None:
-    """Put a saved transformer's weights in place, in the dtype that is there."""
-    saved = type(transformer).from_pretrained(folder, torch_dtype=transformer.dtype)
-    try:
-        transformer.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
-        raise ValueError(
-            f"{str(folder)!r} does not fit the transformer of config.pretrained.model, which must "
-            f"be its base: {error}"
-        ) from None

@@ -1,4 +1,4 @@
-"""What a model's files tell before a weight is loaded: are they here, do they suit. No torch."""
+"""What a model's files tell before a weight is loaded: are they here, do they suit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import ml_collections
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
-from flow_grpo.diffusers_patch import FAMILIES
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.registry import FAMILIES
 
 GATED = {  # a licence must be accepted on the model's page
     "black-forest-labs/FLUX.1-dev",
@@ -81,13 +82,13 @@ def index(config: ml_collections.ConfigDict) -> dict:
     return json.loads(found.read_text())
 
 
-def family(config: ml_collections.ConfigDict) -> str:
-    """Return the "module:class" that patches this model. Raises ValueError if there is none."""
+def family(config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
+    """Return the class that patches this model. Raises ValueError if there is none."""
     name = index(config)["_class_name"]
     if name not in FAMILIES:
         raise ValueError(
             f"config.pretrained.model={config.pretrained.model!r} is a {name}; there are "
-            f"{', '.join(FAMILIES)} (flow_grpo/diffusers_patch/__init__.py)."
+            f"{', '.join(FAMILIES)} (flow_grpo/diffusers_patch/registry.py)."
         )
     return FAMILIES[name]
 

@@ -1,4 +1,4 @@
-"""Refuse what can't work, before torch is imported or a weight is loaded."""
+"""Refuse what can't work, before a weight is loaded."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ POSITIVE = ("train.adv_clip_max", "train.gate_tolerance", "nft.beta")
 
 
 def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
-    """Check all that needs no torch and return the epoch's arithmetic.
+    """Check all that needs no weights and return the epoch's arithmetic.
 
     Raises ValueError naming the key, the value, what is needed and the remedy.
     """

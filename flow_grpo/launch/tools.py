@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
+import numpy as np
+import torch
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from transformers.utils import logging as transformers_logging
 
-from flow_grpo.diffusers_patch import FAMILIES
-from flow_grpo.launch import model_files
-
-if TYPE_CHECKING:
-    import torch
-
-    from flow_grpo.diffusers_patch.base import PatchedPipeline
-    from flow_grpo.evaluation.stock import Task
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.registry import FAMILIES
+from flow_grpo.evaluation.comparison import Task
+from flow_grpo.launch import encoders, model_files
+from flow_grpo.records import Guidance, Size
 
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class Loaded(NamedTuple):
-    family: str  # "module:class"
+    family: type[PatchedPipeline]
     dtype: torch.dtype
     pipeline: PatchedPipeline
     task: Task
@@ -30,7 +31,7 @@ class Loaded(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what load() reads, but for the prompts."""
-    scripts = sorted({path.split(":")[0].rpartition(".")[2] for path in FAMILIES.values()})
+    scripts = sorted({_script(family) for family in FAMILIES.values()})
     parser.add_argument("--model", required=True, help="a pipeline's folder or hub id")
     parser.add_argument("--revision", default="main")
     parser.add_argument("--script", choices=scripts, help="default: by the model's own class")
@@ -55,10 +56,8 @@ def load(
     """
     family = _settle(args, config)
     _quieten()
-    from flow_grpo.launch import encoders  # torch takes seconds
-
     dtype = encoders.DTYPES[config.mixed_precision]
-    chosen = resolve_name(family).variant(args.model, args.revision)
+    chosen = family.variant(args.model, args.revision)
     chosen.check_num_frames(args.num_frames)
     pipeline = chosen.from_pretrained(
         args.model, dtype=dtype, device=_device(args.device), revision=args.revision
@@ -68,15 +67,17 @@ def load(
 
 def _quieten() -> None:
     """Let transformers and diffusers speak of errors alone."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     for each in (diffusers_logging, transformers_logging):
         each.set_verbosity_error()
 
 
-def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> str:
-    """Return the model's "module:class"."""
+def _script(family: type[PatchedPipeline]) -> str:
+    """Return the name of a family's script, less "train_"."""
+    return family.__module__.rpartition(".")[2]
+
+
+def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
+    """Write the options into the config; return the model's family."""
     config.pretrained.model, config.pretrained.revision = args.model, args.revision
     config.mixed_precision = PRECISION[args.dtype]
     height, _, width = args.size.partition("x")
@@ -92,17 +93,15 @@ def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> str:
             raise ValueError(f"--reference={path}: there is no such file.")
     model_files.check(config)
     family = model_files.family(config)
-    if args.script and not family.split(":")[0].endswith(f".{args.script}"):
+    if args.script and args.script != _script(family):
         raise ValueError(
-            f"--script={args.script}: {args.model} is for {family}. Leave --script out, or change "
-            f"the model."
+            f"--script={args.script}: {args.model} is for {_script(family)}. Leave --script out, "
+            f"or change the model."
         )
     return family
 
 
 def _device(name: str | None) -> str:
-    import torch
-
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -112,12 +111,6 @@ def _task(
     config: ml_collections.ConfigDict,
     pipeline: PatchedPipeline,
 ) -> Task:
-    import numpy as np
-    from PIL import Image
-
-    from flow_grpo.evaluation.stock import Task
-    from flow_grpo.records import Size
-
     size = Size(config.height, config.width, config.num_frames)
     pipeline.check_size(size)
     images = tuple(np.asarray(Image.open(path).convert("RGB")) for path in args.reference or ())
@@ -125,4 +118,5 @@ def _task(
         rows, columns = np.mgrid[0 : size.height, 0 : size.width]
         waves = [np.sin(rows / 9 + n) + np.cos(columns / (11 + n)) for n in range(3)]
         images = (((np.stack(waves, axis=-1) + 2) * 63).astype(np.uint8),)
-    return Task(prompts, images, size, args.steps, args.guidance, args.max_sequence_length)
+    guidance = Guidance(args.guidance)
+    return Task(prompts, images, size, args.steps, guidance, args.max_sequence_length)

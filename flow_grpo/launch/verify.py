@@ -19,8 +19,9 @@ from torch import Tensor
 
 from flow_grpo import sde
 from flow_grpo.conditioning import collate
+from flow_grpo.diffusers_patch import stock
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.evaluation.stock import (
+from flow_grpo.evaluation.comparison import (
     RANDOMNESS,
     Drawn,
     Task,
@@ -29,14 +30,11 @@ from flow_grpo.evaluation.stock import (
     initial_noise,
     relative,
     step_by_step,
-    stock_vae,
-    timesteps,
 )
 from flow_grpo.launch import build
 from flow_grpo.records import Rollout
 from flow_grpo.rollouts import whole
 from flow_grpo.sampling import denoise, replay
-from flow_grpo.training.checkpoint import save_lora
 from flow_grpo.training.snapshots import Snapshots
 from flow_grpo.training.tracking import memory
 
@@ -64,7 +62,7 @@ def verify(
     task: two prompts or more. config: a run's, of which the LoRA's settings count.
     """
     yield from stock_checks(pipeline, task.unguided(pipeline), "unguided")
-    if pipeline.may_need_negative(task.guidance_scale):
+    if pipeline.may_need_negative(task.guidance):
         yield from stock_checks(pipeline, task, "guided")
     base = velocity_of(pipeline, task)
     build.add_trained_weights(pipeline, config)
@@ -78,13 +76,11 @@ def verify(
 def velocity_of(pipeline: PatchedPipeline, task: Task) -> Tensor:
     """Predict all prompts' velocity at the first step, (B, ...), as training would."""
     rows = list(range(len(task.prompts)))
-    cond = collate(pipeline, task.batch(pipeline, rows), task.max_length)
+    conditioning = collate(pipeline, task.batch(pipeline, rows), task.max_length)
     latents = pipeline.initial_latents(task.size, initial_noise(pipeline, task.size, rows))
     sigma = task.schedule(pipeline).sigmas[:1].expand(len(rows))
     with torch.no_grad(), training_precision(pipeline):
-        return pipeline.velocity(
-            pipeline.transformer, latents, sigma, *cond, task.guidance_scale, task.size
-        )
+        return pipeline.velocity(pipeline.transformer, latents, sigma, conditioning)
 
 
 def training_precision(pipeline: PatchedPipeline) -> torch.autocast:
@@ -100,18 +96,18 @@ def stock_checks(pipeline: PatchedPipeline, task: Task, how: str) -> Iterator[Ch
     decode = pipeline.input_dtype == torch.float32  # stock decodes 16 bits by a 16-bit VAE alone
     for row, prompt in enumerate(task.prompts):
         noise = initial_noise(pipeline, task.size, [row])
-        with stock_vae(pipeline):
-            with timesteps(pipeline.transformer) as stock_times:
+        with stock.vae_in_place(pipeline):
+            with stock.timesteps(pipeline.transformer) as stock_times:
                 states, pictures = call_stock(pipeline, task, noise, decode, prompt=prompt)
-            found = pipeline.pipe.scheduler.sigmas.cpu()
-            with timesteps(pipeline.transformer) as times:
+            stock_sigmas = stock.last_sigmas(pipeline)
+            with stock.timesteps(pipeline.transformer) as times:
                 ours = generate(pipeline, task, row)
             differences.append(
                 difference(ours, states[-1], pictures)
                 if decode
                 else step_by_step(pipeline, task, row, states)
             )
-        worst_sigma = max(worst_sigma, _largest(found, sigmas))
+        worst_sigma = max(worst_sigma, _largest(stock_sigmas, sigmas))
         told, wanted = (np.array([t[0] for t in seen]).ravel() for seen in (times, stock_times))
         worst_time = max(worst_time, _largest(told, wanted))
     bound = STOCK_BOUND[pipeline.input_dtype]
@@ -131,7 +127,7 @@ def stock_checks(pipeline: PatchedPipeline, task: Task, how: str) -> Iterator[Ch
     yield Check(
         f"noise level 0 is stock, {how}",
         worst <= bound,
-        f"guidance {task.guidance_scale:g}, {len(task.prompts)} prompts, "
+        f"guidance {task.guidance.scale:g}, {len(task.prompts)} prompts, "
         f"{task.num_steps} steps: {_outcome(worst, bound)}",
     )
 
@@ -203,17 +199,13 @@ def check_export(pipeline: PatchedPipeline, task: Task) -> Check:
     """Export the LoRA, load it as a user of the stock pipeline does, and draw with both."""
     ours, velocity = generate(pipeline, task, 0), velocity_of(pipeline, task)
     weights = {n: p.detach() for n, p in pipeline.transformer.named_parameters() if "lora_" in n}
-    with TemporaryDirectory() as folder:
-        save_lora(pipeline, weights, Path(folder))
-        pipeline.transformer.delete_adapters("default")
-        pipeline.pipe.load_lora_weights(folder)
-    if pipeline.input_dtype == torch.float32:
-        noise = initial_noise(pipeline, task.size, [0])
-        states, pictures = call_stock(pipeline, task, noise, prompt=task.prompts[0])
-        worst = difference(ours, states[-1], pictures)
-    else:
-        worst = relative(velocity_of(pipeline, task), velocity)
-    pipeline.pipe.unload_lora_weights()
+    with TemporaryDirectory() as folder, stock.exported_lora(pipeline, weights, Path(folder)):
+        if pipeline.input_dtype == torch.float32:
+            noise = initial_noise(pipeline, task.size, [0])
+            states, pictures = call_stock(pipeline, task, noise, prompt=task.prompts[0])
+            worst = difference(ours, states[-1], pictures)
+        else:
+            worst = relative(velocity_of(pipeline, task), velocity)
     apart = relative(generate(pipeline, task, 0).rollout.final, ours.rollout.final)
     bound = STOCK_BOUND[pipeline.input_dtype]
     return Check(
@@ -261,12 +253,10 @@ def _trained_velocity(
 ) -> Tensor:
     """Predict with a gradient at a rollout's state."""
     schedule = task.schedule(pipeline, pad_to=task.max_length)
-    cond = collate(pipeline, rollout.batch, schedule.pad_to)
+    conditioning = collate(pipeline, rollout.batch, schedule.pad_to)
     point = rollout.latents[:, column], schedule.sigmas[rollout.steps[:, column]]
     with training_precision(pipeline):
-        return pipeline.velocity(
-            pipeline.transformer, *point, *cond, task.guidance_scale, task.size
-        )
+        return pipeline.velocity(pipeline.transformer, *point, conditioning)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ plan -> roll out -> score -> arrange -> update (prepare, then for each update: f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flow_grpo import rollouts
 from flow_grpo.advantages import group_advantages
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Arranged, Loss, Point, Rollout, RowTable
+from flow_grpo.records import Arranged, Guidance, Loss, Point, Rollout, RowTable
 from flow_grpo.rollouts import Call, Calls, StepsOf
 from flow_grpo.sampling import Schedule
 
@@ -29,7 +30,7 @@ class Micro:
 
     rows: Rollout
     points: list[Point]
-    velocity: Callable[[Point], Tensor]  # by the weights that are loaded, (M, ...) fp32
+    velocity: Velocity  # by the weights that are loaded, (M, ...) fp32
     trained: list[Tensor | None]  # of each point: the rows of weight above 0; None: all
     known: list[dict[str, Tensor]] = field(default_factory=list)  # of each point: name -> (M, ...)
 
@@ -37,13 +38,22 @@ class Micro:
         self.known = self.known or [{} for _ in self.points]
 
 
+class Velocity(Protocol):
+    """Predicts the rows of a micro-batch."""
+
+    def __call__(self, point: Point, guidance: Guidance | None = None) -> Tensor:
+        """Return (M, ...) fp32. guidance: None: training's."""
+
+
 class Predict(Protocol):
     """Predicts without a gradient."""
 
-    def __call__(self, micros: list[Micro], weights: str = "policy") -> Values:
+    def __call__(
+        self, micros: list[Micro], weights: str = "policy", guidance: Guidance | None = None
+    ) -> Values:
         """Return the velocity (M, ...) fp32 at every point, by these weights, loaded once for all.
 
-        weights: "policy", or a snapshot that the objective declares.
+        weights: "policy", or a snapshot that the objective declares. guidance: None: training's.
         """
 
 
@@ -73,7 +83,7 @@ class Objective:
     statistics: ClassVar[dict[str, Statistic]] = {}
 
     @classmethod
-    def check(cls, config: ml_collections.ConfigDict) -> None:
+    def check(cls, config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> None:
         """Raise ValueError, before weights are loaded, if this objective can't run so."""
 
     def __init__(self, config: ml_collections.ConfigDict, schedule: Schedule):

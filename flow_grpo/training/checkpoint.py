@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers.training_utils import _collate_lora_metadata
-from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.training import folders
 
 if TYPE_CHECKING:
@@ -93,25 +89,15 @@ def load(run: Run, folder: Path) -> None:
 
 def export(run: Run, folder: Path, name: str) -> None:
     """Write snapshot `name` as a stock diffusers pipeline loads it: lora/ or transformer/."""
-    transformer, main = run.pipeline.transformer, run.accelerator.is_main_process
+    main = run.accelerator.is_main_process
     if run.config.use_lora:
         values = run.snapshots.values(name)  # fp32, whatever DeepSpeed made of the weights
         if main:
-            save_lora(run.pipeline, values, folder / "lora")
+            run.pipeline.save_lora(values, folder / "lora")
         return
     with run.snapshots.using(name):
         if main:
-            transformer.save_pretrained(folder / "transformer")
-
-
-def save_lora(pipeline: PatchedPipeline, values: dict[str, Tensor], folder: Path) -> None:
-    """Write a LoRA as the stock pipeline loads it. values: by its parameters' names."""
-    transformer = pipeline.transformer
-    pipeline.stock.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer, state_dict=values),
-        **_collate_lora_metadata({"transformer": transformer}),
-    )
+            run.pipeline.save_transformer(folder / "transformer")
 
 
 def _write_state(run: Run, folder: Path) -> None:

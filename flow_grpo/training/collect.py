@@ -54,7 +54,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                 if checked and call.leaf:
                     keep.append("velocities")
                 prompts = [plan.train_prompts[slots[row.group]] for row in call.rows]
-                batch = run.prompt_batch(prompts, call.rows, run.schedule.guidance_scale)
+                batch = run.prompt_batch(prompts, call.rows, run.guidance)
                 part = denoise(
                     run.pipeline,
                     run.model,

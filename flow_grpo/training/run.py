@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from flow_grpo import rollouts
 from flow_grpo.conditioning import collate
 from flow_grpo.evaluation.evaluate import Evaluator
-from flow_grpo.objectives.base import Micro, Objective, Values
+from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import rollout_rows
-from flow_grpo.records import Point, Rollout
+from flow_grpo.records import Conditioning, Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
 from flow_grpo.sampling import Schedule
 from flow_grpo.training.optimizer import Updater
@@ -33,6 +33,7 @@ class Run(Evaluator):
     identity: dict
     folder: Path
     schedule: Schedule
+    guidance: Guidance
     objective: Objective
     updater: Updater
     snapshots: Snapshots
@@ -45,25 +46,35 @@ class Run(Evaluator):
         named = self.pipeline.transformer.named_parameters()
         return ((name, param) for name, param in named if param.requires_grad)
 
-    def predictor(self, rows: Rollout) -> Callable[[Point], Tensor]:
+    def predictor(self, rows: Rollout) -> Velocity:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
-        collated = cache(lambda: collate(self.pipeline, rows.batch, self.schedule.pad_to))
-        scale = self.schedule.guidance_scale
-        if self.pipeline.needs_negative(scale) and not self.config.train.cfg:
-            scale = self.pipeline.unguided_scale
 
-        def velocity(point: Point) -> Tensor:
-            return self.pipeline.velocity(
-                self.model, point.latents, point.sigma, *collated(), scale, self.size
-            )
+        @cache
+        def conditioning() -> Conditioning:
+            collated = collate(self.pipeline, rows.batch, self.schedule.pad_to)
+            return replace(collated, guidance=self.trained_guidance)
+
+        def velocity(point: Point, guidance: Guidance | None = None) -> Tensor:
+            guided = conditioning()
+            if guidance is not None:
+                guided = replace(guided, guidance=guidance)
+            return self.pipeline.velocity(self.model, point.latents, point.sigma, guided)
 
         return velocity
 
+    @property
+    def trained_guidance(self) -> Guidance:
+        """The guidance that training predicts with: the rollout's, or none with train.cfg=False."""
+        guided = self.pipeline.needs_negative(self.guidance)
+        return self.pipeline.unguided if guided and not self.config.train.cfg else self.guidance
+
     @torch.no_grad()
-    def predict(self, micros: list[Micro], weights: str = "policy") -> Values:
+    def predict(
+        self, micros: list[Micro], weights: str = "policy", guidance: Guidance | None = None
+    ) -> Values:
         """Return all velocities; never between the policy's forward and its backward."""
         with self.snapshots.using(weights):
-            return [[micro.velocity(point) for point in micro.points] for micro in micros]
+            return [[micro.velocity(point, guidance) for point in micro.points] for micro in micros]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
         """The stochastic steps of rows of these groups in an epoch, (B, K) int64."""
@@ -92,7 +103,7 @@ class Run(Evaluator):
         return self.plan.passes(
             self.config,
             self.objective.passes(self.trained_steps([0], self.epoch).shape[1]),
-            guided=self.pipeline.needs_negative(self.schedule.guidance_scale),
+            guided=self.pipeline.needs_negative(self.guidance),
             num_sampled=sum(map(rollouts.num_forwards, calls)),
         )
 

@@ -30,8 +30,13 @@ from typing import NamedTuple
 import numpy as np
 
 from config.base import base
+from flow_grpo import sde
 from flow_grpo.cli import user_errors
+from flow_grpo.evaluation.comparison import RANDOMNESS
 from flow_grpo.launch import tools
+from flow_grpo.report.sheets import captioned_sheet
+from flow_grpo.rollouts import whole
+from flow_grpo.sampling import decode, denoise
 
 LEVELS = {"sde": (0.3, 0.7, 1.0), "cps": (0.3, 0.8, 1.0), "dance": (0.1, 0.3, 0.6)}
 
@@ -56,8 +61,6 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv[1:])
     with user_errors():
         loaded = tools.load(args, (args.prompt,), base())
-    from flow_grpo.report.sheets import captioned_sheet
-
     cells = list(draw(loaded))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.with_suffix(".csv").open("w", newline="") as file:
@@ -79,11 +82,6 @@ def main(argv: list[str]) -> None:
 
 def draw(loaded: tools.Loaded) -> Iterator[Cell]:
     """Draw one row per kernel: without noise, then at each of its levels."""
-    from flow_grpo import sde
-    from flow_grpo.evaluation import stock
-    from flow_grpo.rollouts import whole
-    from flow_grpo.sampling import decode, denoise
-
     pipeline, task = loaded.pipeline, loaded.task
     batch, plain = task.batch(pipeline, [0]), task.schedule(pipeline)
     steps = np.arange(task.num_steps - 1)[None]
@@ -95,7 +93,7 @@ def draw(loaded: tools.Loaded) -> Iterator[Cell]:
                 pipeline.transformer,
                 batch,
                 schedule,
-                stock.RANDOMNESS,
+                RANDOMNESS,
                 whole(steps, task.num_steps),
             )
             picture = decode(pipeline, part.rollout)[0]

@@ -22,7 +22,7 @@ from flow_grpo.diffusers_patch.qwenimage_edit import QwenImageEdit, QwenImageEdi
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.diffusers_patch.wan import Wan
 from flow_grpo.diffusers_patch.zimage import ZImage
-from flow_grpo.records import PromptBatch, Size
+from flow_grpo.records import Guidance, PromptBatch, Size
 from flow_grpo.rollouts import Row
 from tiny import flux, flux2, qwen, sd3, wan, zimage
 from tiny.parts import LENGTH
@@ -83,7 +83,7 @@ def prompt_batch(
     size: Size,
     texts: Sequence[str],
     references: Sequence[tuple],
-    guidance: float,
+    guidance: Guidance,
     owners: Sequence[tuple[int, int]] | None = None,
 ) -> PromptBatch:
     """Condition rows on their group's text and references.
@@ -94,12 +94,9 @@ def prompt_batch(
     owners = [Row(*owner) for owner in owners or [(g, 0) for g in range(len(texts))]]
     group = torch.tensor([owner.group for owner in owners])
     rows = [(text, (f"{g}.png",), references[g]) for g, text in enumerate(texts)]
-    negatives = None
-    if model.needs_negative(guidance):
-        negatives = [conditioner.negative(names, images) for _, names, images in rows]
     return PromptBatch(
-        conds=[conditioner.cond(*row) for row in rows],
-        negatives=negatives,
+        branches=conditioner.branches(rows, guidance),
+        guidance=guidance,
         index=group,
         owners=owners,
         size=size,

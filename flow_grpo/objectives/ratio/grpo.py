@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from flow_grpo import sde
+from flow_grpo.conditioning import guidances
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.base import Micro, Objective, Predict, Values
 from flow_grpo.objectives.ratio import terms
 from flow_grpo.plan import Passes
@@ -24,7 +26,7 @@ class GRPO(Objective):
     statistics = terms.STATISTICS
 
     @classmethod
-    def check(cls, config) -> None:
+    def check(cls, config, family: type[PatchedPipeline]) -> None:
         sample, train = config.sample, config.train
         if train.old_log_prob == "rollout":
             if train.batch_size not in (None, sample.train_batch_size):
@@ -33,11 +35,13 @@ class GRPO(Objective):
                     f"train_batch_size={sample.train_batch_size}: the same rows then give other "
                     f"bits. Set config.train.old_log_prob=replay, or make the two equal."
                 )
-        if sample.guidance_scale > 1 and not train.cfg:
+        guidance, _ = guidances(config)
+        if family.may_need_negative(guidance) and not train.cfg:
             raise ValueError(
                 f"config.train.cfg=False with config.sample.guidance_scale="
                 f"{sample.guidance_scale}: the trained policy would not be the one that "
-                f"sampled. Set config.train.cfg=True or config.sample.guidance_scale=1."
+                f"sampled. Set config.train.cfg=True or config.sample.guidance_scale="
+                f"{family.unguided.scale:g}."
             )
         if sample.noise_level <= 0:
             raise ValueError(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flow_grpo import sde
-from flow_grpo.conditioning import collate
+from flow_grpo.conditioning import Conditioner, collate
+from flow_grpo.diffusers_patch import stock
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import PromptBatch, Rollout, Size
+from flow_grpo.records import Guidance, PromptBatch, Rollout, Size
 from flow_grpo.rollouts import Row, whole
 from flow_grpo.sampling import Schedule, decode, denoise
 
@@ -31,60 +29,29 @@ class Task:
     images: tuple[np.ndarray, ...]  # the reference pictures, uint8 (H, W, 3), of every prompt
     size: Size
     num_steps: int
-    guidance_scale: float
+    guidance: Guidance
     max_length: int  # tokens
 
     def unguided(self, pipeline: PatchedPipeline) -> Task:
-        return replace(self, guidance_scale=pipeline.unguided_scale)
+        return replace(self, guidance=pipeline.unguided)
 
     def schedule(self, pipeline: PatchedPipeline, kind: str = "ode", pad_to: int = 0) -> Schedule:
         sigmas = pipeline.sigmas(self.num_steps, self.size).to(pipeline.device)
-        level = sde.KERNELS[kind].default_level
-        return Schedule(sigmas, self.guidance_scale, kind, level, pad_to=pad_to)
+        return Schedule(sigmas, kind, sde.KERNELS[kind].default_level, pad_to=pad_to)
 
     def batch(self, pipeline: PatchedPipeline, rows: list[int]) -> PromptBatch:
         """Condition a row on each of these prompts; a row's number is its group."""
         texts = [self.prompts[row] for row in rows]
-        negatives = None
-        if pipeline.needs_negative(self.guidance_scale):
-            negatives = [pipeline.negative(self.images, self.max_length)] * len(rows)
+        encoder = Conditioner(pipeline, self.max_length)
         return PromptBatch(
-            conds=[pipeline.encode([text], [self.images], self.max_length)[0] for text in texts],
-            negatives=negatives,
+            branches=encoder.branches([(t, (), self.images) for t in texts], self.guidance),
+            guidance=self.guidance,
             index=torch.arange(len(rows)),
             owners=[Row(row, 0) for row in rows],
             size=self.size,
             prompts=texts,
             metadata=[{}] * len(rows),
         )
-
-
-@contextmanager
-def timesteps(transformer: nn.Module) -> Iterator[list]:
-    """List what the transformer is told of the time: outputs can hide a wrong last bit."""
-    seen = []
-
-    def note(module: nn.Module, args: tuple, inputs: dict) -> None:
-        told = args[1] if args else inputs["timestep"]
-        seen.append(told.float().tolist())
-
-    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield seen
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def stock_vae(pipeline: PatchedPipeline) -> Iterator[None]:
-    """Put a VAE in place as the stock pipeline needs it, of the transformer's precision."""
-    own = pipeline.pipe.vae
-    if own.dtype != pipeline.input_dtype:
-        pipeline.pipe.vae = copy.deepcopy(own).to(pipeline.input_dtype)
-    try:
-        yield
-    finally:
-        pipeline.pipe.vae = own
 
 
 def initial_noise(pipeline: PatchedPipeline, size: Size, rows: list[int]) -> Tensor:
@@ -96,23 +63,18 @@ def initial_noise(pipeline: PatchedPipeline, size: Size, rows: list[int]) -> Ten
 def call_stock(
     pipeline: PatchedPipeline, task: Task, noise: Tensor, decode: bool = True, **given
 ) -> tuple[list[Tensor], list[np.ndarray]]:
-    """Call the stock pipeline on `noise`; return the latents after each step, and uint8 pictures.
-
-    decode: False gives no pictures. given: its prompt, or embeddings, and what else is to differ.
-    """
-    seen: list[Tensor] = []
-    stock = pipeline.stock_arguments(task.size, task.guidance_scale, noise, task.images)
-    if "prompt_embeds" in given:
-        stock.pop("negative_prompt", None)  # it comes as embeddings too
-    pictures = pipeline.pipe(
-        num_inference_steps=task.num_steps,
-        max_sequence_length=task.max_length,
-        callback_on_step_end=lambda pipe, step, time, now: seen.append(now["latents"]) or {},
-        output_type="pil" if decode else "latent",
-        return_dict=False,
-        **(stock | given),
-    )[0]
-    return seen, [np.asarray(picture) for picture in pictures] if decode else []
+    """Do a task by the stock pipeline, from `noise`; see stock.call()."""
+    return stock.call(
+        pipeline,
+        task.size,
+        task.guidance,
+        noise,
+        task.images,
+        num_steps=task.num_steps,
+        max_length=task.max_length,
+        decode=decode,
+        **given,
+    )
 
 
 class Drawn(NamedTuple):
@@ -136,13 +98,12 @@ def step_by_step(pipeline: PatchedPipeline, task: Task, row: int, states: list[T
     that of two whole trajectories it does not grow from step to step.
     """
     batch, schedule = task.batch(pipeline, [row]), task.schedule(pipeline)
-    cond, negative = collate(pipeline, batch, schedule.pad_to)
+    conditioning = collate(pipeline, batch, schedule.pad_to)
     noise = initial_noise(pipeline, task.size, [row]).to(pipeline.input_dtype)
     before, worst = pipeline.initial_latents(task.size, noise), 0.0
     for i, after in enumerate(states):
         sigma, latents = schedule.sigmas[i : i + 1], before.float()
-        inputs = latents, sigma, cond, negative, task.guidance_scale, task.size
-        velocity = pipeline.velocity(pipeline.transformer, *inputs)
+        velocity = pipeline.velocity(pipeline.transformer, latents, sigma, conditioning)
         ours = latents + (schedule.sigmas[i + 1] - sigma) * velocity
         before, worst = after, max(worst, relative(ours, after))
     return worst

@@ -1,0 +1,94 @@
+"""The stock pipeline that a model was cut from: called as its users call it, and watched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.records import Guidance, Size
+
+
+def call(
+    pipeline: PatchedPipeline,
+    size: Size,
+    guidance: Guidance,
+    noise: Tensor,
+    images: tuple,
+    num_steps: int,
+    max_length: int,
+    decode: bool = True,
+    **given,
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Call the stock pipeline on `noise`; return the latents after each step, and uint8 pictures.
+
+    decode: False gives no pictures. given: its prompt, or embeddings, and what else is to differ.
+    """
+    seen: list[Tensor] = []
+    arguments = pipeline.stock_arguments(size, guidance, noise, images)
+    if "prompt_embeds" in given:
+        arguments.pop("negative_prompt", None)  # it comes as embeddings too
+    pictures = pipeline.pipe(
+        num_inference_steps=num_steps,
+        max_sequence_length=max_length,
+        callback_on_step_end=lambda pipe, step, time, now: seen.append(now["latents"]) or {},
+        output_type="pil" if decode else "latent",
+        return_dict=False,
+        **(arguments | given),
+    )[0]
+    return seen, [np.asarray(picture) for picture in pictures] if decode else []
+
+
+def last_sigmas(pipeline: PatchedPipeline) -> Tensor:
+    """Return the noise levels of the stock pipeline's last call, on the CPU."""
+    return pipeline.pipe.scheduler.sigmas.cpu()
+
+
+@contextmanager
+def timesteps(transformer: nn.Module) -> Iterator[list]:
+    """List what the transformer is told of the time: outputs can hide a wrong last bit."""
+    seen = []
+
+    def note(module: nn.Module, args: tuple, inputs: dict) -> None:
+        told = args[1] if args else inputs["timestep"]
+        seen.append(told.float().tolist())
+
+    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def vae_in_place(pipeline: PatchedPipeline) -> Iterator[None]:
+    """Put a VAE in place as the stock pipeline needs it, of the transformer's precision."""
+    own = pipeline.pipe.vae
+    if own.dtype != pipeline.input_dtype:
+        pipeline.pipe.vae = copy.deepcopy(own).to(pipeline.input_dtype)
+    try:
+        yield
+    finally:
+        pipeline.pipe.vae = own
+
+
+@contextmanager
+def exported_lora(
+    pipeline: PatchedPipeline, values: dict[str, Tensor], folder: Path
+) -> Iterator[None]:
+    """Write the adapter that trains, and let the stock pipeline load it in its place.
+
+    Afterwards the transformer has no adapter.
+    """
+    pipeline.save_lora(values, folder)
+    pipeline.transformer.delete_adapters("default")
+    pipeline.pipe.load_lora_weights(folder)
+    try:
+        yield
+    finally:
+        pipeline.pipe.unload_lora_weights()

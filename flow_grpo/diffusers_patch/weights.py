@@ -1,0 +1,239 @@
+"""Reading and writing a model's weights, and what is asked of it before any weight is read."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import (
+    LoraConfig,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from torch import Tensor
+
+from flow_grpo.records import Guidance
+
+ENCODERS = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor")
+
+
+class Weights:
+    """A subclass states the stock class, what trains of its transformer, and what it can't do."""
+
+    stock: type[DiffusionPipeline]
+    transformer: torch.nn.Module
+    lora_target_modules: tuple[str, ...]
+    runs_in_fp16: bool = True  # False: its activations overflow
+    has_attention_backends: bool = True  # False: diffusers' class always takes torch's attention
+    frames_a_latent: int = 0  # of a video's later latents; 0: the model draws pictures
+    num_references: tuple[int, float] = (0, math.inf)  # pictures that a prompt must and may have
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        transformer_dtype: torch.dtype | None = None,
+        revision: str = "main",
+        encoders: bool = True,
+    ) -> Weights:
+        """Load a pipeline folder or hub id: the VAE in fp32, all else in `dtype`.
+
+        transformer_dtype: where the transformer's differs, as in a full fine-tune. encoders: False
+        leaves out what only encode() needs of prompts; their files need not be there.
+
+        Components that the folder declares absent (SD3 without its third encoder) stay absent.
+        Raises ValueError if the path holds no such pipeline or it can't run in `dtype`.
+        """
+        if dtype == torch.float16 and not cls.runs_in_fp16:
+            raise ValueError(
+                f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16 and gives invalid "
+                f"pictures. Set config.mixed_precision=bf16."
+            )
+        family = cls.variant(path, revision)
+        absent = {
+            name: None
+            for name, value in family.stock.load_config(path, revision=revision).items()
+            if isinstance(value, (list, tuple))
+            and (value[0] is None or not encoders and name.startswith(ENCODERS))
+        }
+        dtypes = {
+            "default": dtype,
+            "transformer": transformer_dtype or dtype,
+            "vae": torch.float32,
+        }
+        given = (family.components(path, revision) if encoders else {}) | absent
+        pipe = family.stock.from_pretrained(path, revision=revision, dtype=dtypes, **given)
+        return family(pipe.to(device))
+
+    def trains(self, parameter: str) -> bool:
+        """Whether the transformer's parameter of this name trains.
+
+        A full fine-tune asks it of the model's own parameters, a LoRA run of the adapter's
+        (".lora_A.", ".lora_B."). What the velocity does not depend on must not train:
+        DistributedDataParallel stops where a parameter gets no gradient.
+        """
+        return True
+
+    def add_lora(self, rank: int, alpha: float, targets: list[str]) -> None:
+        """Add an adapter that changes nothing yet. PEFT draws A from torch's global generator."""
+        self.transformer.add_adapter(
+            LoraConfig(
+                r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
+            )
+        )
+        self._lora_in_fp32()
+
+    def load_lora(self, path: str) -> None:
+        """Add a LoRA in diffusers' or PEFT's format. Raises ValueError if it does not fit."""
+        if (Path(path) / "adapter_config.json").is_file():
+            _load_peft(path, self.transformer)
+        else:
+            self._load_diffusers_lora(path)
+        self._lora_in_fp32()
+
+    def _load_diffusers_lora(self, path: str) -> None:
+        weights, metadata = self.stock.lora_state_dict(path, return_lora_metadata=True)
+        self.stock.load_lora_into_transformer(
+            weights, self.transformer, adapter_name="default", metadata=metadata
+        )
+        given = [key for key in weights if key.startswith("transformer.") and ".lora_" in key]
+        added = [name for name, _ in self.transformer.named_parameters() if "lora_" in name]
+        if not given or len(given) > len(added):
+            raise ValueError(
+                f"the LoRA {path!r} does not fit {type(self.transformer).__name__}: of its "
+                f"{len(weights)} weights {len(given)} are a transformer's, and this one took "
+                f"{len(added)}. A LoRA of config.pretrained.model's transformer is needed."
+            )
+
+    def _lora_in_fp32(self) -> None:
+        for name, param in self.transformer.named_parameters():
+            if "lora_" in name:
+                param.data = param.data.float()
+
+    def save_lora(self, values: dict[str, Tensor], folder: Path) -> None:
+        """Write a LoRA as the stock pipeline loads it. values: by its parameters' names."""
+        self.stock.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=values),
+            **_collate_lora_metadata({"transformer": self.transformer}),
+        )
+
+    def load_transformer(self, folder: Path) -> None:
+        """Put a saved transformer's weights in place, in the dtype that is there.
+
+        Raises ValueError if they do not fit.
+        """
+        kind, dtype = type(self.transformer), self.transformer.dtype
+        saved = kind.from_pretrained(folder, torch_dtype=dtype)
+        try:
+            self.transformer.load_state_dict(saved.state_dict())
+        except RuntimeError as error:
+            raise ValueError(
+                f"{str(folder)!r} does not fit the transformer of config.pretrained.model, which "
+                f"must be its base: {error}"
+            ) from None
+
+    def save_transformer(self, folder: Path) -> None:
+        """Write the transformer as the stock pipeline loads it."""
+        self.transformer.save_pretrained(folder)
+
+    @classmethod
+    def stock_name(cls) -> str:
+        """Return what model_index.json calls the stock pipeline."""
+        return cls.stock.__name__
+
+    @classmethod
+    def variants(cls) -> tuple[type[Weights], ...]:
+        """Return the classes of which the checkpoint decides."""
+        return (cls,)
+
+    @classmethod
+    def variant(cls, path: str, revision: str) -> type[Weights]:
+        """Return the class for this checkpoint. Raises ValueError if there is none."""
+        try:
+            index = cls.stock.load_config(path, revision=revision)
+        except OSError as error:
+            raise ValueError(
+                f"config.pretrained.model={path!r}: no diffusers pipeline can be loaded ({error}). "
+                f"A folder with a model_index.json or a reachable hub id is needed."
+            ) from error
+        known = {family.stock_name(): family for family in cls.variants()}
+        if (found := index["_class_name"]) not in known:
+            raise ValueError(
+                f"config.pretrained.model={path!r} is a {found}; this script trains a "
+                f"{' or '.join(known)}. Change the model or the script."
+            )
+        known[found].check_index(path, index)
+        return known[found]
+
+    @classmethod
+    def components(cls, path: str, revision: str) -> dict:
+        """Load the parts, by name, that the stock loader is to take as they are."""
+        return {}
+
+    @classmethod
+    def check_index(cls, path: str, index: dict) -> None:
+        """Raise ValueError if the pipeline's model_index.json asks for what is not supported."""
+
+    @classmethod
+    def check_prompts(cls, prompts: list) -> None:
+        """Raise ValueError, before weights load, if a prompt's pictures don't suit the model.
+
+        prompts: prompts.Prompt, of training and evaluation.
+        """
+        least, most = cls.num_references
+        for prompt in prompts:
+            if not least <= len(prompt.images) <= most:
+                needed = f"exactly {least}" if least == most else f"at least {least}"
+                raise ValueError(
+                    f"the prompt {prompt.text!r} has {len(prompt.images)} reference pictures; "
+                    f'{cls.__name__} takes {needed}. Name them under "image" in the data set.'
+                )
+
+    @classmethod
+    def check_guidance(cls, guidance: Guidance) -> None:
+        """Raise ValueError, before weights load, if the model does not guide like this."""
+        if guidance.interval != (0.0, 1.0) or guidance.rescale:
+            raise ValueError(
+                f"{guidance}: {cls.__name__} guides at every sigma and rescales nothing. An "
+                f"interval of (0.0, 1.0) and a rescale of 0.0 are needed."
+            )
+
+    @classmethod
+    def check_num_frames(cls, num_frames: int) -> None:
+        """Raise ValueError, before weights load, unless the model can draw so many frames."""
+        step = cls.frames_a_latent
+        if step and num_frames % step != 1:
+            raise ValueError(
+                f"config.num_frames={num_frames}: this model draws 1, {step + 1}, {2 * step + 1}, "
+                f"... frames, a multiple of {step} plus one. The nearest is "
+                f"{max(round((num_frames - 1) / step), 0) * step + 1}."
+            )
+        if not step and num_frames != 1:
+            raise ValueError(
+                f"config.num_frames={num_frames}: {cls.__name__} draws pictures, not videos. "
+                f"Set config.num_frames=1."
+            )
+
+
+def _load_peft(path: str, transformer: torch.nn.Module) -> None:
+    """Add the adapter that PeftModel.save_pretrained wrote."""
+    transformer.add_adapter(LoraConfig.from_pretrained(path))
+    prefix = "base_model.model."
+    weights = {k.removeprefix(prefix): v for k, v in load_peft_weights(path, "cpu").items()}
+    outcome = set_peft_model_state_dict(transformer, weights, adapter_name="default")
+    missing = [key for key in outcome.missing_keys if "lora_" in key]
+    if missing or outcome.unexpected_keys:
+        raise ValueError(
+            f"config.train.lora_path={path!r}: its adapter does not fit the model "
+            f"({len(missing)} weights missing, {len(outcome.unexpected_keys)} unknown, such as "
+            f"{(missing + outcome.unexpected_keys)[0]}). A LoRA of config.pretrained.model's "
+            f"transformer is needed."
+        )
