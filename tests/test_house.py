@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from config.base import COMMON
+from flow_grpo import sde
 from flow_grpo.diffusers_patch.registry import FAMILIES
-from flow_grpo.launch import preflight
 from flow_grpo.launch.encoders import DTYPES
-from flow_grpo.objectives import OBJECTIVES
-from flow_grpo.rewards import REWARDS
+from flow_grpo.objectives.registry import OBJECTIVES
+from flow_grpo.rewards.rules.geneval_rules import SCORES
+from flow_grpo.rewards.rules.ocr_engines import ENGINES
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # a module imports only from its own line or from a line above
-    ("cli", "sde", "randomness"),
+    ("cli", "keys", "own", "sde", "randomness"),
     ("advantages", "prompts", "records", "rollouts"),
     ("plan",),
     ("diffusers_patch",),
@@ -77,21 +78,64 @@ def test_the_stock_pipeline_is_known_to_the_models_alone(folder):
             assert not re.search(r"\.(pipe|stock)\b", path.read_text()), path
 
 
-def test_every_name_in_a_registry_resolves():
-    for path in (*OBJECTIVES.values(), *REWARDS.values()):
-        module, attribute = path.split(":")
-        assert callable(getattr(import_module(module), attribute))
-
-
 def test_the_choices_of_a_config_are_those_of_the_code():
-    assert set(preflight.CHOICES["mixed_precision"]) == set(DTYPES)
-    assert set(preflight.CHOICES["objective"]) == set(OBJECTIVES)
+    tables = {
+        "sample.sde_type": sde.STOCHASTIC,
+        "mixed_precision": DTYPES,
+        "ocr_engine": ENGINES,
+        "rewards.geneval_score": SCORES,
+    }
+    for name, known in tables.items():
+        assert set(COMMON[name].choices) == set(known), name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flow_grpo").rglob("*.py")), ids=str)
+def test_only_objectives_know_an_objectives_name_class_or_keys(path):
+    if "objectives" in path.parts:
+        return
+    classes = {each.__name__ for each in OBJECTIVES.values()}
+    own = {key for each in OBJECTIVES.values() for key in each.keys}
+    tree = ast.parse(path.read_text())
+    texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+    chains = {ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    assert not texts & {*OBJECTIVES, *own} and not names & classes
+    assert not [chain for chain in chains for key in own if f".{chain}".endswith(f".{key}")]
 
 
 def test_the_loop_names_no_model_and_no_objective():
     source = (ROOT / "flow_grpo" / "training" / "loop.py").read_text().lower()
     for name in ("sd3", "flux", "qwen", "wan", *OBJECTIVES):
         assert not re.search(rf"\b{name}\b", source), name
+
+
+def words(path: Path) -> list[str]:
+    """The identifiers of a file and its strings, docstrings excepted."""
+    tree, found = ast.parse(path.read_text()), []
+    told = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            found.append(node.value)
+        found += [getattr(node, name) for name in ("id", "attr", "arg") if hasattr(node, name)]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found += [alias.name for alias in node.names] + [getattr(node, "module", "") or ""]
+    return [word for word in found if isinstance(word, str)]
+
+
+def test_only_parallel_knows_an_engine():
+    names = re.compile(r"deepspeed|_hp_|gloo|GradScaler|Distributed|Accelerat(or|ed)\b", re.I)
+    for path in [*(ROOT / "flow_grpo").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+        if path.parent.name != "parallel":
+            assert not [word for word in words(path) if names.search(word)], path
+
+
+@pytest.mark.parametrize("folder", ["parallel", "training", "launch"])
+def test_a_training_s_state_is_never_unpickled(folder):
+    for path in (ROOT / "flow_grpo" / folder).glob("*.py"):
+        calls = {word for word in words(path) if not word.startswith("__")}
+        assert not calls & {"pickle", "load_checkpoint", "save_checkpoint"}, path
+        assert not re.search(r"torch\.(load|save)\b", path.read_text()), path
 
 
 def functions(path: Path) -> list[ast.FunctionDef]:

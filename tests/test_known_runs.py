@@ -8,7 +8,6 @@ objective, LoRA.
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import re
 import runpy
@@ -22,17 +21,13 @@ import tiny
 from PIL import Image
 
 from config import grpo
+from config.base import runs_of
 from flow_grpo import plan
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
 
 ROOT = Path(__file__).parent.parent
-RUNS = [
-    name
-    for name, run in vars(grpo).items()
-    if inspect.isfunction(run) and run.__module__ == grpo.__name__ and not name.startswith("_")
-]
-RUNS.remove("get_config")
+RUNS = runs_of(vars(grpo))
 FAST = {"clipscore_sd3", "geneval_sd3_fast_nocfg"}
 SLOW = {  # 39 trained steps; 19 of videos; the script and class of another
     "compressibility",

@@ -10,7 +10,8 @@ import signal
 import time
 
 import torch
-from accelerate import Accelerator
+
+from flow_grpo.parallel.engine import Ranks
 
 PATIENCE_S = 5.0
 
@@ -29,8 +30,8 @@ class Stop:
     A second signal after PATIENCE_S ends the process at once; launchers repeat the first one.
     """
 
-    def __init__(self, accelerator: Accelerator):
-        self._accelerator = accelerator
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
         self._number, self._since = 0, 0.0
         # Only a launcher's death counts: a run under nohup outlives its shell.
         launched = any(n.startswith(("ACCELERATE_", "TORCHELASTIC_")) for n in os.environ)
@@ -48,7 +49,7 @@ class Stop:
         """Raise Stopped on every rank if any rank was asked to end. All ranks must call it."""
         if self._parent is not None and os.getppid() != self._parent:
             self._number = self._number or signal.SIGTERM
-        asked = torch.tensor([self._number], device=self._accelerator.device)
-        number = int(self._accelerator.gather(asked).max())
+        asked = torch.tensor([self._number], device=self._ranks.device)
+        number = int(self._ranks.gather(asked).max())
         if number:
             raise Stopped(f"stopped by {signal.Signals(number).name}", 128 + number)
