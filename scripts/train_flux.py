@@ -4,7 +4,7 @@
         scripts/train_flux.py --config config/grpo.py:pickscore_flux
 
 Any config works, with any data set and reward. Change keys on the command line
-(--config.sample.num_steps=6); config/base.py lists all of them.
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 3.5, one of the transformer's inputs. There is no second pass, so a rollout costs the same
 at any scale; the policy is trained at the scale that it samples with.

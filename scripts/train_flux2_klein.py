@@ -6,7 +6,7 @@
 Any config works, with any data set and reward. With reference images ("image": a path or a list of
 paths in each row of {train,test}_metadata.jsonl) the model edits, for example
 config/grpo.py:counting_flux2_klein. Change keys on the command line
-(--config.sample.num_steps=6); config/base.py lists all of them.
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: base checkpoints make two passes a step above a scale of 1; the distilled ones, meant for
 4 steps, ignore the scale and make one.

@@ -5,7 +5,7 @@
 
 Any config works whose data set names one reference image per prompt: "image" in each row of
 {train,test}_metadata.jsonl. Change keys on the command line (--config.sample.num_steps=6);
-config/base.py lists all of them.
+config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 2.5, one of the transformer's inputs. There is no second pass, so a rollout costs the same
 at any scale; the policy is trained at the scale that it samples with.

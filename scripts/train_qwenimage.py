@@ -4,7 +4,7 @@
         scripts/train_qwenimage.py --config config/grpo.py:pickscore_qwenimage
 
 Any config works, with any data set and reward. Change keys on the command line
-(--config.sample.num_steps=6); config/base.py lists all of them.
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 4, by two passes one after the other, the negative prompt is a space; each token keeps the
 norm of its conditional velocity. A scale of 1 makes a single pass and takes half the time.

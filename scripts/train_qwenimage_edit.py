@@ -6,7 +6,7 @@
 Any config works whose data set names reference images: "image", a path or a list of paths, in each
 row of {train,test}_metadata.jsonl. Qwen-Image-Edit takes exactly one, 2509 and 2511 one or several;
 the checkpoint decides. Change keys on the command line (--config.sample.num_steps=6);
-config/base.py lists all of them.
+config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 4, by two passes one after the other; the negative, a space, sees the references too. Each
 token keeps the norm of its conditional velocity. A scale of 1 takes half the time.

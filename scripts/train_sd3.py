@@ -4,7 +4,7 @@
         scripts/train_sd3.py --config config/testbed.py:shapes_sd3
 
 Any config works, with any data set and reward. Change keys on the command line
-(--config.sample.num_steps=6); config/base.py lists all of them.
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: fp16 on a GPU keeps log-probs closer to fp32 than bf16 does; a CPU needs "no" or "bf16".
 Guidance: classifier-free, both passes in one batch; runs without it (guidance_scale 1, train.cfg
 False) take half the time.

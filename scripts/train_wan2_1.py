@@ -5,7 +5,7 @@
 
 Any config works, with any data set and a reward that takes videos, uint8 (F, H, W, 3).
 config.num_frames is a multiple of 4 plus 1; 1 trains on single images. Change keys on the
-command line (--config.sample.num_steps=6); config/base.py lists all of them.
+command line (--config.sample.num_steps=6); config/base.py lists them.
 Sampler: Euler steps with the checkpoint's shift, not the UniPC of the released folders. To see what
 a trained model draws here, give a stock pipeline FlowMatchEulerDiscreteScheduler(shift=flow_shift).
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".

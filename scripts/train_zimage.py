@@ -4,7 +4,7 @@
         scripts/train_zimage.py --config config/grpo.py:pickscore_zimage
 
 Any config works, with any data set and reward. Change keys on the command line
-(--config.sample.num_steps=6); config/base.py lists all of them.
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: scale w gives c + w (c - u), so 4 is 5 in other models, and 1 still guides: 0 means none.
 Turbo needs 0 (config/grpo.py:pickscore_zimage_turbo) and then makes a single pass per step.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from pkgutil import resolve_name
 
 import pytest
+import running
 
 from config import grpo
-from flow_grpo.objectives import OBJECTIVES
-from flow_grpo.rewards import REWARDS
+from flow_grpo.objectives.registry import OBJECTIVES
+from flow_grpo.report.output import read_metrics
+from flow_grpo.rewards.registry import REWARDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,4 +71,17 @@ def test_what_an_objective_measures_is_defined_in_metrics_md(name):
     page = (ROOT / "docs" / "metrics.md").read_text()
     section = page.split(f"| `{name}` |")[1].split("\n| `")[0].split("\n\n")[0]
     defined = {key for row in section.split("\n") for key in re.findall(r"`(\w+)`", row[:60])}
-    assert set(resolve_name(OBJECTIVES[name]).statistics) <= defined
+    assert set(OBJECTIVES[name].statistics) <= defined
+
+
+def test_the_example_of_a_new_objective_trains(files, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "add_an_objective.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "best_of.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    chosen = {"objective": "best_of:BestOf", "best_of__num_times": 3, "logdir": tmp_path}
+    argv = running.arguments(files, num_epochs=1, eval_freq=1, **chosen)
+    run = running.train([a for a in argv if "clip_range" not in a and "step_weight" not in a])
+    updates = read_metrics(run.folder, "update")
+    assert len(updates) == 2 and all(row["error"] > 0 for row in updates)
+    assert ">Error</b>" in (run.folder / "report.html").read_text()

@@ -19,7 +19,7 @@ import running
 from PIL import Image
 
 from flow_grpo.launch import provenance
-from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.objectives.registry import OBJECTIVES
 from flow_grpo.report import charts, facts, output, page, pictures, plots, recorded
 from flow_grpo.report.__main__ import main
 from flow_grpo.report.sheets import contact_sheet, cut_sheet
@@ -247,9 +247,10 @@ def test_a_statistic_has_the_title_the_note_and_the_origin_that_the_run_wrote(tm
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objectives_page_has_a_described_chart_for_all_that_it_measures(name, files, tmp_path):
-    more = {"sample.noise_level": 0.7, "train.beta": 0.01, "eval_freq": 1, "objective": name}
-    given = {key.replace(".", "__"): value for key, value in more.items()}
-    run = running.train(running.arguments(files, num_epochs=1, logdir=tmp_path, **given))
+    chosen = {"objective": name, "num_epochs": 1, "eval_freq": 1, "logdir": tmp_path}
+    if "train.beta" in OBJECTIVES[name].keys:
+        chosen["train__beta"] = 0.01
+    run = running.train(running.arguments(files, **chosen))
     drawn = charts.denoising(recorded.load(run.folder))
     described = [each.title for each in type(run.objective).statistics.values()]
     assert [chart.title for chart in drawn] == described
