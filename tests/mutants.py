@@ -25,12 +25,12 @@ from defects import DEFECTS
 from defects.defect import Defect
 from forking import FORKED
 from tqdm import tqdm
+from waiting import HANG_S
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("config", "flow_grpo", "tests", "pyproject.toml")
 LINKED = ("dataset", "scripts")  # no defect is put there
 BY_ASSERTION = ("assert ", "AssertionError", "Failed: DID NOT RAISE")
-TIMEOUT_S = 300
 REPORT, OUTPUT = "report.xml", "output.txt"
 
 
@@ -74,10 +74,10 @@ def run_tests(folder: Path, tests: Iterable[str]) -> tuple[list[ElementTree.Elem
     """Run tests of a copy until the first failure. Returns its test cases and what it printed."""
     process = FORKED.Process(target=_pytest, args=(folder, list(tests)))
     process.start()
-    process.join(TIMEOUT_S)
+    process.join(HANG_S)
     if process.is_alive():
         process.kill()
-        return [], f"it took longer than {TIMEOUT_S} s"
+        return [], f"it took longer than {HANG_S} s"
     report, output = folder / REPORT, folder / OUTPUT
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     return cases, output.read_text() if output.exists() else "it did not start"

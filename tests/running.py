@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
 from flow_grpo.objectives.registry import OBJECTIVES
+from flow_grpo.parallel import stop
 from flow_grpo.training import collect
 from flow_grpo.training.run import Run
 
@@ -216,11 +218,28 @@ def record_rollouts(folder: Path, rank: int) -> None:
     collect.weigh = weigh
 
 
-if __name__ == "__main__":  # train_sd3.py with something done to it: MODE is break or a folder
+def die_after(run: Run, num_updates: int) -> None:
+    """Let the process be killed as soon as it has logged this many updates."""
+    honest = run.tracker.log
+
+    def log(kind, epoch, done, values):
+        honest(kind, epoch, done, values)
+        if (kind, done) == ("update", num_updates):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run.tracker.log = log
+
+
+if __name__ == "__main__":  # train_sd3.py with something done to it, as MODE says
+    mode = os.environ["MODE"]
+    if mode == "patient":  # however long a launcher takes to repeat a signal
+        stop.PATIENCE_S = math.inf
     trained = entry.prepare(sys.argv, SD3, DEFAULT)
     rank = trained.ranks.rank
-    if os.environ["MODE"] != "break":
-        record_rollouts(Path(os.environ["MODE"]), rank)
-    elif rank == trained.ranks.num_ranks - 1:  # the others must learn of it
+    if mode.startswith("die after update "):
+        die_after(trained, int(mode.split()[-1]))
+    elif mode.startswith("/"):
+        record_rollouts(Path(mode), rank)
+    elif mode == "break" and rank == trained.ranks.num_ranks - 1:  # the others must learn of it
         break_losses(trained, {0})
     entry.leave(entry.execute(trained))

@@ -16,6 +16,7 @@ import tiny
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from waiting import HANG_S
 
 from flow_grpo.launch import weights
 from flow_grpo.randomness import Randomness
@@ -111,7 +112,7 @@ def test_two_processes_write_what_one_writes(files, tagged, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=HANG_S,
     )
     assert process.returncode == 0, process.stderr
     assert json.loads((tmp_path / "two" / "evaluation.json").read_text())["num_processes"] == 2

@@ -222,7 +222,7 @@ def words(path: Path) -> list[str]:
 def test_only_parallel_knows_an_engine():
     names = re.compile(r"deepspeed|_hp_|gloo|GradScaler|Distributed|Accelerat(or|ed)\b", re.I)
     for path in [*(ROOT / "flow_grpo").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
-        if path.parent.name != "parallel":
+        if path.parent.name not in ("parallel", "benchmark"):
             assert not [word for word in words(path) if names.search(word)], path
 
 
@@ -252,3 +252,18 @@ def test_public_functions_of_the_library_have_type_hints():
         for function in functions(path):
             if not function.name.startswith("_"):
                 assert function.returns is not None, (path, function.name)
+
+
+CLOCKS = {"sleep", "time", "monotonic", "perf_counter", "process_time"}
+WAITING = ("waiting.py", "mutants.py", "serving.py", "test_judges.py", "test_ocr.py")
+
+
+def test_no_test_reads_a_clock():
+    """How fast a machine is decides nothing; waiting.py ends what hangs."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        if path.name in WAITING or path.name.startswith("test_reward_"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                clock = node.value.id == "time" and node.attr in CLOCKS
+                assert not clock, f"{path}, line {node.lineno}"

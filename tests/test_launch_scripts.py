@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import running
+from waiting import HANG_S
 
 ROOT = Path(__file__).parent.parent
 MULTI_NODE = sorted((ROOT / "scripts" / "multi_node").glob("*/main.sh"))
@@ -115,7 +116,7 @@ def test_two_machines_train_together(files, tmp_path):
         for rank in (0, 1)
     ]
     try:
-        outputs = [machine.communicate(timeout=180)[0] for machine in machines]
+        outputs = [machine.communicate(timeout=HANG_S)[0] for machine in machines]
     finally:
         for machine in machines:
             machine.kill()

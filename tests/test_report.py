@@ -67,7 +67,7 @@ def folder(files, tmp_path_factory) -> Path:
 def browse(page_: Path, profile: Path, *options: str) -> str:
     profile.mkdir()
     command = [CHROMIUM, *OPTIONS, f"--user-data-dir={profile}", *options, page_.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=600).stdout
 
 
 def seen(page_: Path, tmp_path: Path, width: int) -> dict:

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from tiny import LENGTH
+from waiting import HANG_S
 
 from flow_grpo.conditioning import collate
 from flow_grpo.randomness import Randomness
@@ -67,7 +68,7 @@ def test_two_processes_build_the_same_pipeline():
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert done.stdout.strip() == fingerprint(tiny.sd3.sd3())
 

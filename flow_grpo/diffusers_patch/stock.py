@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
@@ -61,6 +62,24 @@ def timesteps(transformer: nn.Module) -> Iterator[list]:
     hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def told(transformer: nn.Module, times: list) -> Iterator[None]:
+    """Tell the transformer these times, as timesteps() lists them, whatever it is called with."""
+    left = iter(times)
+
+    def replace(module: nn.Module, args: tuple, inputs: dict) -> tuple[tuple, dict]:
+        given = args[1] if args else inputs["timestep"]
+        time = torch.tensor(next(left), dtype=given.dtype, device=given.device)
+        time = time.reshape(given.shape)
+        return ((args[0], time, *args[2:]), inputs) if args else (args, inputs | {"timestep": time})
+
+    hook = transformer.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
     finally:
         hook.remove()
 

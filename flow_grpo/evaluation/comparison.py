@@ -91,21 +91,25 @@ def generate(pipeline: PatchedPipeline, task: Task, row: int) -> Drawn:
 
 
 @torch.no_grad()
-def step_by_step(pipeline: PatchedPipeline, task: Task, row: int, states: list[Tensor]) -> float:
+def step_by_step(
+    pipeline: PatchedPipeline, task: Task, row: int, states: list[Tensor], times: list
+) -> float:
     """Repeat each step of a stock call from where the stock pipeline stood.
 
-    states: the latents after its steps. Returns the largest difference, relative in rms. Unlike
-    that of two whole trajectories it does not grow from step to step.
+    states: the latents after its steps. times: what it told the transformer, which some round to 16
+    bits. Returns the largest difference, relative in rms. Unlike that of two whole trajectories it
+    does not grow from step to step.
     """
     batch, schedule = task.batch(pipeline, [row]), task.schedule(pipeline)
     conditioning = collate(pipeline, batch, schedule.pad_to)
     noise = initial_noise(pipeline, task.size, [row]).to(pipeline.input_dtype)
     before, worst = pipeline.initial_latents(task.size, noise), 0.0
-    for i, after in enumerate(states):
-        sigma, latents = schedule.sigmas[i : i + 1], before.float()
-        velocity = pipeline.velocity(pipeline.transformer, latents, sigma, conditioning)
-        ours = latents + (schedule.sigmas[i + 1] - sigma) * velocity
-        before, worst = after, max(worst, relative(ours, after))
+    with stock.told(pipeline.transformer, times):
+        for i, after in enumerate(states):
+            sigma, latents = schedule.sigmas[i : i + 1], before.float()
+            velocity = pipeline.velocity(pipeline.transformer, latents, sigma, conditioning)
+            ours = latents + (schedule.sigmas[i + 1] - sigma) * velocity
+            before, worst = after, max(worst, relative(ours, after))
     return worst
 
 

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
         earlier = json.loads(path.read_text())
     aside = path.with_suffix(".tmp")
     launch = {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command(argv, num_ranks),
         "resumed_from": resume_from and (resume_from.name if own else str(resume_from)),
         "revision": revision(),

@@ -105,7 +105,7 @@ def stock_checks(pipeline: PatchedPipeline, task: Task, how: str) -> Iterator[Ch
             differences.append(
                 difference(ours, states[-1], pictures)
                 if decode
-                else step_by_step(pipeline, task, row, states)
+                else step_by_step(pipeline, task, row, states, stock_times)
             )
         worst_sigma = max(worst_sigma, _largest(stock_sigmas, sigmas))
         told, wanted = (np.array([t[0] for t in seen]).ravel() for seen in (times, stock_times))

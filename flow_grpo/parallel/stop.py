@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -28,10 +29,11 @@ class Stop:
     """Remembers a request to end until check(), where all ranks learn of it together.
 
     A second signal after PATIENCE_S ends the process at once; launchers repeat the first one.
+    clock: seconds since any moment.
     """
 
-    def __init__(self, ranks: Ranks):
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, clock: Callable[[], float] = time.monotonic):
+        self._ranks, self._clock = ranks, clock
         self._number, self._since = 0, 0.0
         # Only a launcher's death counts: a run under nohup outlives its shell.
         launched = any(n.startswith(("ACCELERATE_", "TORCHELASTIC_")) for n in os.environ)
@@ -41,8 +43,8 @@ class Stop:
 
     def _remember(self, number: int, frame: object) -> None:
         if not self._number:
-            self._number, self._since = number, time.monotonic()
-        elif time.monotonic() - self._since > PATIENCE_S:
+            self._number, self._since = number, self._clock()
+        elif self._clock() - self._since > PATIENCE_S:
             os._exit(128 + number)
 
     def check(self) -> None:

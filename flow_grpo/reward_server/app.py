@@ -93,7 +93,7 @@ class Service:
             job = self._running.get(key) or self._submit(key, batch)
             waiting = asyncio.shield(asyncio.wrap_future(job))
             return JSONResponse(await asyncio.wait_for(waiting, self.limits.timeout_s))
-        except (asyncio.TimeoutError, TimeoutError):
+        except TimeoutError:
             raise HTTPException(504, f"no scores within {self.limits.timeout_s:g} s") from None
         except Unscorable as error:
             raise HTTPException(422, str(error)) from None

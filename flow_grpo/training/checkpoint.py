@@ -44,7 +44,7 @@ def _write(run: Run, final: Path, metrics_bytes: int) -> None:
     if run.ranks.is_main:
         _write_trainer(run, aside, metrics_bytes)
         if final.exists():  # all updates of an epoch were skipped
-            os.rename(final, _aside(final))
+            _set_aside(final)
         os.rename(aside, final)
         _sync(final.parent)
         _prune(run.folder, run.config.num_checkpoint_limit)
@@ -103,7 +103,9 @@ def _write_trainer(run: Run, folder: Path, metrics_bytes: int) -> None:
 
 
 def _prune(run_folder: Path, limit: int) -> None:
-    """Keep the newest `limit` checkpoints (0: all), and nothing half-written."""
+    """Keep the newest `limit` checkpoints (0: all), and nothing half-written or replaced."""
+    for folder in (run_folder / "checkpoints").glob(f"{folders.REPLACED}*"):
+        _remove(folder)
     for folder in folders.checkpoints(run_folder)[: -limit or 0] if limit else []:
         _remove(folder)
     for rest in (run_folder / "checkpoints").glob(".writing-*"):
@@ -114,16 +116,18 @@ def _prune(run_folder: Path, limit: int) -> None:
 
 def _remove(folder: Path) -> None:
     """Delete a checkpoint so that a kill midway leaves nothing that looks like one."""
-    aside = _aside(folder)
+    aside = folder.with_name(f".removing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
     shutil.rmtree(aside)
 
 
-def _aside(folder: Path) -> Path:
-    """Where a checkpoint goes to be deleted."""
-    aside = folder.with_name(f".removing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return aside
+def _set_aside(folder: Path) -> None:
+    """Give up a checkpoint's name; a run still resumes from it, until the new one is there."""
+    aside = folder.with_name(f"{folders.REPLACED}{folder.name}")
+    if aside.exists():
+        _remove(aside)
+    os.rename(folder, aside)
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from flow_grpo.parallel.launched import shards_state
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 FORMAT = 2  # of checkpoints; 1 was unpickled
+REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
 
 
 def run_name(config: ml_collections.ConfigDict, name: str) -> str:
@@ -21,8 +22,9 @@ def run_name(config: ml_collections.ConfigDict, name: str) -> str:
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """List a run's complete checkpoints, the oldest first."""
-    found = [p.parent for p in (run_folder / "checkpoints").glob(f"checkpoint-*/{STATE}")]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    folder, names = run_folder / "checkpoints", ("checkpoint-*", f"{REPLACED}checkpoint-*")
+    complete = [state.parent for name in names for state in folder.glob(f"{name}/{STATE}")]
+    return sorted(complete, key=lambda path: (int(path.name.rpartition("-")[2]), path.name))
 
 
 def resume_point(config: ml_collections.ConfigDict, identity: dict) -> Path | None:

@@ -6,7 +6,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,18 +107,19 @@ class Tracker:
 
 
 class Timer:
-    """Seconds spent in each phase since the last report."""
+    """Seconds spent in each phase since the last report; clock: seconds since any moment."""
 
-    def __init__(self):
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = self._clock()
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
+            spent = self._clock() - start
             self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
 
     def report(self) -> dict[str, float]:

@@ -50,7 +50,7 @@ async def send(
     """Post a body to a server's /score and return the answer's. Raises what it means otherwise."""
     try:
         response, answer = await asyncio.wait_for(_post(client, url, body, headers), patience_s)
-    except (asyncio.TimeoutError, TimeoutError):
+    except TimeoutError:
         raise Retry(url, f"no answer within {patience_s:.3g} s") from None
     except httpx.TransportError as error:
         raise Retry(url, f"{type(error).__name__}: {error}") from None

@@ -1,0 +1,80 @@
+"""What ends a run before its time, and how long it may take to save."""
+
+import os
+import signal
+
+import pytest
+from accelerate import Accelerator
+
+from flow_grpo.parallel.stop import PATIENCE_S, Stop, Stopped
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def handlers():
+    """The handlers of before come back."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    held = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in held.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def launched(handlers, monkeypatch):
+    """Make a Stop in a process that a launcher started; returns it, its clock and its exits."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    exits, clock = [], Clock()
+    monkeypatch.setattr(os, "_exit", exits.append)
+    return Stop(Accelerator(cpu=True), clock), clock, exits
+
+
+def test_without_a_signal_a_run_goes_on(launched):
+    stop, clock, exits = launched
+    clock.seconds += 1e9
+    stop.check()
+    assert exits == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_waits_for_the_next_check_which_says_how_to_leave(launched, number):
+    stop, clock, exits = launched
+    signal.raise_signal(number)
+    clock.seconds += 1e9
+    with pytest.raises(Stopped, match=f"stopped by {number.name}") as stopped:
+        stop.check()
+    assert stopped.value.exit_status == 128 + number and exits == []
+
+
+def test_a_repeated_signal_ends_the_process_only_after_some_patience(launched):
+    stop, clock, exits = launched
+    signal.raise_signal(signal.SIGTERM)
+    clock.seconds += PATIENCE_S
+    signal.raise_signal(signal.SIGTERM)  # a launcher passes on what all were sent
+    assert exits == []
+    clock.seconds += 1.0
+    signal.raise_signal(signal.SIGINT)
+    assert exits == [128 + signal.SIGINT]
+
+
+def test_the_death_of_the_launcher_is_a_signal_too(launched, monkeypatch):
+    stop, _, _ = launched
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        stop.check()
+
+
+def test_a_run_that_nothing_launched_outlives_its_shell(handlers, monkeypatch):
+    for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "TORCHELASTIC_"))]:
+        monkeypatch.delenv(name)
+    stop = Stop(Accelerator(cpu=True))
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    stop.check()
