@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from diffusers.models.attention_dispatch import (
     _check_attention_backend_requirements,
 )
 
+from config.base import base, with_objective
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
@@ -88,7 +90,15 @@ def build(
     else:
         checkpoint.load(run, resume_from)
     run.tracker.start(config)
+    run.tracker.write("run.json", _about(config.objective))
     return run
+
+
+def _about(objective: str) -> dict:
+    """What the report must be told of a run, for it knows neither objectives nor their keys."""
+    statistics = {name: each._asdict() for name, each in find(objective).statistics.items()}
+    defaults = with_objective(base(), objective)
+    return {"statistics": statistics, "defaults": json.loads(defaults.to_json_best_effort())}
 
 
 def load(
