@@ -215,7 +215,7 @@ def counting_qwenimage_edit_fast():
 
 
 def counting_qwenimage_edit_2509():
-    """The fast run on the model for several pictures; 32 GPUs, 32 groups. Our own settings."""
+    """The fast run on the model for several images; 32 GPUs, 32 groups. Our own settings."""
     config = counting_qwenimage_edit_fast()
     config.pretrained.model = "Qwen/Qwen-Image-Edit-2509"
     return config

@@ -25,7 +25,7 @@ def _testbed(objective):
     config.sample.train_batch_size = 96
     config.sample.test_batch_size = 100
     config.sample.num_image_per_prompt = 12
-    config.sample.num_batches_per_epoch = 4  # x 96 = 384 pictures, 32 groups of 12
+    config.sample.num_batches_per_epoch = 4  # x 96 = 384 images, 32 groups of 12
     config.sample.global_std = False
 
     config.train.cfg = False
@@ -39,7 +39,7 @@ def _testbed(objective):
 
 
 def shapes_sd3():
-    """DiffusionNFT: ODE rollouts, no log-probs; here it learns most from a picture."""
+    """DiffusionNFT: ODE rollouts, no log-probs; here it learns most from an image."""
     config = _testbed("nft")
     config.num_epochs = 40  # the gradient's norm grows; without an end it would run away
     config.eval_freq = 10

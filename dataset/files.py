@@ -64,7 +64,7 @@ def _read_parquet(path: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[
     except (OSError, ValueError) as error:  # pyarrow's own are of these
         raise ValueError(f"{path} is not a parquet file ({error}).") from None
     chosen = _choose(path, table.schema_arrow.names, columns)
-    # Only these columns: the others of such tables hold pictures.
+    # Only these columns: the others of such tables hold images.
     for batch in table.iter_batches(columns=list(chosen.values())):
         for row in batch.to_pylist():
             yield {key: row[name] for key, name in chosen.items()}

@@ -21,7 +21,7 @@ from flow_grpo.records import Cond, Conditioning, Guidance, PromptBatch
 
 
 class Item(NamedTuple):
-    """What is encoded: a prompt, or what guidance subtracts, with its reference pictures."""
+    """What is encoded: a prompt, or what guidance subtracts, with its reference images."""
 
     prompt: str | None  # None: what guidance subtracts
     image_paths: tuple[str, ...] = ()
@@ -31,7 +31,7 @@ class Store:
     """Conditionings on disk, one safetensors file each.
 
     A file's name is a hash of all that it depends on, so that no stale one is found: `identity`
-    (model, revision, precision, length ...), the prompt, and the bytes of its reference pictures.
+    (model, revision, precision, length ...), the prompt, and the bytes of its reference images.
     """
 
     def __init__(self, folder: Path, identity: dict):
@@ -163,7 +163,7 @@ def collate(pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int) -> Condi
 
 
 def guidances(config: ml_collections.ConfigDict) -> tuple[Guidance, Guidance]:
-    """Return how the pictures of training and those of evaluations are guided."""
+    """Return how the images of training and those of evaluations are guided."""
     scale, eval_scale = config.sample.guidance_scale, config.sample.eval_guidance_scale
     return Guidance(scale), Guidance(scale if eval_scale is None else eval_scale)
 

@@ -44,7 +44,7 @@ class Plan:
         return (
             f"{self.world_size} rank(s), {len(self.train_prompts)} prompts; an epoch: "
             f"{self.num_groups} groups x {self.group_size} = {self.num_groups * self.group_size} "
-            f"pictures, {self.num_updates} optimizer step(s) a pass"
+            f"images, {self.num_updates} optimizer step(s) a pass"
         )
 
     def beside_published(self, num_batches: int) -> str:
@@ -184,13 +184,13 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
     if total % group_size:
         raise ValueError(
             f"{world_size} rank(s) x sample.train_batch_size {sample.train_batch_size} x "
-            f"sample.num_batches_per_epoch {sample.num_batches_per_epoch} = {total} pictures, not "
+            f"sample.num_batches_per_epoch {sample.num_batches_per_epoch} = {total} images, not "
             f"a multiple of sample.num_image_per_prompt {group_size}. Change one of the four."
         )
     micro_batch_size = _micro_batch_size(config)
     if rows % micro_batch_size:
         raise ValueError(
-            f"config.train.batch_size={micro_batch_size} does not divide the {rows} pictures of a "
+            f"config.train.batch_size={micro_batch_size} does not divide the {rows} images of a "
             f"rank's epoch (sample.train_batch_size x sample.num_batches_per_epoch)."
         )
     num_micro_batches = rows // micro_batch_size
@@ -230,7 +230,7 @@ def _check_buckets(config: ml_collections.ConfigDict, train_prompts: list[Prompt
     for key, batch_size in calls.items():
         if len(sizes) > 1 and config.sample.num_image_per_prompt % batch_size:
             raise ValueError(
-                f"config.{key}={batch_size}: the reference pictures have {len(sizes)} sizes, so a "
+                f"config.{key}={batch_size}: the reference images have {len(sizes)} sizes, so a "
                 f"call must stay within one prompt's group. A divisor of "
                 f"sample.num_image_per_prompt {config.sample.num_image_per_prompt} is needed."
             )

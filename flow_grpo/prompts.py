@@ -31,7 +31,7 @@ JPEG_END = b"\xff\xd9"
 class Prompt:
     text: str
     metadata: dict = field(default_factory=dict, hash=False)
-    images: tuple[str, ...] = ()  # paths of the reference pictures
+    images: tuple[str, ...] = ()  # paths of the reference images
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each
 
     @property
@@ -40,7 +40,7 @@ class Prompt:
         return str(self.metadata.get("tag", ""))
 
     def load_images(self) -> tuple[np.ndarray, ...]:
-        """Read the reference pictures, uint8 (H, W, 3) each."""
+        """Read the reference images, uint8 (H, W, 3) each."""
         return tuple(_read_image(path) for path in self.images)
 
 
@@ -107,7 +107,7 @@ def _image_size(image: str, path: Path, number: int) -> tuple[int, int]:
         return size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
-            f"{path}, line {number}: cannot read the picture {image} ({error})."
+            f"{path}, line {number}: cannot read the image {image} ({error})."
         ) from None
 
 
@@ -150,7 +150,7 @@ def eval_batches(
 ) -> list[list[int]]:
     """Deal prompts to ranks in batches of equal size; every rank gets equally many.
 
-    Prompts whose reference pictures differ in size never share a batch. Batches are filled up, and
+    Prompts whose reference images differ in size never share a batch. Batches are filled up, and
     ranks without one are given a batch again: whoever gathers must drop rows seen before.
     """
     batch_size = min(batch_size, len(prompts))
@@ -167,9 +167,9 @@ def eval_batches(
 
 
 def check(folder: str) -> list[str]:
-    """Describe a data set, a line a fact, having decoded every picture.
+    """Describe a data set, a line a fact, having decoded every image.
 
-    Counts, tags, picture sizes, repeated rows, rows that two splits share: these make a test easier
+    Counts, tags, image sizes, repeated rows, rows that two splits share: these make a test easier
     than it looks. Raises ValueError naming the file and line that can't be read.
     """
     root, lines, seen = Path(folder), [], {}
@@ -195,14 +195,14 @@ def _facts(split: str, rows: list[Prompt], num_distinct: int) -> Iterator[str]:
         try:
             _read_image(path)
         except OSError as error:
-            raise ValueError(f"{split}: cannot decode the picture {path} ({error}).") from None
+            raise ValueError(f"{split}: cannot decode the image {path} ({error}).") from None
     yield f"{split}: {len(rows)} rows, {len(rows) - num_distinct} of them repeated"
     if tags := Counter(row.tag for row in rows if row.tag):
         yield f"{split} tags: {', '.join(f'{tag} {n}' for tag, n in tags.most_common())}"
     if pictures:
         sizes = Counter(size for row in rows for size in row.image_sizes)
         shown = ", ".join(f"{width} x {height}: {n}" for (width, height), n in sizes.most_common(5))
-        yield f"{split} pictures: {len(pictures)} files of {len(sizes)} sizes ({shown})"
+        yield f"{split} images: {len(pictures)} files of {len(sizes)} sizes ({shown})"
 
 
 if __name__ == "__main__":

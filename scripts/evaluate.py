@@ -71,7 +71,7 @@ class Job(NamedTuple):
 
 class Result(NamedTuple):
     scores: dict[str, np.ndarray]  # (N,) each
-    images: dict[int, np.ndarray]  # some rows' pictures
+    images: dict[int, np.ndarray]  # some rows' images
 
 
 def main(argv: list[str]) -> None:
@@ -106,7 +106,7 @@ def read(argv: list[str]) -> Job:
         "a second one is compared with the first, row by row",
     )
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the results")
-    parser.add_argument("--write-images", action="store_true", help="every picture, losslessly")
+    parser.add_argument("--write-images", action="store_true", help="every image, losslessly")
     args, rest = parser.parse_known_args(argv[1:])
     config, _ = settings.load([argv[0], *rest], "config/testbed.py:shapes_sd3")
     names = args.checkpoint or [weights.BASE]
@@ -149,7 +149,7 @@ def score(job: Job, number: int) -> Result:
 
     def keep(row: int, image: np.ndarray) -> None:
         if job.write_images:
-            write_picture(pictures / f"{row:06d}.png", image)
+            write_image(pictures / f"{row:06d}.png", image)
 
     result = Result(*score_prompts(evaluator, prompts, spread(len(prompts)), keep))
     evaluator.scorer.close()
@@ -214,7 +214,7 @@ def shown_score(job: Job) -> str:
     return trained[0] if len(trained) == 1 else "avg"
 
 
-def write_picture(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path, image: np.ndarray) -> None:
     """Write uint8 (H, W, 3) as PNG; a video (F, H, W, 3) as an animated one."""
     from PIL import Image
 

@@ -3,7 +3,7 @@
     python scripts/verify_model.py --model scripts/testbed/base --size 32 --max_sequence_length 10
 
 Any local folder or hub id of a model that flow_grpo/diffusers_patch/registry.py lists. In fp32 our
-pictures must equal the stock pipeline's bit for bit; in 16 bits the latents may differ by the bound
+images must equal the stock pipeline's bit for bit; in 16 bits the latents may differ by the bound
 that is printed, because the stock pipeline rounds them between steps. docs/add_a_model.md says what
 each line is for.
 """

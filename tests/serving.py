@@ -151,7 +151,7 @@ def wait_until(holds: Callable[[], bool]) -> None:
 
 
 def mean(batch) -> dict[str, np.ndarray]:
-    """A score that tells which picture it was computed from."""
+    """A score that tells which image it was computed from."""
     return {"mean": np.array([float(image.mean()) for image in batch.images])}
 
 

@@ -86,7 +86,7 @@ def text_features(model, text):
 
 @pytest.fixture(scope="module")
 def truth(folder):
-    """Return (exp(logit scale), picture features, text features)."""
+    """Return (exp(logit scale), image features, text features)."""
     model = CLIPModel.from_pretrained(folder).eval()
     with torch.no_grad():
         pictures = torch.stack([picture_features(model, image) for image in PICTURES])
@@ -167,7 +167,7 @@ def test_scores_do_not_depend_on_how_pictures_are_batched(settings, monkeypatch)
 
 
 def test_a_video_is_refused(settings):
-    with pytest.raises(ValueError, match=r"clipscore scores pictures .* got \(2, 8, 8, 3\)"):
+    with pytest.raises(ValueError, match=r"clipscore scores images .* got \(2, 8, 8, 3\)"):
         scorer = loading.load("clipscore", settings, "cpu")
         scorer(Batch([np.zeros((2, 8, 8, 3), np.uint8)], ["a"], [{}]))
 
@@ -187,5 +187,5 @@ def test_a_model_that_is_not_there_is_named_before_anything_loads(name, change, 
 
 
 def test_a_prompt_without_a_reference_picture_is_named(settings):
-    with pytest.raises(ValueError, match="the prompt 'make it blue' has no reference picture"):
+    with pytest.raises(ValueError, match="the prompt 'make it blue' has no reference image"):
         loading.check("image_similarity", settings, PROMPTS[:2], [{"image": ["a.png"]}, {}])

@@ -25,7 +25,7 @@ def rows_of(path: Path) -> list[dict]:
 
 @pytest.fixture
 def old_set(tmp_path) -> tuple[Path, Path, Path]:
-    """The layout of existing sets: a zip of pictures, and rows that were split by row."""
+    """The layout of existing sets: a zip of images, and rows that were split by row."""
     rows = [
         {
             "tag": "counting",
@@ -75,7 +75,7 @@ def test_an_old_counting_set_that_is_broken_is_named(old_set, tmp_path, call):
     out = tmp_path / "out"
     with zipfile.ZipFile(tmp_path / "few.zip", "w") as file:
         file.writestr("a/../../image_0.jpg", "x")
-    with pytest.raises(SystemExit, match="lacks 9 pictures that rows name, such as image_1.jpg"):
+    with pytest.raises(SystemExit, match="lacks 9 images that rows name, such as image_1.jpg"):
         call("counting_edit/convert.py", tmp_path / "few.zip", *old_set[1:], "--out", out)
     with pytest.raises(SystemExit, match="30 of 10 can't be held out"):
         call("counting_edit/convert.py", *old_set, "--out", out)

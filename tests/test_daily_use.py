@@ -188,7 +188,7 @@ def test_score(desk):
     printed = desk.do("score images that exist")
     with (desk.folder / f"logs/{NAME}-test/second/scores.csv").open() as file:
         scores = [float(line["shapes_strict"]) for line in csv.DictReader(file)]
-    assert f"{sum(scores) / len(scores):.3f}" in printed and "20 pictures" in printed
+    assert f"{sum(scores) / len(scores):.3f}" in printed and "20 images" in printed
 
 
 @row("draw with the stock pipeline")

@@ -289,7 +289,7 @@ def test_a_pipeline_draws_and_a_detector_chooses(files, tmp_path, call):
     assert len(list((out / "drawn").glob("0*.png"))) == 16
     assert len({row["image"] for row in rows}) == 2  # the prompts of two clocks
     assert {row["t2i_prompt"] for row in rows} == {"a photo of two clocks"}
-    with pytest.raises(SystemExit, match="0 pictures were confirmed"):
+    with pytest.raises(SystemExit, match="0 images were confirmed"):
         arguments[-3:] = ["4", "--test", "1"]
         arguments[7] = "kite"
         call("counting_edit/generate.py", *arguments, "--size", 32, "--steps", 1)

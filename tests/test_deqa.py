@@ -1,6 +1,6 @@
 """DeQA's scorer on a model folder with code of its own, as the released one has.
 
-Its code here is a stand-in with the released one's interface, `score(pictures)`, 1 to 5; not seen
+Its code here is a stand-in with the released one's interface, `score(images)`, 1 to 5; not seen
 with the real weights.
 """
 

@@ -1,4 +1,4 @@
-"""config.encoders: where prompts are encoded changes memory and time, never a bit of a picture."""
+"""config.encoders: where prompts are encoded changes memory and time, never a bit of an image."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MODELS = pytest.mark.parametrize(
 
 @pytest.fixture
 def files(tmp_path):
-    """Return the function that writes a tiny pipeline and prompts; those of edits have pictures."""
+    """Return the function that writes a tiny pipeline and prompts; those of edits have images."""
 
     def write(name: str):
         tiny.save(name, tmp_path / name)

@@ -25,7 +25,7 @@ PICTURES = [RNG.integers(0, 256, (*s, 3), dtype=np.uint8) for s in ((40, 40), (3
 
 
 def shapes(vocabulary):
-    """open_clip's names and shapes: 2 layers of picture and of text."""
+    """open_clip's names and shapes: 2 layers of image and of text."""
     found = {
         "logit_scale": (),
         "visual.class_embedding": (SEEN,),
@@ -78,7 +78,7 @@ def settings(weights, tmp_path_factory):
 
 
 class ByHand:
-    """open_clip's two transformers in fp64, one picture and one prompt at a time."""
+    """open_clip's two transformers in fp64, one image and one prompt at a time."""
 
     def __init__(self, weights):
         self.weights = {name: value.double() for name, value in weights.items()}

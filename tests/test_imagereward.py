@@ -33,7 +33,7 @@ def norm(name):
 
 
 def shapes():
-    """The authors' names and shapes: 2 layers of picture and of text, heads of 64."""
+    """The authors' names and shapes: 2 layers of image and of text, heads of 64."""
     seen = {"cls_token": (1, 1, WIDTH), "pos_embed": (1, GRID**2 + 1, WIDTH)} | norm("norm")
     seen |= {"patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH), "patch_embed.proj.bias": (WIDTH,)}
     read = {"embeddings.word_embeddings.weight": (len(WORDS), WIDTH)}
@@ -79,7 +79,7 @@ def settings(weights, tmp_path_factory):
 
 
 class ByHand:
-    """A ViT and a BERT that looks at it, in fp64, one picture and one prompt at a time."""
+    """A ViT and a BERT that looks at it, in fp64, one image and one prompt at a time."""
 
     def __init__(self, weights):
         self.weights = {name: value.double() for name, value in weights.items()}

@@ -34,7 +34,7 @@ def said(text):
 
 
 class Endpoint:
-    """Answers what `reply(pictures, text, count)` says: (status, body), or DRIPS."""
+    """Answers what `reply(images, text, count)` says: (status, body), or DRIPS."""
 
     def __init__(self, reply):
         self.requests, self.at_once, self.most_at_once = [], 0, 0
@@ -274,7 +274,7 @@ def test_a_url_that_is_none_is_refused_before_anything_loads(ask):
 
 
 def widest(pictures, text, count):
-    """A fair judge, which prefers the wider picture whatever its place."""
+    """A fair judge, which prefers the wider image whatever its place."""
     first = pictures[0].shape[1] > pictures[1].shape[1]
     return said(f"Thus:\nImage {1 if first else 2} is better")
 
@@ -302,7 +302,7 @@ def test_pairs_are_shown_in_either_order_and_always_in_the_same(ask):
 
 
 def test_a_judge_that_always_likes_the_first_place_is_split_by_the_random_order(ask):
-    """The coin, not the order in the batch, decides: no picture wins all of its pairs."""
+    """The coin, not the order in the batch, decides: no image wins all of its pairs."""
     group = np.zeros(6)
     found, _ = ask("unifiedreward_pairs", lambda *q: said("Image 1 is better"), 6, group)
     scores = found["unifiedreward_pairs"]

@@ -89,7 +89,7 @@ def save_tiny(family: str, folder: Path) -> Path:
 
 
 def make_data(folder: Path) -> Path:
-    """Write two data sets, prompts and prompts with a reference picture; returns the folder."""
+    """Write two data sets, prompts and prompts with a reference image; returns the folder."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     rows = [{"prompt": prompt, "image": "reference.png"} for prompt in running.PROMPTS[:2]]
     for name in ("texts", "edits"):

@@ -87,12 +87,12 @@ def test_kontext_trains_and_its_lora_loads_into_the_stock_pipeline(files, kind):
 
 
 def test_a_call_that_would_mix_reference_sizes_is_refused_before_weights_load(files):
-    with pytest.raises(ValueError, match="reference pictures have 2 sizes"):
+    with pytest.raises(ValueError, match="reference images have 2 sizes"):
         running.prepare(arguments(files, sample__train_batch_size=8), FluxKontext)
 
 
 def test_a_row_without_a_reference_is_named(files, tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.txt").write_text("\n".join(running.PROMPTS))
-    with pytest.raises(ValueError, match="0 reference pictures"):
+    with pytest.raises(ValueError, match="0 reference images"):
         running.prepare(arguments(files, dataset=tmp_path), FluxKontext)

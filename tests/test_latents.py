@@ -1,4 +1,4 @@
-"""A picture becomes the state of which it is decoded, as the stock pipelines encode it."""
+"""An image becomes the state of which it is decoded, as the stock pipelines encode it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_picture_has_the_layout_of_the_state_that_it_is_decoded_from(name):
 
 
 def img2img(stock: type) -> Callable:
-    """Encode by the prepare_latents of a stock pipeline that starts from a picture or a video."""
+    """Encode by the prepare_latents of a stock pipeline that starts from an image or a video."""
 
     def encode(model, pixels: Tensor, size: Size) -> Tensor:
         pipe = stock.from_pipe(model.pipe)
@@ -96,7 +96,7 @@ def img2img(stock: type) -> Callable:
 
 
 def as_reference(model, pixels: Tensor, size: Size) -> Tensor:
-    """Encode by the prepare_latents of the editing pipeline itself, as a reference picture."""
+    """Encode by the prepare_latents of the editing pipeline itself, as a reference image."""
     given = 1, tiny.parts.LATENT_CHANNELS, size.height, size.width, torch.float32, "cpu", None
     if isinstance(model, QwenImageEdit):
         pixels = pixels.unsqueeze(2)
@@ -125,7 +125,7 @@ ENCODERS = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", ENCODERS)
 def test_the_latents_are_the_stock_pipeline_s(name, monkeypatch):
-    """Those that start from a picture draw from its posterior, whose mode is asked for here."""
+    """Those that start from an image draw from its posterior, whose mode is asked for here."""
     mode, posterior = DiagonalGaussianDistribution.mode, DiagonalGaussianDistribution
     monkeypatch.setattr(posterior, "sample", lambda self, generator=None: mode(self))
     noised = FlowMatchEulerDiscreteScheduler

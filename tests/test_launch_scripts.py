@@ -121,5 +121,5 @@ def test_two_machines_train_together(files, tmp_path):
         for machine in machines:
             machine.kill()
     assert [machine.returncode for machine in machines] == [0, 0], outputs
-    assert "2 rank(s)" in outputs[0] and "8 groups x 4 = 32 pictures" in outputs[0]
+    assert "2 rank(s)" in outputs[0] and "8 groups x 4 = 32 images" in outputs[0]
     assert (tmp_path / "two" / "checkpoints" / "checkpoint-2" / "trainer.json").is_file()

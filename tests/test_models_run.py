@@ -40,7 +40,7 @@ LENGTH, HEIGHT, WIDTH, FRAMES = 48, 32, 48, 5
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Tiny pipelines, and three data sets: texts, and edits of one or two pictures of two sizes."""
+    """Tiny pipelines, and three data sets: texts, and edits of one or two images of two sizes."""
     folder = tmp_path_factory.mktemp("models")
     for name in GUIDANCE:
         tiny.save(name, folder / name)
@@ -225,7 +225,7 @@ def test_a_video_is_shown_moving(files):
     [
         ("wan", 8, "config.num_frames=8: .* The nearest is 9"),
         ("wan", 0, "config.num_frames=0"),
-        ("zimage", 5, "config.num_frames=5: ZImage draws pictures"),
+        ("zimage", 5, "config.num_frames=5: ZImage draws images"),
     ],
 )
 def test_a_number_of_frames_that_a_model_can_not_draw_is_refused(files, name, num_frames, message):

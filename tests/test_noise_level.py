@@ -1,4 +1,4 @@
-"""How much noise a stochastic step leaves: the script's figures, and what they do to a picture."""
+"""How much noise a stochastic step leaves: the script's figures, and what they do to an image."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def stock_embeds(model, cond, prefix=""):
 
 
 def call_stock(model, size, num_steps, guidance, latents, images=(), **given):
-    """Return the stock pipeline's final latents and uint8 pictures or videos."""
+    """Return the stock pipeline's final latents and uint8 images or videos."""
     task = Task((), images, size, num_steps, Guidance(guidance), LENGTH)
     noise = initial_noise(model, size, list(range(len(latents))))
     with qwen.stock_reference_area(model.reference_area):  # elsewhere it is the same
@@ -117,7 +117,7 @@ def assert_same(rollout, latents, images):
     assert len(rollout.images) == len(images)
     for ours, theirs in zip(rollout.images, images, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-        assert theirs.std() > 5, "the pictures must not be flat"
+        assert theirs.std() > 5, "the images must not be flat"
 
 
 @MODES
@@ -151,7 +151,7 @@ def test_without_noise_two_prompts_give_the_stock_pictures(
     arguments = stock_embeds(model, branches["positive"])
     if "negative" in branches:
         arguments |= stock_embeds(model, branches["negative"], "negative_")
-    if isinstance(model, FluxKontext):  # four channels: stock takes latents for an encoded picture
+    if isinstance(model, FluxKontext):  # four channels: stock takes latents for an encoded image
         arguments["image"] = branches["positive"]["reference_0"]
     shared = () if isinstance(model, FluxKontext) else images[0]
     noise = stock_noise(model, size, 2)
@@ -198,7 +198,7 @@ def test_padding_changes_a_velocity_by_rounding_only(models, name):
 
 
 def test_each_row_of_an_edit_is_padded_beyond_its_own_pictures(models):
-    """Pictures' tokens count beside the text's, so that a large one does not cut the prompt."""
+    """Images' tokens count beside the text's, so that a large one does not cut the prompt."""
     model = models["qwenimage_edit_2509"]
     seen = []
     hook = model.pipe.text_encoder.register_forward_pre_hook(

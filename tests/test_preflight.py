@@ -15,7 +15,7 @@ from flow_grpo.training import folders
 
 @pytest.fixture
 def config(tmp_path):
-    """A config that passes: 2 rank(s) x 4 pictures x 6 calls are 6 groups of 8."""
+    """A config that passes: 2 rank(s) x 4 images x 6 calls are 6 groups of 8."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model_index.json").write_text("{}")
     (tmp_path / "data").mkdir()
@@ -40,7 +40,7 @@ def test_the_plan_is_the_epochs_arithmetic(config):
     assert [prompt.text for prompt in plan.train_prompts] == ["a", "b", "c"]
     assert [prompt.text for prompt in plan.eval_prompts] == ["d"]
     assert str(plan) == (
-        "2 rank(s), 3 prompts; an epoch: 6 groups x 8 = 48 pictures, 2 optimizer step(s) a pass"
+        "2 rank(s), 3 prompts; an epoch: 6 groups x 8 = 48 images, 2 optimizer step(s) a pass"
     )
     config.train.batch_size, config.eval_max_samples = 8, 0
     plan = preflight.check(config, 2)
@@ -59,7 +59,7 @@ def test_the_plan_is_compared_with_the_published_48_groups_of_24(config):
 
 
 def test_passes_through_the_transformer_are_counted(config):
-    plan = preflight.check(config, 2)  # 48 pictures an epoch
+    plan = preflight.check(config, 2)  # 48 images an epoch
     drawn = {"guided": False, "num_sampled": 480}
     assert plan.passes(config, Passes(9, 0, 0), **drawn) == {
         "sampling": 48 * 10,
@@ -128,7 +128,7 @@ REFUSED = [
     ("reward_timeout", 0.0, "above 0 and at most 1,000,000 is needed (seconds"),
     ("sample.sde_steps", (0, -1), "a tuple of whole numbers of at least 0 and at most 1,000"),
     ("train.batch_size", -4, "None or a whole number of at least 1"),
-    ("train.batch_size", 5, "does not divide the 24 pictures"),
+    ("train.batch_size", 5, "does not divide the 24 images"),
     ("train.gradient_accumulation_steps", 4, "config.sample.num_batches_per_epoch"),
     ("pretrained.model", "a/b/c", "no such folder, and it is no hub id (owner/name)"),
     ("pretrained.model", "./model", "no such folder"),
@@ -263,7 +263,7 @@ def test_calls_that_would_mix_sizes_of_reference_pictures_are_refused(config):
     config.train.batch_size = 12
     config.train.gradient_accumulation_steps = 1
     message = refusal(config)
-    assert "config.train.batch_size=12: the reference pictures have 2 sizes" in message
+    assert "config.train.batch_size=12: the reference images have 2 sizes" in message
     assert "A divisor of sample.num_image_per_prompt 8 is needed" in message
 
 
@@ -358,7 +358,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(resuming, key, 
     assert folders.resume_point(resuming, identity) is not None
     resuming.update_from_flattened_dict({key: value})
     other = folders.identity(resuming, "SD3", 2)
-    name = "pictures an epoch" if key.startswith("sample") else f"config.{key}"
+    name = "images an epoch" if key.startswith("sample") else f"config.{key}"
     with pytest.raises(ValueError, match=f"with {name}=.* this run has .*start a new run"):
         folders.resume_point(resuming, other)
 

@@ -199,8 +199,8 @@ def test_a_file_of_blank_lines_has_no_prompts(tmp_path):
         ({"text": "a"}, 'an object with a "prompt" text is needed'),
         ({"prompt": 3}, 'an object with a "prompt" text is needed'),
         ("[1, 2]", 'an object with a "prompt" text is needed'),
-        ({"prompt": "a", "image": "no.png"}, "cannot read the picture"),
-        ({"prompt": "a", "image": "test_metadata.jsonl"}, "cannot read the picture"),
+        ({"prompt": "a", "image": "no.png"}, "cannot read the image"),
+        ({"prompt": "a", "image": "test_metadata.jsonl"}, "cannot read the image"),
         ({"prompt": "a", "image": None}, '"image" must be a path or a list of paths'),
         ({"prompt": "a", "image": [3]}, '"image" must be a path or a list of paths'),
     ],
@@ -222,10 +222,10 @@ def test_a_picture_that_was_cut_short_is_named_at_the_start(tmp_path, name):
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     if name == "a.gif":  # which has neither checksums nor a length: only check() decodes it
-        with pytest.raises(ValueError, match=f"cannot decode the picture .*{name}"):
+        with pytest.raises(ValueError, match=f"cannot decode the image .*{name}"):
             check(str(tmp_path))
         return
-    with pytest.raises(ValueError, match=f"line 2: cannot read the picture .*{name}"):
+    with pytest.raises(ValueError, match=f"line 2: cannot read the image .*{name}"):
         read(str(tmp_path), "test")
 
 
@@ -235,7 +235,7 @@ def test_a_flipped_byte_of_a_png_is_found(tmp_path):
     data[len(data) // 2] ^= 1
     (tmp_path / "a.png").write_bytes(data)
     write_rows(tmp_path, {"prompt": "p", "image": "a.png"})
-    with pytest.raises(ValueError, match="line 1: cannot read the picture .*a.png"):
+    with pytest.raises(ValueError, match="line 1: cannot read the image .*a.png"):
         read(str(tmp_path), "test")
 
 
@@ -249,7 +249,7 @@ def test_check_counts_repeated_and_shared_rows(tmp_path):
         "train tags: x 2",
         "test: 3 rows, 1 of them repeated",
         "test tags: y 2, x 1",
-        "test pictures: 1 files of 1 sizes (6 x 4: 2)",
+        "test images: 1 files of 1 sizes (6 x 4: 2)",
         "train and test share 1 rows, such as 'b'",
     ]
 

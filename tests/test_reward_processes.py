@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def train(folder: Path, name: str, url: str, *more: str) -> subprocess.Popen:
-    """Train the testbed in a process of its own, its pictures scored by a server."""
+    """Train the testbed in a process of its own, its images scored by a server."""
     small = {
         "num_epochs": 3,
         "eval_max_samples": 20,
@@ -114,7 +114,7 @@ def write_prompts(folder: Path, name: str) -> Path:
 
 @pytest.mark.parametrize("name", ["geneval", "ocr"])
 def test_a_run_is_scored_by_a_server_of(name, files, clip_folder, detector_folder, tmp_path):  # noqa: F811
-    """The models are random, or see pictures of noise: it is the way that is tested."""
+    """The models are random, or see images of noise: it is the way that is tested."""
     options = {"geneval_detector": detector_folder, "clip": clip_folder, "ocr_processes": 1}
     flags = [f"--set={key}={value}" for key, value in options.items()]
     with serving.started(name, *flags) as url:

@@ -24,7 +24,7 @@ from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
 from flow_grpo.training import collect
 
 NAME = "jpeg_incompressibility"
-EVALUATED = 8  # pictures of an evaluation: 6 prompts in batches of 4
+EVALUATED = 8  # images of an evaluation: 6 prompts in batches of 4
 pytestmark = pytest.mark.usefixtures("fresh_logs", "patient")
 
 
@@ -92,7 +92,7 @@ def test_the_message_of_a_run_that_stops_names_reward_url_and_remedy(files, caps
 
 
 def test_masked_pictures_leave_their_groups_and_the_others_train(files):
-    """A server that fails for the first call of each epoch: 4 of its 16 pictures are masked."""
+    """A server that fails for the first call of each epoch: 4 of its 16 images are masked."""
     calls = []
 
     def score(batch):
@@ -118,14 +118,14 @@ def test_too_many_masked_pictures_stop_the_run_after_saving(files, capsys):
         run = running.prepare(argv)
         assert entry.execute(run) == 1
     message = capsys.readouterr().err
-    assert "16 of 16 pictures could not be scored" in message
+    assert "16 of 16 images could not be scored" in message
     assert "config.max_masked_fraction=0.5" in message and "out of memory" in message
     assert (run.folder / "checkpoints" / "checkpoint-0").is_dir()
 
 
 @pytest.mark.parametrize("fraction, status", [(0.2, 1), (0.25, 0)])
 def test_the_fraction_is_of_the_pictures_of_an_epoch(files, fraction, status):
-    """The server finds one of four pictures unscorable."""
+    """The server finds one of four images unscorable."""
     with serve(Failing(rows=1), name=NAME, max_rows=4) as server:
         argv = over_http(server.url, max_masked_fraction=fraction)
         argv |= {"sample__test_batch_size": 4, "eval_max_samples": 4, "num_epochs": 1}

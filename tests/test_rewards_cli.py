@@ -1,4 +1,4 @@
-"""python -m flow_grpo.rewards: pictures that are there already, with prompts and without."""
+"""python -m flow_grpo.rewards: images that are there already, with prompts and without."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_metadata_reaches_the_reward_and_gives_tags_and_prompts(folder, capsys):
     header, strict, dense, count = capsys.readouterr().out.splitlines()
     assert header.split() == ["all", "empty", "seen", "mean_of_tags"]
     assert strict.split() == ["shapes_strict", "0.667", "0.000", "1.000", "0.500"]  # no interval
-    assert dense.split()[0] == "shapes_dense" and count.startswith("3 pictures, 1 prompts")
+    assert dense.split()[0] == "shapes_dense" and count.startswith("3 images, 1 prompts")
 
 
 def test_prompts_txt_has_a_line_a_picture_in_the_order_of_names(folder, capsys):
@@ -93,7 +93,7 @@ def test_prompts_txt_has_a_line_a_picture_in_the_order_of_names(folder, capsys):
         ("3.png", "four"),
     ]
     (folder / "prompts.txt").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="2 lines and .* 4 pictures"):
+    with pytest.raises(ValueError, match="2 lines and .* 4 images"):
         pictures.read(folder)
     write_metadata(folder, [{"file": "0.png"}])
     with pytest.raises(ValueError, match="both"):
@@ -117,8 +117,8 @@ def test_a_reward_says_what_it_misses(folder, rows):
     [
         ("{", "line 2: not JSON"),
         ('{"prompt": "a"}', 'line 2: an object with a "file"'),
-        ('{"file": "9.png"}', "line 2: there is no picture .*9.png"),
-        ('{"file": "0.png", "image": "ref.png"}', "line 2: there is no picture .*ref.png"),
+        ('{"file": "9.png"}', "line 2: there is no image .*9.png"),
+        ('{"file": "0.png", "image": "ref.png"}', "line 2: there is no image .*ref.png"),
     ],
 )
 def test_a_bad_line_is_named(folder, line, message):
@@ -137,7 +137,7 @@ def test_a_bad_line_is_named(folder, line, message):
         (["--reward", "shapes", ".", "--set", "clp=x"], "--set=clp=x.*clip"),
         (["--reward", "ocr", ".", "--set", "ocr_side=0"], "config.rewards.ocr_side=0: a whole num"),
         (["--reward", "shapes", ".", "--set", "ocr_processes=x"], "a value like 4"),
-        (["--reward", "test_rewards_cli:Pairs", "."], "compares the pictures"),
+        (["--reward", "test_rewards_cli:Pairs", "."], "compares the images"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named(arguments, message):

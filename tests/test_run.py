@@ -191,7 +191,7 @@ def test_the_reward_is_called_once_for_every_picture(files):
     run = running.prepare(running.arguments(files, run_name="calls", eval_max_samples=3))
     scored = running.watch_scores(run)
     entry.execute(run)
-    training = 2 * 4 * 4  # epochs x batches x pictures
+    training = 2 * 4 * 4  # epochs x batches x images
     assert sum(count for count, held_out in scored if not held_out) == training
     assert sum(count for count, held_out in scored if held_out) == 2 * 3  # 3 prompts, twice
     assert run.evaluator.conditioner.num_encoded == len(set(running.PROMPTS))

@@ -45,7 +45,7 @@ def row(prompt: str) -> dict:
 
 @pytest.fixture(scope="module")
 def truth() -> tuple[list[dict], np.ndarray]:
-    """150 rows a tag, of all splits, and their pictures, (600, 32, 32, 3) float32 in [0, 255]."""
+    """150 rows a tag, of all splits, and their images, (600, 32, 32, 3) float32 in [0, 255]."""
     rng = random.Random(0)
     rows = [
         entry

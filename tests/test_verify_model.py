@@ -34,7 +34,7 @@ EVERYTHING = {
     "log-ratio 0 on policy, cps",
     "log-ratio 0 on policy, dance",
     "gradient reaches all that trains",
-    "LoRA export gives stock pictures",
+    "LoRA export gives stock images",
 }
 
 
@@ -109,7 +109,7 @@ class Detached(SD3):
 
 STOCK = {"noise level 0 is stock, unguided", "noise level 0 is stock, guided"}
 TIME = {"time the transformer is told, unguided", "time the transformer is told, guided"}
-EXPORT = {"LoRA export gives stock pictures"}
+EXPORT = {"LoRA export gives stock images"}
 LOG_RATIO = {f"log-ratio 0 on policy, {kind}" for kind in sde.STOCHASTIC}
 BROKEN = {
     WrongSign: STOCK | EXPORT,

@@ -21,11 +21,11 @@ from dataset.files import write_by_image
 from flow_grpo.cli import user_errors
 from flow_grpo.rewards.rules.geneval_rules import check_row
 
-MAX_BYTES = 64 << 20  # of a picture, uncompressed
+MAX_BYTES = 64 << 20  # of an image, uncompressed
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Read rows that can be judged and have a picture. Raises ValueError naming file and line."""
+    """Read rows that can be judged and have an image. Raises ValueError naming file and line."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -41,7 +41,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Return {name: picture} of a zip's files. Two of one name would be mixed up: ValueError."""
+    """Return {name: image} of a zip's files. Two of one name would be mixed up: ValueError."""
     found: dict[str, zipfile.ZipInfo] = {}
     for member in archive.infolist():
         path = PurePosixPath(member.filename)
@@ -54,7 +54,7 @@ def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Unpack the pictures that rows name and write both files. Raises ValueError."""
+    """Unpack the images that rows name and write both files. Raises ValueError."""
     unique = {json.dumps(row): row for path in args.rows for row in read_rows(path)}
     rows = list(unique.values())
     try:
@@ -67,7 +67,7 @@ def convert(args: argparse.Namespace) -> None:
         names = {PurePosixPath(row["image"]).name for row in rows}
         if missing := sorted(names - set(pictures)):
             raise ValueError(
-                f"{args.zip} lacks {len(missing)} pictures that rows name, such as {missing[0]}."
+                f"{args.zip} lacks {len(missing)} images that rows name, such as {missing[0]}."
             )
         images.mkdir(parents=True, exist_ok=True)
         for name in names:  # by its last part alone, so that none leaves the folder
@@ -76,7 +76,7 @@ def convert(args: argparse.Namespace) -> None:
             (images / name).write_bytes(archive.read(pictures[name]))
     rows = [row | {"image": f"images/{PurePosixPath(row['image']).name}"} for row in rows]
     write_by_image(args.out, rows, args.test)
-    print(f"{args.out}: {len(rows)} rows of {len(names)} pictures, {args.test} of them for testing")
+    print(f"{args.out}: {len(rows)} rows of {len(names)} images, {args.test} of them for testing")
 
 
 if __name__ == "__main__":
@@ -85,7 +85,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("zip", type=Path)
     parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("--test", type=int, default=30, help="pictures that are held out")
+    parser.add_argument("--test", type=int, default=30, help="images that are held out")
     parser.add_argument("--out", type=Path, required=True)
     with user_errors():
         convert(parser.parse_args())

@@ -34,12 +34,12 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 plural = runpy.run_path(str(ROOT / "dataset" / "geneval" / "generate.py"))["plural"]
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-SIZES = ((128, 128), (160, 96))  # width and height of the rendered pictures
+SIZES = ((128, 128), (160, 96))  # width and height of the rendered images
 GROUNDS = ((235, 232, 225), (205, 224, 238), (214, 232, 208), (243, 222, 214))
 RADII = (13.0, 20.0)  # pixels
 GAP = 4.0  # pixels between two things' circles, and to the edge
 FINE = 4  # samples a pixel and axis
-NUM_TEST = 12  # rendered pictures, of 48
+NUM_TEST = 12  # rendered images, of 48
 
 Layers = list[tuple[np.ndarray, tuple[int, int, int]]]
 Rows = list[dict[str, Any]]
@@ -75,7 +75,7 @@ THINGS = ("orange", "donut", "clock", "stop sign", "kite", "traffic light")
 
 
 def place(count: int, size: tuple[int, int], rng: random.Random) -> list[tuple[float, ...]]:
-    """Throw circles (x, y, radius) that do not touch into a picture."""
+    """Throw circles (x, y, radius) that do not touch into an image."""
     circles: list[tuple[float, ...]] = []
     while len(circles) < count:
         circles = []
@@ -102,7 +102,7 @@ def render(name: str, count: int, size: tuple[int, int], rng: random.Random) -> 
 def edit_rows(name: str, count: int, image: str, drawn_from: str = "") -> Rows:
     """Ask for each other number of things, in GenEval's format.
 
-    drawn_from: the prompt that the picture was drawn from, if any.
+    drawn_from: the prompt that the image was drawn from, if any.
     """
     more = {"t2i_prompt": drawn_from} if drawn_from else {}
     return [
@@ -143,7 +143,7 @@ def scene_prompt(name: str, count: int) -> str:
 
 
 def confirmed(pictures: Sequence[Path], scenes: Sequence[tuple[str, int]], detect: Callable):
-    """Yield the (picture, class, count) of those that show as many things as they should.
+    """Yield the (image, class, count) of those that show as many things as they should.
 
     detect: as flow_grpo.rewards.rules.detector.Detector; as sure as GenEval's counting asks for.
     """
@@ -178,10 +178,10 @@ def write_drawn(args: argparse.Namespace, options: Sequence[str]) -> None:
         shutil.copy(picture, args.out / "images")
         rows += edit_rows(name, count, f"images/{picture.name}", scene_prompt(name, count))
     num_kept = len({row["image"] for row in rows})
-    print(f"{num_kept} of {len(scenes)} pictures show as many things as they should")
+    print(f"{num_kept} of {len(scenes)} images show as many things as they should")
     if num_kept <= args.test:
         raise ValueError(
-            f"--pictures={args.pictures} and --test={args.test}: {num_kept} pictures were "
+            f"--pictures={args.pictures} and --test={args.test}: {num_kept} images were "
             f"confirmed, more than --test are needed. Draw more, or with a better --model."
         )
     write_by_image(args.out, rows, args.test)
@@ -198,7 +198,7 @@ def check(args: argparse.Namespace) -> None:
             f"--pictures, which is at most 9999, is needed."
         )
     if args.out is None:
-        raise ValueError("--out: a folder is needed for the pictures that --model draws.")
+        raise ValueError("--out: a folder is needed for the images that --model draws.")
 
 
 if __name__ == "__main__":
@@ -210,7 +210,7 @@ if __name__ == "__main__":
     parser.add_argument("--detector", default=base(None).rewards.geneval_detector)
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), help="of COCO's 80")
     parser.add_argument("--pictures", type=int, default=310, help="to draw")
-    parser.add_argument("--test", type=int, default=30, help="pictures that are held out")
+    parser.add_argument("--test", type=int, default=30, help="images that are held out")
     parser.add_argument("--out", type=Path)
     args, options = parser.parse_known_args()
     if args.model:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from flow_grpo.diffusers_patch.weights import ENCODERS, Weights
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
-JOINT_ATTENTION = (  # the projections of pictures and text in an MMDiT block
+JOINT_ATTENTION = (  # the projections of images and text in an MMDiT block
     "attn.add_k_proj",
     "attn.add_q_proj",
     "attn.add_v_proj",
@@ -93,7 +93,7 @@ class PatchedPipeline(Weights):
                 setattr(self.pipe, name, None)
 
     def cut_decoding(self, tiling: bool, slicing: bool) -> None:
-        """Decode a picture in tiles, or one picture after the other, to take less memory."""
+        """Decode an image in tiles, or one image after the other, to take less memory."""
         if tiling:
             self.pipe.vae.enable_tiling()
         if slicing:
@@ -132,7 +132,7 @@ class PatchedPipeline(Weights):
         return stacked | {"lengths": lengths} if self.ragged_text else stacked
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
-        """Shape of one picture's Gaussian noise, as the stock pipeline draws it."""
+        """Shape of one image's Gaussian noise, as the stock pipeline draws it."""
         channels = self.pipe.vae.config.latent_channels
         return (channels, size.height // self.vae_scale, size.width // self.vae_scale)
 
@@ -151,7 +151,7 @@ class PatchedPipeline(Weights):
         return {}
 
     def dynamic_shift(self, num_tokens: int, max_shift: float) -> float:
-        """Return mu, linear in the tokens of a picture. max_shift: if the scheduler names none."""
+        """Return mu, linear in the tokens of an image. max_shift: if the scheduler names none."""
         scheduler = self.pipe.scheduler.config
         return calculate_shift(
             num_tokens,
@@ -197,7 +197,7 @@ class PatchedPipeline(Weights):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, size: Size) -> Tensor:
-        """Return pictures (B, 3, H, W) in [0, 1], fp32; video (B, F, 3, H, W)."""
+        """Return images (B, 3, H, W) in [0, 1], fp32; video (B, F, 3, H, W)."""
         vae = self.pipe.vae
         latents = self.vae_latents(latents, size).to(vae.dtype)
         images = vae.decode(latents, return_dict=False)[0].float()
@@ -210,14 +210,14 @@ class PatchedPipeline(Weights):
 
     @torch.no_grad()
     def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        """Encode pictures of this size as the transformer sees them, decode()'s inverse.
+        """Encode images of this size as the transformer sees them, decode()'s inverse.
 
         images: B of uint8 (H, W, 3); of a video (F, H, W, 3). Returns the means of the VAE's
         posteriors, (B, ...) fp32, in the layout of initial_latents().
         """
         pixels = torch.stack([torch.as_tensor(image) for image in images]).movedim(-1, 1)
         shape = (size.num_frames, size.height, size.width)[-(pixels.ndim - 2) :]
-        assert pixels.shape[2:] == shape, f"pictures of {tuple(pixels.shape[2:])}, not of {size}"
+        assert pixels.shape[2:] == shape, f"images of {tuple(pixels.shape[2:])}, not of {size}"
         vae = self.pipe.vae
         pixels = 2.0 * (pixels.to(self.device).float() / 255) - 1.0  # the image processors' way
         mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().float()
@@ -231,9 +231,9 @@ class PatchedPipeline(Weights):
     def stock_arguments(
         self, size: Size, guidance: Guidance, noise: Tensor, images: tuple = ()
     ) -> dict:
-        """Return, beside the prompt, what makes the stock pipeline draw the same pictures.
+        """Return, beside the prompt, what makes the stock pipeline draw the same images.
 
-        noise: (B, *noise_shape). images: the rows' common reference pictures.
+        noise: (B, *noise_shape). images: the rows' common reference images.
         """
         arguments = {
             "height": size.height,

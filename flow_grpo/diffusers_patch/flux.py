@@ -48,7 +48,7 @@ class Flux(Packed):
     ) -> tuple[Tensor, Tensor]:
         """Return what the transformer sees, (B, T, C), and where each token lies, (T, 3).
 
-        The picture that is denoised comes first.
+        The image that is denoised comes first.
         """
         return latents, position_ids(0, *self.grid(size), latents.device)
 

@@ -1,4 +1,4 @@
-"""FLUX.2 klein: text to picture and editing; a token is 2 x 2 latents, (H/16 * W/16, 128)."""
+"""FLUX.2 klein: text to image and editing; a token is 2 x 2 latents, (H/16 * W/16, 128)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flow_grpo.diffusers_patch.flux import position_ids
 from flow_grpo.diffusers_patch.packed import Packed, pack, references_of, unpack
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
-MIN_SIDE, MAX_ASPECT = 64, 8  # of a reference picture, as the stock pipeline checks
-REFERENCE_TIME = 10  # reference i lies at time 10 (i + 1), the picture that is denoised at 0
+MIN_SIDE, MAX_ASPECT = 64, 8  # of a reference image, as the stock pipeline checks
+REFERENCE_TIME = 10  # reference i lies at time 10 (i + 1), the image that is denoised at 0
 
 
 class Flux2Klein(Packed):
-    """Any number of reference pictures a row. Distilled checkpoints ignore guidance."""
+    """Any number of reference images a row. Distilled checkpoints ignore guidance."""
 
     stock = Flux2KleinPipeline
     lora_target_modules = (
@@ -40,9 +40,9 @@ class Flux2Klein(Packed):
                 short, long = sorted((width, height))
                 if short < MIN_SIDE or long > MAX_ASPECT * short:
                     raise ValueError(
-                        f"the reference picture {path!r} of the prompt {prompt.text!r} has "
+                        f"the reference image {path!r} of the prompt {prompt.text!r} has "
                         f"{width} x {height} pixels; FLUX.2 klein takes sides of at least "
-                        f"{MIN_SIDE} whose ratio is at most {MAX_ASPECT}. Replace the picture."
+                        f"{MIN_SIDE} whose ratio is at most {MAX_ASPECT}. Replace the image."
                     )
 
     @torch.no_grad()
@@ -61,7 +61,7 @@ class Flux2Klein(Packed):
         return super().needs_negative(guidance) and not self.pipe.config.is_distilled
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
-        """Encode a picture, uint8 (H, W, 3), to latents (4 C, H/16, W/16), fp32.
+        """Encode an image, uint8 (H, W, 3), to latents (4 C, H/16, W/16), fp32.
 
         At its own size, shrunk to reference_area pixels if it is larger, and cut around its
         middle to multiples of 16.

@@ -1,4 +1,4 @@
-"""FLUX.1 Kontext (arXiv:2506.15742): FLUX.1 with a reference picture's tokens at the end."""
+"""FLUX.1 Kontext (arXiv:2506.15742): FLUX.1 with a reference image's tokens at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flow_grpo.records import Guidance, Size
 
 
 class FluxKontext(Edits, Flux):
-    """Edits one reference picture a row; its size and the generated one are independent."""
+    """Edits one reference image a row; its size and the generated one are independent."""
 
     stock = FluxKontextPipeline
     lora_target_modules = (*Flux.lora_target_modules, "proj_mlp")
@@ -25,10 +25,10 @@ class FluxKontext(Edits, Flux):
         return stock | {"max_area": size.height * size.width, "_auto_resize": False}
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
-        """Encode a picture, uint8 (H, W, 3), to latents (C, h, w), fp32.
+        """Encode an image, uint8 (H, W, 3), to latents (C, h, w), fp32.
 
-        As the stock pipeline with _auto_resize=False: at the picture's own size, each side cut to a
-        multiple of a token's pixels. The stock pipeline knows no limit; here a picture of more than
+        As the stock pipeline with _auto_resize=False: at the image's own size, each side cut to a
+        multiple of a token's pixels. The stock pipeline knows no limit; here an image of more than
         reference_area pixels is first shrunk to that area.
         """
         height, width = self.reference_size(*image.shape[:2])
@@ -38,7 +38,7 @@ class FluxKontext(Edits, Flux):
         return self.pipe._encode_vae_image(pixels, generator=None)[0].float()
 
     def reference_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the height and width in pixels at which a picture of this size is encoded."""
+        """Return the height and width in pixels at which an image of this size is encoded."""
         multiple = self.vae_scale * 2
         scale = min(1.0, (self.reference_area / (height * width)) ** 0.5)
         height, width = (int(side * scale) // multiple for side in (height, width))

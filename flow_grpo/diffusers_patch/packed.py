@@ -12,13 +12,13 @@ from flow_grpo.records import Cond, Size
 
 
 class Packed(PatchedPipeline):
-    """A state is (B, H/16 * W/16, 4 C), row after row of the picture."""
+    """A state is (B, H/16 * W/16, 4 C), row after row of the image."""
 
     def initial_latents(self, size: Size, noise: Tensor) -> Tensor:
         return pack(noise)
 
     def grid(self, size: Size) -> tuple[int, int]:
-        """Return the picture's height and width in tokens."""
+        """Return the image's height and width in tokens."""
         return size.height // (self.vae_scale * 2), size.width // (self.vae_scale * 2)
 
     def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
@@ -33,14 +33,14 @@ class Packed(PatchedPipeline):
         return pack(super().from_vae_latents(latents, size))
 
     def keep_references(self, conds: list[Cond], images: list[tuple]) -> None:
-        """Encode each row's reference pictures into its "reference_0", "reference_1" ..."""
+        """Encode each row's reference images into its "reference_0", "reference_1" ..."""
         for cond, references in zip(conds, images, strict=True):
             for number, image in enumerate(references):
                 # Not packed: its shape tells the positions, and tells apart 32x64 from 64x32.
                 cond.tensors[f"reference_{number}"] = self.reference_latents(image).cpu()
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
-        """Encode a picture, uint8 (H, W, 3), to latents (C, h, w), fp32."""
+        """Encode an image, uint8 (H, W, 3), to latents (C, h, w), fp32."""
         raise NotImplementedError
 
 
@@ -55,7 +55,7 @@ class Edits(Packed):
 
 
 def references_of(positive: dict[str, Tensor]) -> list[Tensor]:
-    """Return the latents (B, C, h, w) of a call's reference pictures, in their order."""
+    """Return the latents (B, C, h, w) of a call's reference images, in their order."""
     return [value for name, value in positive.items() if name.startswith("reference_")]
 
 

@@ -23,7 +23,7 @@ UNHEARD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 class QwenImage(Packed):
     """Text is masked up to the epoch's common width, so a neighbour changes a row by rounding only.
 
-    A prompt alone in its call and not padded (pad_to 0) gives the stock picture to the bit.
+    A prompt alone in its call and not padded (pad_to 0) gives the stock image to the bit.
     """
 
     stock = QwenImagePipeline
@@ -64,9 +64,9 @@ class QwenImage(Packed):
     def image_tokens(
         self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Return what the transformer sees, (B, T, C), and each picture's (1, height, width).
+        """Return what the transformer sees, (B, T, C), and each image's (1, height, width).
 
-        The picture that is denoised comes first; sizes are in tokens.
+        The image that is denoised comes first; sizes are in tokens.
         """
         return latents, [(1, *self.grid(size))]
 

@@ -1,4 +1,4 @@
-"""Qwen-Image-Edit, and its successors for several pictures (2509, 2511): references as tokens."""
+"""Qwen-Image-Edit, and its successors for several images (2509, 2511): references as tokens."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from flow_grpo.records import Cond, Size
 
 
 class QwenImageEdit(Edits, QwenImage):
-    """Edits one reference picture a row; its shape and the generated one are independent.
+    """Edits one reference image a row; its shape and the generated one are independent.
 
     The text encoder sees the reference and so does the transformer, both at reference_area. Of the
-    text encoder's tokens those of pictures count beside max_sequence_length, not within it.
+    text encoder's tokens those of images count beside max_sequence_length, not within it.
     """
 
     stock = QwenImageEditPipeline
@@ -72,18 +72,18 @@ class QwenImageEdit(Edits, QwenImage):
         return pictures[0]
 
     def resized(self, image: np.ndarray, area: int) -> Image.Image:
-        """Scale a picture (H, W, 3) to about `area` pixels, its sides to multiples of 32."""
+        """Scale an image (H, W, 3) to about `area` pixels, its sides to multiples of 32."""
         height, width = image.shape[:2]
         width, height = calculate_dimensions(area, width / height)
         if not (width and height):
             raise ValueError(
                 f"config.reference_area={area}: a reference of {image.shape[1]} x "
-                f"{image.shape[0]} pixels would vanish. Raise it, or crop the picture."
+                f"{image.shape[0]} pixels would vanish. Raise it, or crop the image."
             )
         return self.pipe.image_processor.resize(Image.fromarray(image), height, width)
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
-        """Encode a picture, uint8 (H, W, 3), to latents (C, h, w), fp32."""
+        """Encode an image, uint8 (H, W, 3), to latents (C, h, w), fp32."""
         pixels = self.pipe.image_processor.preprocess(self.resized(image, self.reference_area))
         pixels = pixels.unsqueeze(2).to(self.device, self.pipe.vae.dtype)
         return self.pipe._encode_vae_image(pixels, generator=None)[0, :, 0].float()

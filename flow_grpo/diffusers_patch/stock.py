@@ -26,9 +26,9 @@ def call(
     decode: bool = True,
     **given,
 ) -> tuple[list[Tensor], list[np.ndarray]]:
-    """Call the stock pipeline on `noise`; return the latents after each step, and uint8 pictures.
+    """Call the stock pipeline on `noise`; return the latents after each step, and uint8 images.
 
-    decode: False gives no pictures. given: its prompt, or embeddings, and what else is to differ.
+    decode: False gives no images. given: its prompt, or embeddings, and what else is to differ.
     """
     seen: list[Tensor] = []
     arguments = pipeline.stock_arguments(size, guidance, noise, images)

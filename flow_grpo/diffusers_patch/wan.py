@@ -93,6 +93,6 @@ class Wan(PatchedPipeline):
         return super().decode(latents, size).movedim(2, 1)
 
     def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        """Encode videos, or pictures as videos of one frame."""
+        """Encode videos, or images as videos of one frame."""
         videos = [image if image.ndim == 4 else image[None] for image in images]
         return super().latents(videos, size)

@@ -29,8 +29,8 @@ class Weights:
     lora_target_modules: tuple[str, ...]
     runs_in_fp16: bool = True  # False: its activations overflow
     has_attention_backends: bool = True  # False: diffusers' class always takes torch's attention
-    frames_a_latent: int = 0  # of a video's later latents; 0: the model draws pictures
-    num_references: tuple[int, float] = (0, math.inf)  # pictures that a prompt must and may have
+    frames_a_latent: int = 0  # of a video's later latents; 0: the model draws images
+    num_references: tuple[int, float] = (0, math.inf)  # images that a prompt must and may have
 
     @classmethod
     def from_pretrained(
@@ -54,7 +54,7 @@ class Weights:
         if dtype == torch.float16 and not cls.runs_in_fp16:
             raise ValueError(
                 f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16 and gives invalid "
-                f"pictures. Set config.mixed_precision=bf16."
+                f"images. Set config.mixed_precision=bf16."
             )
         family = cls.variant(path, revision)
         absent = {
@@ -184,7 +184,7 @@ class Weights:
 
     @classmethod
     def check_prompts(cls, prompts: list) -> None:
-        """Raise ValueError, before weights load, if a prompt's pictures don't suit the model.
+        """Raise ValueError, before weights load, if a prompt's images don't suit the model.
 
         prompts: prompts.Prompt, of training and evaluation.
         """
@@ -193,7 +193,7 @@ class Weights:
             if not least <= len(prompt.images) <= most:
                 needed = f"exactly {least}" if least == most else f"at least {least}"
                 raise ValueError(
-                    f"the prompt {prompt.text!r} has {len(prompt.images)} reference pictures; "
+                    f"the prompt {prompt.text!r} has {len(prompt.images)} reference images; "
                     f'{cls.__name__} takes {needed}. Name them under "image" in the data set.'
                 )
 
@@ -218,7 +218,7 @@ class Weights:
             )
         if not step and num_frames != 1:
             raise ValueError(
-                f"config.num_frames={num_frames}: {cls.__name__} draws pictures, not videos. "
+                f"config.num_frames={num_frames}: {cls.__name__} draws images, not videos. "
                 f"Set config.num_frames=1."
             )
 

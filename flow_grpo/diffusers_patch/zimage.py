@@ -1,4 +1,4 @@
-"""Z-Image and Z-Image-Turbo (arXiv:2511.22699): one stream of picture and text, time 1 - sigma."""
+"""Z-Image and Z-Image-Turbo (arXiv:2511.22699): one stream of image and text, time 1 - sigma."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw the same pictures by a patched pipeline and by the stock one that it was made from."""
+"""Draw the same images by a patched pipeline and by the stock one that it was made from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Task:
     """What is drawn."""
 
     prompts: tuple[str, ...]
-    images: tuple[np.ndarray, ...]  # the reference pictures, uint8 (H, W, 3), of every prompt
+    images: tuple[np.ndarray, ...]  # the reference images, uint8 (H, W, 3), of every prompt
     size: Size
     num_steps: int
     guidance: Guidance

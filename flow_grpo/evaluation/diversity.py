@@ -1,4 +1,4 @@
-"""How much the pictures of one prompt differ: it shrinks when a policy collapses."""
+"""How much the images of one prompt differ: it shrinks when a policy collapses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SIDE = 32  # pixels of a thumbnail
 
 
 def thumbnails(images: list[np.ndarray]) -> np.ndarray:
-    """Shrink uint8 (H, W, 3) pictures, or the middle frames of videos, to (N, SIDE * SIDE * 3)."""
+    """Shrink uint8 (H, W, 3) images, or the middle frames of videos, to (N, SIDE * SIDE * 3)."""
     middle = [image[len(image) // 2] if image.ndim == 4 else image for image in images]
     small = [
         np.asarray(Image.fromarray(each).resize((SIDE, SIDE), Image.Resampling.BOX))

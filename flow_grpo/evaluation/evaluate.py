@@ -25,13 +25,13 @@ from flow_grpo.rewards.combine import Scorer, Scoring
 from flow_grpo.rollouts import Row, whole
 from flow_grpo.sampling import Schedule, decode, denoise
 
-NUM_SHOWN = 48  # pictures of a sheet
+NUM_SHOWN = 48  # images of a sheet
 PATIENCE_S = 60.0  # for a reward's call, beyond config.reward_timeout
 
 
 @dataclass
 class Evaluator:
-    """What drawing and scoring pictures takes, with or without a training around it."""
+    """What drawing and scoring images takes, with or without a training around it."""
 
     config: ml_collections.ConfigDict
     ranks: Ranks
@@ -80,12 +80,12 @@ class Evaluator:
         return _complete(scores, dict.fromkeys(name for _, names in world for name in names))
 
     def check_masked(self, average: np.ndarray) -> None:
-        """Stop where too few of an epoch's pictures have a score. average: (N,) of this rank."""
+        """Stop where too few of an epoch's images have a score. average: (N,) of this rank."""
         counts = [float(np.isnan(average).sum()), float(len(average))]
         masked, total = self.ranks.total(torch.tensor(counts, device=self.ranks.device)).tolist()
         if masked > self.config.max_masked_fraction * total:
             raise Stopped(
-                f"{masked:.0f} of {total:.0f} pictures could not be scored, more than "
+                f"{masked:.0f} of {total:.0f} images could not be scored, more than "
                 f"config.max_masked_fraction={self.config.max_masked_fraction} of them"
                 + (f"; {self.scorer.last_masked}" if self.scorer.last_masked else "")
             )
@@ -100,14 +100,14 @@ def score_prompts(
     evaluator: Evaluator,
     prompts: list[Prompt],
     shown: Container[int],
-    on_picture: Callable[[int, np.ndarray], None] = lambda number, image: None,
+    on_image: Callable[[int, np.ndarray], None] = lambda number, image: None,
 ) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
-    """Draw and score a picture for each prompt; every rank must call it.
+    """Draw and score an image for each prompt; every rank must call it.
 
     A prompt's noise depends on the seed and its place in the list, so every evaluation of a run,
-    and any other with its seed, draws from the same noise. shown: rows whose pictures are returned.
-    on_picture: called with each row and picture on the rank that drew it, now and then twice.
-    Returns the scores (N,) by name, and the shown pictures by row, ascending.
+    and any other with its seed, draws from the same noise. shown: rows whose images are returned.
+    on_image: called with each row and image on the rank that drew it, now and then twice.
+    Returns the scores (N,) by name, and the shown images by row, ascending.
     """
     config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.schedule
     batches = eval_batches(prompts, config.sample.test_batch_size, ranks.rank, ranks.num_ranks)
@@ -133,7 +133,7 @@ def score_prompts(
         drawn = decode(evaluator.pipeline, part.rollout)
         scoring.add(Batch(drawn, batch.prompts, batch.metadata, batch.references))
         for number, image in zip(numbers, drawn, strict=True):
-            on_picture(number, image)
+            on_image(number, image)
             if number in shown:
                 pictures[number] = image
         evaluator.stop.check()

@@ -196,7 +196,7 @@ def _start(config: ml_collections.ConfigDict) -> Engine:
 def schedules(
     config: ml_collections.ConfigDict, pipeline: PatchedPipeline, size: Size
 ) -> tuple[Schedule, Schedule]:
-    """Return how the training's and the evaluation's pictures are drawn."""
+    """Return how the training's and the evaluation's images are drawn."""
     sample, device = config.sample, pipeline.device
     schedule = Schedule(
         sigmas=pipeline.sigmas(sample.num_steps, size).to(device),

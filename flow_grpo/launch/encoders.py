@@ -84,7 +84,7 @@ def store(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> S
 
 
 def reference_area(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> int:
-    """Return the pixels of a reference picture as the model sees it."""
+    """Return the pixels of a reference image as the model sees it."""
     if config.reference_area or not family.enlarges_references:
         return config.reference_area or family.reference_area
     return (config.height or config.resolution) * (config.width or config.resolution)
@@ -112,7 +112,7 @@ def _load(
 def _items(
     config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
 ) -> dict[Item, Prompt]:
-    """List what the run will ask for, and a prompt that holds its pictures."""
+    """List what the run will ask for, and a prompt that holds its images."""
     items = {}
     guided = any(family.may_need_negative(guidance) for guidance in guidances(config))
     for prompt in prompts:

@@ -67,7 +67,7 @@ def execute(run: Run) -> int:
     main_process = run.ranks.is_main
     if main_process:
         passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)
-        print(f"{run.folder}; passes of a picture an epoch: {passes}", flush=True)
+        print(f"{run.folder}; passes of an image an epoch: {passes}", flush=True)
     status = 0
     try:
         loop.train(run)

@@ -14,7 +14,7 @@ from flow_grpo.diffusers_patch.registry import FAMILIES
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuse a model that is not there, a picture size it can't draw, a LoRA that is none.
+    """Refuse a model that is not there, an image size it can't draw, a LoRA that is none.
 
     Raises ValueError naming the key, the value, what is needed and the remedy.
     """
@@ -80,7 +80,7 @@ def family(config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
 
 
 def _check_size(config: ml_collections.ConfigDict) -> None:
-    """Compare the picture's size with what the autoencoder and the transformer state."""
+    """Compare the image's size with what the autoencoder and the transformer state."""
     vae, transformer = (_read(config, part) for part in ("vae", "transformer"))
     if vae.get("_class_name") != "AutoencoderKL" or "patch_size" not in transformer:
         return  # other models are asked once they are loaded

@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--max_sequence_length", type=int, default=128, help="tokens")
     parser.add_argument(
-        "--reference", action="append", type=Path, help="an editing model's picture; may repeat"
+        "--reference", action="append", type=Path, help="an editing model's image; may repeat"
     )
 
 

@@ -190,7 +190,7 @@ def check_gradient(pipeline: PatchedPipeline, task: Task) -> Check:
         "gradient reaches all that trains",
         bool(trained) and not deaf and not broken,
         f"{len(trained) - len(deaf)} of {len(trained)} tensors{wrong}; "
-        f"{pictures} pictures: {cost}; peak {peak}",
+        f"{pictures} images: {cost}; peak {peak}",
     )
 
 
@@ -208,7 +208,7 @@ def check_export(pipeline: PatchedPipeline, task: Task) -> Check:
     apart = relative(generate(pipeline, task, 0).rollout.final, ours.rollout.final)
     bound = STOCK_BOUND[pipeline.input_dtype]
     return Check(
-        "LoRA export gives stock pictures",
+        "LoRA export gives stock images",
         worst <= bound and apart > 1e-4,
         f"{len(weights)} tensors: {_outcome(worst, bound)}; without it {apart:.1%}",
     )
@@ -224,7 +224,7 @@ def randomise_lora(pipeline: PatchedPipeline) -> None:
 
 
 def difference(ours: Drawn, latents: Tensor, pictures: list[np.ndarray]) -> float:
-    """Return the latents' difference, relative in rms, inf if pictures differ where they don't."""
+    """Return the latents' difference, relative in rms, inf if images differ where they don't."""
     found = relative(ours.rollout.final, latents)
     same = all(np.array_equal(*pair) for pair in zip(ours.images, pictures, strict=False))
     return found if same or found else float("inf")
@@ -272,7 +272,7 @@ def _timed(pipeline: PatchedPipeline, seconds: dict[str, float], name: str) -> I
 
 def _outcome(worst: float, bound: float) -> str:
     if bound == worst == 0:
-        return "latents and pictures equal, bit for bit"
+        return "latents and images equal, bit for bit"
     return f"differs by {worst:.3g} in rms (at most {bound:g})"
 
 

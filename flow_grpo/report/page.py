@@ -8,7 +8,7 @@ from flow_grpo.report import charts, facts, pictures, plots
 from flow_grpo.report.recorded import Recorded
 
 MOST_BYTES = 5_000_000
-SPARE_BYTES = 100_000  # tags around the pictures
+SPARE_BYTES = 100_000  # tags around the images
 
 
 def render(run: Recorded, others: list[Recorded]) -> str:
@@ -31,7 +31,7 @@ def render(run: Recorded, others: list[Recorded]) -> str:
 
 
 def _values(run: Recorded, others: list[Recorded]) -> dict:
-    """What the template names, without the pictures."""
+    """What the template names, without the images."""
     drawings = {
         "evaluation": charts.evaluation(run, others),
         "tags": charts.tags(run, others),

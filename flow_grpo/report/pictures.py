@@ -1,4 +1,4 @@
-"""The evaluation's pictures before and after, small enough for a page."""
+"""The evaluation's images before and after, small enough for a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flow_grpo.report.sheets import cut_sheet
 
 SIDES = (320, 256, 192, 128, 96)  # longest side in pixels: the first that fits
 NUM_IN_FRONT = 12
-PIXEL_ART = 96  # a picture at most this wide is kept as it is, and shown magnified
+PIXEL_ART = 96  # an image at most this wide is kept as it is, and shown magnified
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Pictures:
 
 
 def before_and_after(run: Recorded, num_bytes: int) -> Pictures | None:
-    """Return the first and the last evaluation's pictures in at most num_bytes; None: no two."""
+    """Return the first and the last evaluation's images in at most num_bytes; None: no two."""
     sheets = [(row["step"], sheet_path(run.folder, row["step"])) for row in run.evals]
     sheets = [(step, path) for step, path in sheets if path.is_file()]
     if len(sheets) < 2:
@@ -98,7 +98,7 @@ def _size(pairs: list[Pair]) -> int:
 
 
 def encode(image: Image.Image, side: int) -> str:
-    """Return a data URI: PNG of a tiny picture, else JPEG with at most `side` pixels a side."""
+    """Return a data URI: PNG of a tiny image, else JPEG with at most `side` pixels a side."""
     buffer, kind = io.BytesIO(), "jpeg"
     if image.width <= min(PIXEL_ART, side):
         kind = "png"

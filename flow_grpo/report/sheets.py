@@ -1,4 +1,4 @@
-"""Sheets of pictures: bare ones that can be cut again, and captioned ones for a person."""
+"""Sheets of images: bare ones that can be cut again, and captioned ones for a person."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONTACT_GAP = 2  # pixels, before magnification
 
 
 def contact_sheet(images: list[np.ndarray], num_columns: int) -> Image.Image:
-    """Lay uint8 (H, W, 3) pictures of one size out in rows; small ones are magnified."""
+    """Lay uint8 (H, W, 3) images of one size out in rows; small ones are magnified."""
     height, width, _ = images[0].shape
     num_rows, gap = -(-len(images) // num_columns), CONTACT_GAP
     sheet = np.full(
@@ -32,19 +32,19 @@ def contact_sheet(images: list[np.ndarray], num_columns: int) -> Image.Image:
 
 
 def cut_sheet(
-    sheet: Image.Image, num_pictures: int, size: tuple[int, int], num_columns: int
+    sheet: Image.Image, num_images: int, size: tuple[int, int], num_columns: int
 ) -> list[Image.Image]:
-    """Return a contact sheet's pictures, unmagnified. size: of one, (height, width)."""
+    """Return a contact sheet's images, unmagnified. size: of one, (height, width)."""
     (height, width), gap = size, CONTACT_GAP
     scale = sheet.width // (num_columns * (width + gap) + gap)
     sheet = sheet.resize((sheet.width // scale, sheet.height // scale), Image.Resampling.NEAREST)
-    places = (divmod(number, num_columns) for number in range(num_pictures))
+    places = (divmod(number, num_columns) for number in range(num_images))
     corners = ((gap + col * (width + gap), gap + row * (height + gap)) for row, col in places)
     return [sheet.crop((left, top, left + width, top + height)) for left, top in corners]
 
 
 def captioned_sheet(images: list[np.ndarray], captions: list[str], num_columns: int) -> Image.Image:
-    """Lay pictures of one size out in rows, each with its caption.
+    """Lay images of one size out in rows, each with its caption.
 
     images: uint8 (H, W, 3), or (F, H, W, 3) of which the middle frame is shown. captions: one
     each; a long one is cut to MAX_LINES.
@@ -68,7 +68,7 @@ def captioned_sheet(images: list[np.ndarray], captions: list[str], num_columns: 
 
 
 def side_by_side(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Join two pictures of equal size, uint8 ([F,] H, W, 3), with a white line between them."""
+    """Join two images of equal size, uint8 ([F,] H, W, 3), with a white line between them."""
     line = np.full((*first.shape[:-2], max(1, first.shape[-2] // 64), 3), 255, np.uint8)
     return np.concatenate([first, line, second], axis=-2)
 

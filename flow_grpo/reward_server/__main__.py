@@ -107,12 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of config.rewards"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures of a scorer's call")
+    parser.add_argument("--batch-size", type=int, default=64, help="images of a scorer's call")
     parser.add_argument("--linger-ms", type=float, default=5, help="wait for more to merge")
     parser.add_argument("--timeout", type=float, default=600, help="seconds of a request")
     parser.add_argument("--max-body-mib", type=int, default=256)
     parser.add_argument("--max-pixels", type=int, default=2**27, help="of a request")
-    parser.add_argument("--max-items", type=int, default=4096, help="pictures of a request")
+    parser.add_argument("--max-items", type=int, default=4096, help="images of a request")
     parser.add_argument("--max-queue", type=int, default=256, help="requests")
     parser.add_argument("--max-queue-mib", type=int, default=1024, help="of all requests")
     return parser

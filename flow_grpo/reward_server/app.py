@@ -32,8 +32,8 @@ class Limits:
 
     body_bytes: int = 2**28
     queue_bytes: int = 2**30  # of all requests that are being read, wait or are scored
-    pixels: int = 2**27  # of all pictures of a request
-    items: int = 4096  # pictures of a request
+    pixels: int = 2**27  # of all images of a request
+    items: int = 4096  # images of a request
     queue: int = 256  # requests
     timeout_s: float = 600.0  # of a request, and of one call of the scorer
 
@@ -75,7 +75,7 @@ class Service:
         return PlainTextResponse("\n".join(lines) + "\n")
 
     async def score(self, request: Request) -> JSONResponse:
-        """Score pictures; flow_grpo/rewards/remote/wire.py describes body and answer."""
+        """Score images; flow_grpo/rewards/remote/wire.py describes body and answer."""
         taken = self._admit(request)
         self.num_requests += 1
         self.num_bytes += taken
@@ -89,7 +89,7 @@ class Service:
             if key in self._finished:
                 return JSONResponse(self._finished[key])
             if self.num_bytes > max(self.limits.queue_bytes, taken):
-                raise _busy("its pictures do not fit beside those that wait")
+                raise _busy("its images do not fit beside those that wait")
             job = self._running.get(key) or self._submit(key, batch)
             waiting = asyncio.shield(asyncio.wrap_future(job))
             return JSONResponse(await asyncio.wait_for(waiting, self.limits.timeout_s))

@@ -36,7 +36,7 @@ class _Job:
 
 
 class Batcher:
-    """Scores requests in the order of arrival, up to max_rows pictures a call.
+    """Scores requests in the order of arrival, up to max_rows images a call.
 
     Rows of equal group stay in one call. linger_s: how long a call that is not full waits for more.
     """

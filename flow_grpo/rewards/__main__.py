@@ -1,10 +1,10 @@
-"""Score pictures that are there already, whoever made them.
+"""Score images that are there already, whoever made them.
 
 python -m flow_grpo.rewards --reward shapes [--reward jpeg_compressibility] FOLDER
 
-FOLDER has pictures and, for rewards that need them, prompts: a metadata.jsonl with an object a
+FOLDER has images and, for rewards that need them, prompts: a metadata.jsonl with an object a
 line, {"file": "a.png", "prompt": "...", "tag": "..."}, as scripts/evaluate.py --write-images
-writes it, or a prompts.txt with a line a picture in the order of their names.
+writes it, or a prompts.txt with a line an image in the order of their names.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--batch-size={args.batch_size}: at least 1 is needed.")
         for name in args.reward:
             if loading.needs_groups(name):
-                raise ValueError(f"--reward={name} compares the pictures of a rollout's group.")
+                raise ValueError(f"--reward={name} compares the images of a rollout's group.")
         settings = options.settings(args.set, args.reward)
         found = pictures.read(args.folder)
         columns = _columns(found, args.folder)
@@ -79,7 +79,7 @@ def score(
 
 
 def report(found: list[Picture], scores: dict[str, np.ndarray], out: Path) -> None:
-    """Print a table and write the rows. Pictures without a prompt count as one each."""
+    """Print a table and write the rows. Images without a prompt count as one each."""
     tags = [str((picture.metadata or {}).get("tag", "")) for picture in found]
     prompts = [str(picture.file) if picture.prompt is None else picture.prompt for picture in found]
     print(tables.table(tables.summarise(scores, tags, prompts)))
@@ -89,7 +89,7 @@ def report(found: list[Picture], scores: dict[str, np.ndarray], out: Path) -> No
         for n, (picture, tag) in enumerate(zip(found, tags, strict=True))
     ]
     tables.write_rows(out, rows)
-    print(f"{len(found)} pictures, {len(set(prompts))} prompts; each one's scores: {out}")
+    print(f"{len(found)} images, {len(set(prompts))} prompts; each one's scores: {out}")
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -107,7 +107,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="KEY=VALUE",
         help="a key of config.rewards in config/base.py, such as clip=/models/clip",
     )
-    parser.add_argument("--out", type=Path, help="of a line a picture; default: FOLDER/scores.csv")
+    parser.add_argument("--out", type=Path, help="of a line an image; default: FOLDER/scores.csv")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="of rewards that are models; default: cuda, or cpu")
     parser.add_argument("--list", action="store_true", help="list the rewards and end")

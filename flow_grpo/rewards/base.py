@@ -141,9 +141,9 @@ def check_package(module: str, extra: str) -> None:
         )
 
 
-def only_pictures(images: list[np.ndarray], reward: str) -> list[np.ndarray]:
+def only_images(images: list[np.ndarray], reward: str) -> list[np.ndarray]:
     """Return the images. Raises ValueError for a video."""
     for image in images:
         if image.ndim != 3:
-            raise ValueError(f"{reward} scores pictures (H, W, 3), and got {image.shape}.")
+            raise ValueError(f"{reward} scores images (H, W, 3), and got {image.shape}.")
     return images

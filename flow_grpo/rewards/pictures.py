@@ -1,4 +1,4 @@
-"""Read a folder of pictures and, if they are there, their prompts; numpy and PIL only."""
+"""Read a folder of images and, if they are there, their prompts; numpy and PIL only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Missing:
     def __init__(self, folder: Path):
         self.remedy = (
             f"it needs the prompts, and {folder} has none. Put a metadata.jsonl with a "
-            f'{{"file": ..., "prompt": ...}} a picture there, or a prompts.txt with a line each.'
+            f'{{"file": ..., "prompt": ...}} an image there, or a prompts.txt with a line each.'
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -53,15 +53,15 @@ class Missing:
 
 
 def read(folder: Path) -> list[Picture]:
-    """List a folder's pictures, with what metadata.jsonl or prompts.txt says of them.
+    """List a folder's images, with what metadata.jsonl or prompts.txt says of them.
 
     metadata.jsonl: {"file": a path from the folder, "prompt": ..., ...} a line; its rows decide
-    which pictures there are, reach the rewards as metadata, and may name reference pictures under
-    "image". prompts.txt: a line a picture, in the order of their names.
+    which images there are, reach the rewards as metadata, and may name reference images under
+    "image". prompts.txt: a line an image, in the order of their names.
     Raises ValueError naming the file, the line and what is wrong with it.
     """
     if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is no folder; one with pictures is needed.")
+        raise ValueError(f"{str(folder)!r} is no folder; one with images is needed.")
     rows, lines = folder / "metadata.jsonl", folder / "prompts.txt"
     if rows.is_file() and lines.is_file():
         raise ValueError(f"{folder} has both {rows.name} and {lines.name}: delete one of them.")
@@ -72,13 +72,13 @@ def read(folder: Path) -> list[Picture]:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         found = [Picture(file) for file in files]
     if not found:
-        raise ValueError(f"{folder} has no pictures ({', '.join(SUFFIXES)}).")
+        raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
     if lines.is_file():
         prompts = [line.strip() for line in lines.read_text(encoding="utf-8").splitlines()]
         if len(prompts) != len(found):
             raise ValueError(
-                f"{lines} has {len(prompts)} lines and {folder} {len(found)} pictures: a line a "
-                f"picture is needed, in the order of their names."
+                f"{lines} has {len(prompts)} lines and {folder} {len(found)} images: a line an "
+                f"image is needed, in the order of their names."
             )
         found = [Picture(each.file, p, {}) for each, p in zip(found, prompts, strict=True)]
     return found
@@ -97,7 +97,7 @@ def _row(line: str, path: Path, number: int) -> Picture:
     )
     for file in (path.parent / row["file"], *references):
         if not file.is_file():
-            raise ValueError(f"{path}, line {number}: there is no picture {file}.")
+            raise ValueError(f"{path}, line {number}: there is no image {file}.")
     return Picture(path.parent / row["file"], row.get("prompt"), row, references)
 
 
@@ -106,5 +106,5 @@ def _read(path: Path) -> np.ndarray:
         with Image.open(path) as opened:
             frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(opened)]
     except OSError as error:
-        raise ValueError(f"cannot read the picture {path} ({error}).") from None
+        raise ValueError(f"cannot read the image {path} ({error}).") from None
     return np.stack(frames) if len(frames) > 1 else frames[0]

@@ -1,4 +1,4 @@
-"""A run's own evaluations: a row of metrics, a sheet of pictures, the alarm."""
+"""A run's own evaluations: a row of metrics, a sheet of images, the alarm."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flow_grpo.report.recorded import read_metrics
 if TYPE_CHECKING:
     from flow_grpo.training.run import Run
 
-NUM_COLUMNS = 12  # pictures of a sheet's row
+NUM_COLUMNS = 12  # images of a sheet's row
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Evaluate the averaged weights if there are any, log a row and save a sheet of pictures.
+    """Evaluate the averaged weights if there are any, log a row and save a sheet of images.
 
     Returns what metrics() makes of the scores.
     """

@@ -105,7 +105,7 @@ def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) 
         "config.train.use_8bit_adam": train.use_8bit_adam,
         "ranks with a state of their own (0: none)": world_size if shards_state() else 0,
         "config.seed": config.seed,
-        "pictures an epoch": world_size
+        "images an epoch": world_size
         * config.sample.train_batch_size
         * config.sample.num_batches_per_epoch,
     }

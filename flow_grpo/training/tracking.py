@@ -1,4 +1,4 @@
-"""What a run reports: metrics, pictures, phase times, statistics per step index."""
+"""What a run reports: metrics, images, phase times, statistics per step index."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Tracker:
             (self._folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
     def save_images(self, name: str, images: list[np.ndarray], num_columns: int) -> None:
-        """Save a sheet of pictures as images/<name>.png; of videos their middle, and a .gif."""
+        """Save a sheet of images as images/<name>.png; of videos their middle, and a .gif."""
         if not (self._main and images):
             return
         videos = np.stack([image if image.ndim == 4 else image[None] for image in images])

@@ -33,7 +33,7 @@ WORDS = (
 
 
 def draw(number: int) -> tuple[np.ndarray, str]:
-    """Draw one picture. Returns uint8 (512, 512, 3) and its text."""
+    """Draw one image. Returns uint8 (512, 512, 3) and its text."""
     rng = random.Random(number)
     words = rng.sample(WORDS, rng.randint(1, 5))
     style = rng.choice((str.upper, str.title, str.lower))
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", default="rapidocr")
     parser.add_argument("--side", type=int, default=base(None).rewards.ocr_side)
-    parser.add_argument("--write", type=Path, help="put the pictures there")
+    parser.add_argument("--write", type=Path, help="put the images there")
     args = parser.parse_args()
     settings = loading.settings(base(None))
     settings |= {"ocr_engine": args.engine, "ocr_side": args.side, "ocr_processes": 1}
@@ -93,11 +93,11 @@ def main() -> None:
         args.write.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(args.write / f"{number:02}.png")
     for number in np.flatnonzero(scores < 1):
-        print(f"{scores[number]:.3f}  picture {number}: {texts[number]}")
+        print(f"{scores[number]:.3f}  image {number}: {texts[number]}")
     perfect = int((scores == 1).sum())
     print(
         f"{args.engine}, side {args.side}: mean {scores.mean():.4f}, perfect {perfect} of "
-        f"{NUM_PICTURES}, least {scores.min():.3f}, {milliseconds:.0f} ms a picture"
+        f"{NUM_PICTURES}, least {scores.min():.3f}, {milliseconds:.0f} ms an image"
     )
 
 

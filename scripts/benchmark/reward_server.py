@@ -1,8 +1,8 @@
-"""How many pictures a second travel to a reward server and back as scores, beside a bare pickle.
+"""How many images a second travel to a reward server and back as scores, beside a bare pickle.
 
     python scripts/benchmark/reward_server.py [--pictures 64] [--calls 30] [--side 512]
 
-The server is a process of its own on loopback, its reward the mean of a corner of the picture, so
+The server is a process of its own on loopback, its reward the mean of a corner of the image, so
 that only the transport is timed. The yardstick sends the same call as one pickle over a socket to a
 thread-per-connection process that unpickles and answers in kind: no HTTP, no checks, no limits. It
 reads nothing but what this script has written, and pickle is nowhere else in this project.
@@ -48,13 +48,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--calls", type=int, default=30)
     parser.add_argument("--side", type=int, default=512, help="pixels")
     args = parser.parse_args(argv)
-    # Smooth pictures with some noise: neither the best nor the worst case of a compressor.
+    # Smooth images with some noise: neither the best nor the worst case of a compressor.
     rng = np.random.default_rng(0)
     images = [picture(rng, args.side) for _ in range(args.pictures)]
-    print(f"{args.pictures} pictures of {args.side} x {args.side} a call, {args.calls} calls")
-    print(
-        "| transport | pictures/s | MB/s | p50 ms a call | p99 ms a call |\n|---|---|---|---|---|"
-    )
+    print(f"{args.pictures} images of {args.side} x {args.side} a call, {args.calls} calls")
+    print("| transport | images/s | MB/s | p50 ms a call | p99 ms a call |\n|---|---|---|---|---|")
     with_pickle(images, args.calls)
     for encoding in ("raw", "jpeg"):
         with_server(images, args.calls, encoding)

@@ -1,7 +1,7 @@
 """Draw images with a base and what was trained on it, by the stock diffusers pipeline alone.
 
     python scripts/demo/generate.py --model scripts/testbed/base --size 32 --steps 10 \\
-        --guidance 1 --max_sequence_length 10 --prompt "three blue squares" --out pictures \\
+        --guidance 1 --max_sequence_length 10 --prompt "three blue squares" --out images \\
         --transformer logs/NAME/checkpoints/checkpoint-320/transformer
 
 Any diffusers pipeline that draws from a prompt works; for one that edits give --image. Image i
@@ -21,7 +21,7 @@ from flow_grpo.cli import user_errors
 
 
 def main(argv: list[str]) -> None:
-    """Draw every prompt, and write single pictures and a sheet."""
+    """Draw every prompt, and write single images and a sheet."""
     args = parse(argv)
     with user_errors():
         prompts = check(args)
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     pictures = []
-    for i, prompt in enumerate(tqdm(prompts, "pictures", disable=None)):
+    for i, prompt in enumerate(tqdm(prompts, "images", disable=None)):
         generator = torch.Generator().manual_seed(args.seed + i)
         drawn = pipe(prompt=prompt, generator=generator, return_dict=False, **options)[0][0]
         frames = drawn if isinstance(drawn, list) else [drawn]  # a video is a list
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     rows = [{"file": f"{i:04d}.png", "prompt": prompt} for i, prompt in enumerate(prompts)]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (args.out / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    print(f"{len(prompts)} pictures and sheet.png are in {args.out}")
+    print(f"{len(prompts)} images and sheet.png are in {args.out}")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--transformer", help="a full fine-tune's transformer/ folder")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts", type=Path, help="a text file, a prompt a line")
-    parser.add_argument("--image", type=Path, help="the reference picture of an editing model")
+    parser.add_argument("--image", type=Path, help="the reference image of an editing model")
     parser.add_argument("--out", type=Path, required=True, help="a folder")
     parser.add_argument("--steps", type=int, help="default: the pipeline's own, as all below")
     parser.add_argument("--guidance", type=float)

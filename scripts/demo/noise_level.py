@@ -39,7 +39,7 @@ LEVELS = {kind: kernel.default_level for kind, kernel in sde.KERNELS.items()}
 def schedule(model: str, num_steps: int, size: int) -> torch.Tensor:
     """Return the noise levels (num_steps + 1,) fp32, 1 ... 0.
 
-    model: a name of SCHEDULERS or a pipeline's folder. size: pixels of a square picture, for
+    model: a name of SCHEDULERS or a pipeline's folder. size: pixels of a square image, for
     schedules that depend on it (16 x 16 pixels are a token).
     """
     kind, config = model, SCHEDULERS.get(model)

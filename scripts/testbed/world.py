@@ -18,7 +18,7 @@ RADII = {
 }  # by number of objects, in pixels
 SIZE_RADII = {"small": (4.5, 5.4), "large": (8.2, 10.5)}
 GAP = 1.5  # pixels between two bounding boxes
-EDGE = 0.5  # pixels between a bounding box and the picture's edge
+EDGE = 0.5  # pixels between a bounding box and the image's edge
 MIN_OFFSET = (
     6.0  # pixels between two centres along a relation's axis; the checker asks for half of it
 )

@@ -138,7 +138,7 @@ DEFECTS = [
     ),
     Defect(
         "nft-sign",
-        "the worst pictures are imitated",
+        "the worst images are imitated",
         NFT,
         "(quality * losses[0] + (1 - quality) * losses[1])",
         "(quality * losses[1] + (1 - quality) * losses[0])",

@@ -45,7 +45,7 @@ MODELS: dict[str, tuple[type[PatchedPipeline], Callable[[], DiffusionPipeline]]]
     "zimage": (ZImage, zimage.zimage),
     "zimage_turbo": (ZImage, zimage.zimage_turbo),
 }
-EDITS = {  # height and width of the reference pictures of those that are given some
+EDITS = {  # height and width of the reference images of those that are given some
     "flux_kontext": ((32, 48),),
     "flux2_klein_edit": ((64, 48), (48, 96)),
     "qwenimage_edit": ((32, 96),),  # scaled to 32 x 96

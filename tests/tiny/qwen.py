@@ -1,4 +1,4 @@
-"""Tiny Qwen-Image pipelines: text to picture, and the three that edit."""
+"""Tiny Qwen-Image pipelines: text to image, and the three that edit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DiffusionNFT (arXiv:2509.16117): contrast two implicit policies on noised final pictures."""
+"""DiffusionNFT (arXiv:2509.16117): contrast two implicit policies on noised final images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class NFT(Objective):
     """Rolls out with an old copy of the policy, needs no log-probs, and trains at fresh noisings.
 
     With v the policy's and o the old copy's velocity, v+ = b v + (1 - b) o and
-    v- = (1 + b) o - b v; the loss weighs the errors of their clean predictions by the picture's
+    v- = (1 + b) o - b v; the loss weighs the errors of their clean predictions by the image's
     optimality q = 1/2 + A / (2 A_max).
     """
 
@@ -70,7 +70,7 @@ class NFT(Objective):
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         """Noise the final latents at noise levels of the rollout's own grid.
 
-        At those of config.nft.steps, or at some that are drawn for each picture.
+        At those of config.nft.steps, or at some that are drawn for each image.
         """
         device, sigmas = rows.final.device, self.schedule.sigmas
         points = []

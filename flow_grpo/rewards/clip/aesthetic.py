@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 
 
 class Aesthetic(Reward):
-    """Score how much people would like a picture, whatever the prompt; about 1 to 10."""
+    """Score how much people would like an image, whatever the prompt; about 1 to 10."""
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
@@ -35,5 +35,5 @@ class Aesthetic(Reward):
             )
 
     def __call__(self, batch: Batch) -> dict:
-        features = self.clip.image_features(only_pictures(batch.images, "aesthetic"))
+        features = self.clip.image_features(only_images(batch.images, "aesthetic"))
         return {"aesthetic": self.head(features).squeeze(-1).double().cpu().numpy()}

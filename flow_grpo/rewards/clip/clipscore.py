@@ -1,13 +1,13 @@
-"""CLIPScore (arXiv:2104.08718): how well a picture fits its prompt, as CLIP ViT-L/14 sees it."""
+"""CLIPScore (arXiv:2104.08718): how well an image fits its prompt, as CLIP ViT-L/14 sees it."""
 
 from __future__ import annotations
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 
 
 class ClipScore(Reward):
-    """Score exp(logit scale) x cosine(picture, prompt) / 30; about 0.5 to 1.3.
+    """Score exp(logit scale) x cosine(image, prompt) / 30; about 0.5 to 1.3.
 
     The scale is Flow-GRPO's; the paper's own is 2.5 x max(cosine, 0).
     """
@@ -22,5 +22,5 @@ class ClipScore(Reward):
         self.clip = encoder.load(settings["clip"], settings["clip"], device)
 
     def __call__(self, batch: Batch) -> dict:
-        cosines = self.clip.cosines(only_pictures(batch.images, "clipscore"), batch.prompts)
+        cosines = self.clip.cosines(only_images(batch.images, "clipscore"), batch.prompts)
         return {"clipscore": self.clip.scale * cosines / 30}

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-BATCH_SIZE = 32  # pictures or texts a call
+BATCH_SIZE = 32  # images or texts a call
 
 
 class Clip:
-    """A frozen CLIP in fp32. Pictures are prepared by PIL, whether torchvision is there or not."""
+    """A frozen CLIP in fp32. Images are prepared by PIL, whether torchvision is there or not."""
 
     def __init__(self, model: CLIPModel, processor_path: str, device: str):
         self.model = model.eval().requires_grad_(False).to(device)
@@ -29,7 +29,7 @@ class Clip:
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[np.ndarray | Image.Image]) -> Tensor:
-        """Embed pictures, uint8 (H, W, 3) of any sizes. Returns (B, D) of unit length."""
+        """Embed images, uint8 (H, W, 3) of any sizes. Returns (B, D) of unit length."""
         parts = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = [
@@ -61,7 +61,7 @@ class Clip:
         return features[[rows[text] for text in texts]]
 
     def cosines(self, images: Sequence[np.ndarray], texts: Sequence[str]) -> np.ndarray:
-        """Return the cosine of each picture with its own text, (B,) float64."""
+        """Return the cosine of each image with its own text, (B,) float64."""
         both = self.image_features(images) * self.text_features(texts)
         return both.sum(-1).double().cpu().numpy()
 

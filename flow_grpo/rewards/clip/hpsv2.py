@@ -1,4 +1,4 @@
-"""HPSv2 (arXiv:2306.09341): a CLIP ViT-H/14 tuned on how people rank pictures of one prompt.
+"""HPSv2 (arXiv:2306.09341): a CLIP ViT-H/14 tuned on how people rank images of one prompt.
 
 Runs on transformers' CLIP; the authors' package wants versions that nothing of today works beside.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ KEYS = {
 
 
 class HPSv2(Reward):
-    """Score the cosine of picture and prompt; about 0.2 to 0.35."""
+    """Score the cosine of image and prompt; about 0.2 to 0.35."""
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
@@ -68,7 +68,7 @@ class HPSv2(Reward):
         self.clip = encoder.Clip(model, settings["hpsv2_processor"], device)
 
     def __call__(self, batch: Batch) -> dict:
-        return {"hpsv2": self.clip.cosines(only_pictures(batch.images, "hpsv2"), batch.prompts)}
+        return {"hpsv2": self.clip.cosines(only_images(batch.images, "hpsv2"), batch.prompts)}
 
 
 def read_open_clip(weights: dict[str, Tensor]) -> CLIPModel:

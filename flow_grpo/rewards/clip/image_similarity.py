@@ -1,15 +1,15 @@
-"""How much an edited picture still looks like the picture that it was made from."""
+"""How much an edited image still looks like the image that it was made from."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 
 
 class ImageSimilarity(Reward):
-    """Score the cosine of CLIP ViT-L/14 with the reference picture; the mean if it has several."""
+    """Score the cosine of CLIP ViT-L/14 with the reference image; the mean if it has several."""
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
@@ -17,7 +17,7 @@ class ImageSimilarity(Reward):
         for prompt, row in zip(prompts, metadata, strict=True):
             if not row.get("image"):
                 raise ValueError(
-                    f"the prompt {prompt!r} has no reference picture. A data set whose rows have "
+                    f"the prompt {prompt!r} has no reference image. A data set whose rows have "
                     f'an "image" is needed.'
                 )
 
@@ -28,8 +28,8 @@ class ImageSimilarity(Reward):
 
     def __call__(self, batch: Batch) -> dict:
         if batch.references is None or not all(batch.references):
-            raise ValueError("image_similarity needs a reference picture for each picture.")
-        features = self.clip.image_features(only_pictures(batch.images, "image_similarity"))
+            raise ValueError("image_similarity needs a reference image for each image.")
+        features = self.clip.image_features(only_images(batch.images, "image_similarity"))
         counts = [len(row) for row in batch.references]
         flat = self.clip.image_features([picture for row in batch.references for picture in row])
         owners = np.repeat(np.arange(len(batch)), counts)

@@ -1,4 +1,4 @@
-"""ImageReward (arXiv:2304.05977): a BLIP with an MLP, tuned on how people rank pictures.
+"""ImageReward (arXiv:2304.05977): a BLIP with an MLP, tuned on how people rank images.
 
 Runs on transformers' BLIP; the authors' package does not import beside a transformers of today.
 """
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of raw scores over the authors' pictures
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of raw scores over the authors' images
 MAX_LENGTH = 35  # tokens of a prompt
 HEAD_WIDTH = 64  # of every BERT and ViT that BLIP is made of
 BATCH_SIZE = 32
@@ -29,7 +29,7 @@ VISION_KEYS = (  # the checkpoint's names and transformers', in this order
 
 
 class ImageReward(Reward):
-    """Score as people would, about -2 to 2; their mean over pictures of 2022's models is 0."""
+    """Score as people would, about -2 to 2; their mean over images of 2022's models is 0."""
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
@@ -54,7 +54,7 @@ class ImageReward(Reward):
         self.prepare = _prepare(self.vision.config.image_size)
 
     def __call__(self, batch: Batch) -> dict:
-        images = only_pictures(batch.images, "imagereward")
+        images = only_images(batch.images, "imagereward")
         parts = [
             self._raw(images[n : n + BATCH_SIZE], batch.prompts[n : n + BATCH_SIZE])
             for n in range(0, len(batch), BATCH_SIZE)
@@ -95,7 +95,7 @@ def _below(weights: dict, prefix: str) -> dict:
 
 
 def _vision(weights: dict, device: str):
-    """Build the picture's encoder; its sizes are read off its weights."""
+    """Build the image's encoder; its sizes are read off its weights."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     _, num_tokens, width = weights["pos_embed"].shape
@@ -118,7 +118,7 @@ def _vision(weights: dict, device: str):
 
 
 def _text(weights: dict, device: str):
-    """Build the prompt's encoder, which looks at the picture by cross-attention."""
+    """Build the prompt's encoder, which looks at the image by cross-attention."""
     from transformers import BlipTextConfig
     from transformers.models.blip.modeling_blip_text import BlipTextModel
 

@@ -1,4 +1,4 @@
-"""DeQA-Score (arXiv:2501.11561): how good a picture looks technically, whatever the prompt.
+"""DeQA-Score (arXiv:2501.11561): how good an image looks technically, whatever the prompt.
 
 The model's code comes with its weights and wants an old transformers: give it an environment and a
 server of its own (flow_grpo.reward_server) rather than the trainer's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 
 BATCH_SIZE = 16
@@ -37,7 +37,7 @@ class DeQA(Reward):
     def __call__(self, batch: Batch) -> dict:
         import torch
 
-        pictures = [Image.fromarray(image) for image in only_pictures(batch.images, "deqa")]
+        pictures = [Image.fromarray(image) for image in only_images(batch.images, "deqa")]
         scores = []
         with torch.inference_mode():
             for start in range(0, len(pictures), BATCH_SIZE):

@@ -1,4 +1,4 @@
-"""HPSv3 (arXiv:2508.03789): a Qwen2-VL tuned on how people rank pictures of one prompt.
+"""HPSv3 (arXiv:2508.03789): a Qwen2-VL tuned on how people rank images of one prompt.
 
 The authors' package pins an old transformers: give it an environment and a server of its own
 (scripts/reward_servers/hpsv3.sh) rather than the trainer's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 
 BATCH_SIZE = 8
@@ -37,7 +37,7 @@ class HPSv3(Reward):
     def __call__(self, batch: Batch) -> dict:
         import torch
 
-        pictures = [Image.fromarray(image) for image in only_pictures(batch.images, "hpsv3")]
+        pictures = [Image.fromarray(image) for image in only_images(batch.images, "hpsv3")]
         parts = []
         for start in range(0, len(pictures), BATCH_SIZE):
             chosen = slice(start, start + BATCH_SIZE)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from flow_grpo.rewards.base import Reward, check_package, only_pictures
+from flow_grpo.rewards.base import Reward, check_package, only_images
 from flow_grpo.rewards.batch import Batch
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 class JudgeReward(Reward):
-    """Score each picture by the last number that `pattern` finds in a judge's answer.
+    """Score each image by the last number that `pattern` finds in a judge's answer.
 
     NaN where there is no answer or no number in range; `<name>_unanswered` and `<name>_unparsed`
     count these. config.rewards has <endpoint>_url and <endpoint>_model.
@@ -60,7 +60,7 @@ class JudgeReward(Reward):
         )
 
     def __call__(self, batch: Batch) -> dict:
-        pairs = zip(only_pictures(batch.images, self.name), batch.prompts, strict=True)
+        pairs = zip(only_images(batch.images, self.name), batch.prompts, strict=True)
         answers = self.judge.ask([([image], self.about(text)) for image, text in pairs])
         scores = np.array([self.parse(answer) for answer in answers])
         unanswered = np.array([answer is None for answer in answers])

@@ -1,4 +1,4 @@
-"""Qwen-VL (arXiv:2502.13923) or any other chat model as a judge of single pictures."""
+"""Qwen-VL (arXiv:2502.13923) or any other chat model as a judge of single images."""
 
 from __future__ import annotations
 

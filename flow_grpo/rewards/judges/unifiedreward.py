@@ -1,4 +1,4 @@
-"""UnifiedReward (arXiv:2503.05236), a judge of single pictures and of pairs."""
+"""UnifiedReward (arXiv:2503.05236), a judge of single images and of pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
-from flow_grpo.rewards.base import only_pictures
+from flow_grpo.rewards.base import only_images
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.judges.judge import JudgeReward
 
@@ -22,11 +22,11 @@ class UnifiedReward(JudgeReward):
 
 
 class UnifiedRewardPairs(JudgeReward):
-    """Score each picture by the share of its group that it wins against (Pref-GRPO, 2508.20751).
+    """Score each image by the share of its group that it wins against (Pref-GRPO, 2508.20751).
 
     Asks about every pair of a group once, G (G - 1) / 2 questions, which of the two is Image 1
-    being drawn: judges favour a place. A pair without a verdict counts 1/2 to both, and a picture
-    none of whose pairs has one is NaN; `unifiedreward_pairs_unparsed` is each picture's share of
+    being drawn: judges favour a place. A pair without a verdict counts 1/2 to both, and an image
+    none of whose pairs has one is NaN; `unifiedreward_pairs_unparsed` is each image's share of
     such pairs. Without groups, as in an evaluation, there is nothing to compare: all NaN.
     """
 
@@ -34,7 +34,7 @@ class UnifiedRewardPairs(JudgeReward):
     needs_groups = True
 
     def __call__(self, batch: Batch) -> dict:
-        images = only_pictures(batch.images, self.name)
+        images = only_images(batch.images, self.name)
         group = np.arange(len(batch)) if batch.group is None else np.asarray(batch.group)
         members = [np.flatnonzero(group == g) for g in np.unique(group)]
         pairs = [pair for rows in members for pair in combinations(rows.tolist(), 2)]

@@ -14,12 +14,12 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 
 from flow_grpo.rewards.rules.geneval_rules import CLASSES, CONFIDENCE, Found
 
-BATCH_SIZE = 8  # pictures of one size a call
-MAX_DETECTIONS = 100  # of a picture
+BATCH_SIZE = 8  # images of one size a call
+MAX_DETECTIONS = 100  # of an image
 
 
 class Detector:
-    """Finds objects in pictures. Raises ValueError for a model of other than COCO's classes."""
+    """Finds objects in images. Raises ValueError for a model of other than COCO's classes."""
 
     def __init__(self, path: str, device: str):
         model = Mask2FormerForUniversalSegmentation.from_pretrained(path, dtype=torch.float32)
@@ -33,7 +33,7 @@ class Detector:
 
     @torch.inference_mode()
     def __call__(self, images: list[np.ndarray]) -> list[dict[str, list[Found]]]:
-        """Return each picture's objects by class. images: uint8 (H, W, 3), sizes may differ."""
+        """Return each image's objects by class. images: uint8 (H, W, 3), sizes may differ."""
         found: list = [None] * len(images)
         for size in dict.fromkeys(image.shape[:2] for image in images):
             rows = [n for n, image in enumerate(images) if image.shape[:2] == size]
@@ -53,10 +53,10 @@ class Detector:
 def objects(
     logits: Tensor, masks: Tensor, input_size: tuple[int, int], size: tuple[int, int]
 ) -> dict[str, list[Found]]:
-    """Read the objects out of one picture's queries, as mmdetection does.
+    """Read the objects out of one image's queries, as mmdetection does.
 
     logits: (Q, C + 1), the last class is "nothing". masks: (Q, h, w) logits. They are enlarged to
-    the input's size and then to the picture's; confidence is the class's probability times the
+    the input's size and then to the image's; confidence is the class's probability times the
     mask's mean probability where it is above 1/2. Below CONFIDENCE a class is left out at once: the
     product can only be less. Boxes end one pixel past the mask.
     """

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_images
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import geneval_rules
 from flow_grpo.rewards.rules.geneval_rules import COLORS, Found
@@ -24,7 +24,7 @@ TEMPLATES = (
 
 
 class GenEval(Reward):
-    """Score each picture by its row's "include": soft in [0, 1], or as config.rewards says.
+    """Score each image by its row's "include": soft in [0, 1], or as config.rewards says.
 
     Further columns: geneval_soft, geneval_strict (0 or 1, exact counts) and geneval_official (0 or
     1, the benchmark's own verdict).
@@ -53,7 +53,7 @@ class GenEval(Reward):
         self._colors = {}
 
     def __call__(self, batch: Batch) -> dict:
-        found = self.detect(only_pictures(batch.images, "geneval"))
+        found = self.detect(only_images(batch.images, "geneval"))
         columns = {"geneval_" + name: [] for name in geneval_rules.SCORES}
         for image, row, objects in zip(batch.images, batch.metadata, found, strict=True):
             kept = geneval_rules.keep(objects, row.get("tag", ""))

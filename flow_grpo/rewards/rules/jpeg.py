@@ -1,4 +1,4 @@
-"""How well a picture compresses, a reward without a model (DDPO, arXiv:2305.13301)."""
+"""How well an image compresses, a reward without a model (DDPO, arXiv:2305.13301)."""
 
 from io import BytesIO
 
@@ -9,12 +9,12 @@ from flow_grpo.rewards.batch import Batch
 
 
 def jpeg_incompressibility(batch: Batch) -> dict:
-    """Score each picture by its size as a JPEG of quality 95, in kB; video by its mean frame."""
+    """Score each image by its size as a JPEG of quality 95, in kB; video by its mean frame."""
     return {"jpeg_incompressibility": np.array([_kilobytes(image) for image in batch.images])}
 
 
 def jpeg_compressibility(batch: Batch) -> dict:
-    """Score each picture by minus its JPEG size, in units of 500 kB."""
+    """Score each image by minus its JPEG size, in units of 500 kB."""
     return {"jpeg_compressibility": np.array([-_kilobytes(image) / 500 for image in batch.images])}
 
 

@@ -1,4 +1,4 @@
-"""How well a picture writes the text that its prompt quotes, as read by an OCR engine.
+"""How well an image writes the text that its prompt quotes, as read by an OCR engine.
 
 Flow-GRPO's text-rendering reward (arXiv:2505.05470), with the text cut from the prompt with care.
 """
@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from flow_grpo.rewards.base import Reward, check_package, only_pictures
+from flow_grpo.rewards.base import Reward, check_package, only_images
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import ocr_engines
 
@@ -82,7 +82,7 @@ class OCR(Reward):
 
     def __call__(self, batch: Batch) -> dict:
         wanted = [target(prompt) for prompt in batch.prompts]
-        reads = self._pool.map(_read, only_pictures(batch.images, "ocr"))
+        reads = self._pool.map(_read, only_images(batch.images, "ocr"))
         return {"ocr": np.array([score(w, r) for w, r in zip(wanted, reads, strict=True)])}
 
     def close(self) -> None:

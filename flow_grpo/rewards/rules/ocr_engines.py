@@ -42,7 +42,7 @@ def in_reading_order(lines: Iterable[Line]) -> list[str]:
 def rapid(side: int) -> Engine:
     """Start RapidOCR (PP-OCR models on ONNX, which come in its wheel) on one thread.
 
-    side: pixels to which a picture's longer side is shrunk.
+    side: pixels to which an image's longer side is shrunk.
     """
     from rapidocr import RapidOCR
 
@@ -83,12 +83,12 @@ def paddle(side: int) -> Engine:
 
 
 def paddle2_lines(result: list) -> list[Line]:
-    """Read what PaddleOCR 2.x returns for one picture: [[[corners, (text, score)], ...]]."""
+    """Read what PaddleOCR 2.x returns for one image: [[[corners, (text, score)], ...]]."""
     return [Line(text, np.array(corners)) for corners, (text, _) in result[0] or []]
 
 
 def paddle3_lines(result: list[Mapping[str, Any]]) -> list[Line]:
-    """Read what PaddleOCR 3.x returns for one picture: [{"rec_texts": ..., "rec_polys": ...}]."""
+    """Read what PaddleOCR 3.x returns for one image: [{"rec_texts": ..., "rec_polys": ...}]."""
     texts, polygons = result[0]["rec_texts"], result[0]["rec_polys"]
     return [Line(text, np.array(poly)) for text, poly in zip(texts, polygons, strict=True)]
 

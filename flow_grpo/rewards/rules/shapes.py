@@ -1,8 +1,8 @@
-"""The shapes reward: a rule-based verdict on small pictures of coloured shapes.
+"""The shapes reward: a rule-based verdict on small images of coloured shapes.
 
 GenEval (arXiv:2310.11513) in small: the same kind of rows and of verdict (objects, counts, colours,
 relative position), but with a checker in place of a detector, so that a reward costs no model and
-0.3 ms an image. The pictures are 32 x 32, on a light-grey ground; dataset/shapes holds the prompts.
+0.3 ms an image. The images are 32 x 32, on a light-grey ground; dataset/shapes holds the prompts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -120,7 +120,7 @@ def _unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def detect(image: np.ndarray) -> list[Found]:
-    """Find the objects of a picture.
+    """Find the objects of an image.
 
     image: (32, 32, 3) uint8. Returns them colour by colour; specks below MIN_AREA pixels are left
     out.
@@ -161,9 +161,9 @@ def _size_holds(size: str, thing: Found) -> bool:
 
 
 def check(image: np.ndarray, metadata: dict[str, Any]) -> tuple[float, float]:
-    """Judge one picture against one row of dataset/shapes.
+    """Judge one image against one row of dataset/shapes.
 
-    image: (32, 32, 3) uint8. Returns (dense, strict). strict is 1.0 when the picture holds exactly
+    image: (32, 32, 3) uint8. Returns (dense, strict). strict is 1.0 when the image holds exactly
     what was asked and nothing else, otherwise 0.0. dense is in [0, 1]: the mean over the kinds of
     object asked for of max(0, 1 - |found - asked| / asked), divided by 1 + extra / 2 where extra is
     the number of objects beyond those asked; halved where the relation or the size is wrong.
