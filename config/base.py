@@ -1,163 +1,257 @@
-"""Every key of a run, once, with its unit and default. A run states what it changes."""
+"""Every key of a run, once: its default, meaning and unit, and the values that are allowed.
 
-import difflib
+A run is a function that starts from base() and states what it changes. What an objective alone
+reads stands with it, as in flow_grpo/objectives/ratio/keys.py.
+"""
+
+import inspect
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
+from flow_grpo import keys
+from flow_grpo.cli import did_you_mean
+from flow_grpo.keys import Key
 
-def base() -> ml_collections.ConfigDict:
-    """Return the defaults, locked: setting a key that is not here is an error."""
-    config = ml_collections.ConfigDict()
+MANY = 10**9  # a bound for what may be as large as one likes
 
-    # The run's folder is logdir/run_name; an empty name becomes the config's name and the time.
-    config.run_name = ""
-    config.project_name = "flow_grpo"
-    config.logdir = "logs"
-    config.tracker = "tensorboard"  # tensorboard | wandb (offline without a login) | none
-    config.seed = 42
-    config.num_epochs = 10_000
-    config.save_freq = 20  # epochs; also after the last one and on SIGTERM or SIGINT
-    config.eval_freq = 20  # epochs; also before the first and after the last one
-    config.eval_split = "test"  # which file of the data set is evaluated: test | dev
-    config.eval_max_samples = 0  # prompts; 0: all
-    config.num_checkpoint_limit = 5  # checkpoints kept; 0: all
-    config.resume_from = ""  # a checkpoint's folder | "latest" of this run | "auto": latest, if any
-
-    config.pretrained = pretrained = ml_collections.ConfigDict()
-    pretrained.model = ""  # a diffusers pipeline: local folder or hub id
-    pretrained.revision = "main"
-
-    config.dataset = ""  # folder with {train,test}.txt or {train,test}_metadata.jsonl
-    config.reward_fn = ml_collections.ConfigDict({"jpeg_compressibility": 1.0})  # name: weight
-    config.reward_aggregation = "sum"  # sum | gdpo: normalised per reward, then added by weight
-    config.eval_reward_fn = ()  # names of held-out rewards, scored in evaluations only
-    config.hacking_alarm = "none"  # none | warn | stop: held-out rewards fall as the trained rises
-    config.on_reward_error = "stop"  # stop (after saving) | mask: the pictures leave their groups
-    config.max_masked_fraction = 0.5  # of an epoch's pictures; more without a score stop the run
-    # Rewards scored by HTTP: {name: [url, ..]}, for example
-    # --config.reward_urls="{'pickscore': ['http://127.0.0.1:18085']}"
-    config.reward_urls = ml_collections.ConfigDict()
-    config.reward_timeout = 600.0  # seconds for a reward to score a call's pictures, with retries
-    config.reward_token_file = ""  # holds the servers' bearer token
-    config.reward_encoding = "raw"  # to servers: raw | png | webp (all exact) | jpeg (quality 95)
-    config.ocr_engine = "rapidocr"  # rapidocr | paddleocr; their scores differ
-    config.resolution = 512  # pixels, a square; height and width override it
-    config.height = placeholder(int)
-    config.width = placeholder(int)
-    # Pixels of a reference picture as the model sees it: FLUX shrinks larger ones (0: to 1024 x
-    # 1024), Qwen-Image-Edit scales each (0: to height x width; its stock pipelines: 1024 x 1024).
-    config.reference_area = 0
-    config.num_frames = 1  # of a video; for Wan a multiple of 4 plus 1
-    config.max_sequence_length = 128  # tokens of the longest text encoder
-    config.mixed_precision = "fp16"  # no | bf16 | fp16 (GPU only)
-    config.allow_tf32 = True
-    config.use_lora = True  # False: full fine-tune, fp32 weights
-    # Text encoders: keep (on the device) | offload (to the CPU while pictures are drawn) |
-    # precompute (each prompt once, to disk; once all are there, encoders are not even loaded).
-    config.encoders = "keep"
-    config.encoder_cache = ""  # precompute's folder; empty: logdir/conditionings
-    config.activation_checkpointing = False
-    config.attention_backend = ""  # of diffusers, such as _native_cudnn or flash; empty: its own
-    config.vae_tiling = False  # decode a picture in tiles, with faint seams
-    config.vae_slicing = False  # decode one picture after the other
-    config.objective = "grpo"  # grpo | nft
-
-    config.sample = sample = ml_collections.ConfigDict()
-    sample.num_steps = 10
-    sample.eval_num_steps = 40
-    sample.guidance_scale = 4.5  # <= 1: one conditional pass
-    sample.eval_guidance_scale = placeholder(float)  # None: guidance_scale
-    # Both passes of guidance as one of twice the rows, as SD3 and Z-Image always make them: for
-    # Qwen-Image, Wan and FLUX.2 klein, whose stock pipelines make two. It differs by rounding.
-    sample.batched_guidance = False
-    sample.train_batch_size = 8  # pictures a call on each rank
-    sample.test_batch_size = 8
-    sample.num_image_per_prompt = 16  # group size
-    sample.num_batches_per_epoch = 4  # calls an epoch on each rank
-    sample.noise_level = 0.7  # a of Flow-SDE, eta of CPS and Dance-SDE
-    sample.sde_type = "sde"  # sde | cps | dance
-    sample.sde_window_size = 0  # trained steps from a random start; 0: all steps but the last
-    sample.sde_window_range = (0, 5)  # steps [first, end) that a window may cover
-    sample.sde_steps = ()  # a fixed list of trained steps instead of a window
-    sample.same_latent = False  # one initial noise a group
-    sample.global_std = True  # advantages: std of all rewards; False: of the group's
-
-    config.train = train = ml_collections.ConfigDict()
-    train.batch_size = placeholder(int)  # pictures a micro-batch; None: sample.train_batch_size
-    train.learning_rate = 3e-4
-    train.lr_scheduler = "constant"  # constant | linear | cosine, over num_epochs
-    train.lr_warmup_steps = 0  # optimizer steps
-    train.use_8bit_adam = False  # needs bitsandbytes
-    train.adam_beta1 = 0.9
-    train.adam_beta2 = 0.999
-    train.adam_weight_decay = 1e-4
-    train.adam_epsilon = 1e-8
-    train.gradient_accumulation_steps = 2  # micro-batches an optimizer step
-    train.max_grad_norm = 1.0  # 0: no clipping
-    train.max_nonfinite_updates = 5  # skipped updates in a row before the run stops
-    train.num_inner_epochs = 1  # passes over an epoch's pictures
-    train.cfg = True  # the trained velocity is guided as the rollout's; False: unguided
-    train.adv_clip_max = 5.0
-    train.clip_range = 1e-4  # epsilon, of the per-element mean log-ratio
-    train.step_weight = "none"  # none | std: each step's loss times its std over the mean std
-    train.old_log_prob = "rollout"  # rollout | replay: scored again before the first update
-    train.gate_tolerance = 0.025  # with replay: relative error of the velocity at the start
-    train.beta = 0.0  # KL coefficient
-    train.kl_mode = "kl_dt"  # kl_dt | kl_true | x | v
-    train.ema = False
-    train.ema_decay = 0.9
-    train.ema_update_every = 8  # optimizer steps
-    train.shuffle_advantages = False  # a control: the reward is the same, its assignment random
-    train.lora_path = ""  # warm start
-    train.lora_rank = 32
-    train.lora_alpha = 64
-    train.lora_targets = ()  # module name suffixes; empty: the model's own choice
-
-    config.nft = nft = ml_collections.ConfigDict()
-    nft.beta = 1.0  # how far the implicit policies lie from the old one
-    nft.kl_beta = 1e-4  # velocity-space KL to the reference
-    nft.decay = "half"  # old policy: on_policy | half | slow (types 0, 1, 2 of the paper's code)
-    nft.num_times = 4  # noise levels drawn for each picture
-    nft.steps = ()  # instead: the levels of these steps of the rollout, for every picture
-
+COMMON = {
+    "run_name": Key("", "of the folder logdir/run_name; empty: the config's name and the time"),
+    "project_name": Key("flow_grpo", "of wandb"),
+    "logdir": Key("logs"),
+    "tracker": Key(
+        "tensorboard",
+        "wandb without a login runs offline",
+        choices=("tensorboard", "wandb", "none"),
+    ),
+    "seed": Key(42, least=0, most=2**63 - 1),
+    "num_epochs": Key(10_000, least=1, most=MANY),
+    "save_freq": Key(20, "epochs; also after the last and on a signal", least=1, most=MANY),
+    "eval_freq": Key(20, "epochs; also before the first and after the last", least=1, most=MANY),
+    "eval_split": Key("test", "which file of the data set is evaluated", choices=("test", "dev")),
+    "eval_max_samples": Key(0, "prompts; 0: all", least=0, most=MANY),
+    "num_checkpoint_limit": Key(5, "checkpoints kept; 0: all", least=0, most=MANY),
+    "resume_from": Key(
+        "", 'a checkpoint\'s folder; "latest" of this run; "auto": the latest, if there is any'
+    ),
+    "pretrained.model": Key("", "a diffusers pipeline: a local folder or a hub id"),
+    "pretrained.revision": Key("main"),
+    "dataset": Key("", "a folder with {train,test}.txt or {train,test}_metadata.jsonl"),
+    "objective": Key("grpo", "of objectives/registry.py, or one's own as module:Class"),
+    # Rewards.
+    "reward_fn": Key(
+        {"jpeg_compressibility": 1.0},
+        "a weight by name; 0: only logged",
+        least=-1000,
+        most=1000,
+    ),
+    "reward_aggregation": Key(
+        "sum", "gdpo: normalised per reward, then added by weight", choices=("sum", "gdpo")
+    ),
+    "eval_reward_fn": Key((), "names of held-out rewards, scored in evaluations only", of=str),
+    "hacking_alarm": Key(
+        "none",
+        "what to do when held-out rewards fall as the trained one rises",
+        choices=("none", "warn", "stop"),
+    ),
+    "on_reward_error": Key(
+        "stop", "stop: after saving; mask: the images leave their groups", choices=("stop", "mask")
+    ),
+    "max_masked_fraction": Key(
+        0.5, "of an epoch's images; more without a score stop the run", least=0, below=1
+    ),
+    "reward_urls": Key({}, "{name: [url, ..]}, as {'pickscore': ['http://127.0.0.1:18085']}"),
+    "reward_timeout": Key(
+        600.0, "seconds of one call of a reward, with its retries", above=0, most=10**6
+    ),
+    "reward_token_file": Key("", "holds the servers' bearer token"),
+    "reward_encoding": Key(
+        "raw",
+        "to servers: raw is exact, jpeg is of quality 95",
+        choices=("raw", "jpeg"),
+    ),
+    "ocr_engine": Key("rapidocr", "their scores differ", choices=("rapidocr", "paddleocr")),
+    # What is drawn, and how the model computes.
+    "resolution": Key(512, "pixels; height and width override it", least=1, most=16_384),
+    "height": Key(None, "pixels; None: resolution", of=int, least=1, most=16_384),
+    "width": Key(None, "pixels; None: resolution", of=int, least=1, most=16_384),
+    "reference_area": Key(
+        0,
+        "pixels of a reference image as the model sees it; FLUX shrinks larger ones (0: to 1024 x "
+        "1024), Qwen-Image-Edit scales each (0: to height x width; its stock pipelines: 1024 x "
+        "1024)",
+        least=0,
+        most=16_384**2,
+    ),
+    "num_frames": Key(1, "of a video; for Wan a multiple of 4 plus 1", least=1, most=10_000),
+    "max_sequence_length": Key(128, "tokens of the longest text encoder", least=1, most=100_000),
+    "mixed_precision": Key("fp16", "fp16 needs a GPU", choices=("no", "bf16", "fp16")),
+    "allow_tf32": Key(True),
+    "use_lora": Key(True, "False: full fine-tune, fp32 weights"),
+    "encoders": Key(
+        "keep",
+        "text encoders: on the device; on the CPU while images are drawn; gone, as each prompt is "
+        "encoded once, to disk (if all of them are there, encoders are not even loaded)",
+        choices=("keep", "offload", "precompute"),
+    ),
+    "encoder_cache": Key("", "the folder of precompute; empty: logdir/conditionings"),
+    "activation_checkpointing": Key(False),
+    "attention_backend": Key(
+        "", "of diffusers, such as _native_cudnn or flash; empty: its own choice"
+    ),
+    "vae_tiling": Key(False, "decode an image in tiles, with faint seams"),
+    "vae_slicing": Key(False, "decode one image after the other"),
+    # Rollouts.
+    "sample.num_steps": Key(10, least=2, most=1000),
+    "sample.eval_num_steps": Key(40, least=1, most=1000),
+    "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),
+    "sample.eval_guidance_scale": Key(None, "None: guidance_scale", of=float, least=0, most=100),
+    "sample.batched_guidance": Key(
+        False,
+        "both passes of guidance as one of twice the rows, as SD3 and Z-Image always make them: "
+        "for Qwen-Image, Wan and FLUX.2 klein, whose stock pipelines make two; differs by rounding",
+    ),
+    "sample.train_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
+    "sample.test_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
+    "sample.num_image_per_prompt": Key(16, "the group's size", least=1, most=100_000),
+    "sample.num_batches_per_epoch": Key(4, "calls an epoch on each rank", least=1, most=100_000),
+    "sample.noise_level": Key(0.7, "a of Flow-SDE, eta of CPS and Dance-SDE", least=0, most=10),
+    "sample.sde_type": Key("sde", choices=("sde", "cps", "dance")),
+    "sample.sde_window_size": Key(
+        0, "trained steps from a random start; 0: all steps but the last", least=0, most=1000
+    ),
+    "sample.sde_window_range": Key(
+        (0, 5), "steps [first, end) that a window may cover", least=0, most=1000
+    ),
+    "sample.sde_steps": Key(
+        (), "a fixed list of trained steps instead of a window", of=int, least=0, most=1000
+    ),
+    "sample.same_latent": Key(False, "one initial noise a group"),
+    "sample.global_std": Key(True, "advantages: std of all rewards; False: of the group's"),
+    # Updates.
+    "train.batch_size": Key(
+        None,
+        "images a micro-batch; None: sample.train_batch_size",
+        of=int,
+        least=1,
+        most=100_000,
+    ),
+    "train.learning_rate": Key(3e-4, least=0, most=1),
+    "train.lr_scheduler": Key(
+        "constant", "over num_epochs", choices=("constant", "linear", "cosine")
+    ),
+    "train.lr_warmup_steps": Key(0, "optimizer steps", least=0, most=MANY),
+    "train.use_8bit_adam": Key(False, "needs bitsandbytes"),
+    "train.adam_beta1": Key(0.9, least=0, below=1),
+    "train.adam_beta2": Key(0.999, least=0, below=1),
+    "train.adam_weight_decay": Key(1e-4, least=0, most=10),
+    "train.adam_epsilon": Key(1e-8, above=0, most=1),
+    "train.gradient_accumulation_steps": Key(
+        2, "micro-batches an optimizer step", least=1, most=MANY
+    ),
+    "train.max_grad_norm": Key(1.0, "0: no clipping", least=0, most=MANY),
+    "train.max_nonfinite_updates": Key(
+        5, "skipped updates in a row before the run stops", least=1, most=MANY
+    ),
+    "train.num_inner_epochs": Key(1, "passes over an epoch's images", least=1, most=1000),
+    "train.cfg": Key(True, "the trained velocity is guided as the rollout's; False: unguided"),
+    "train.adv_clip_max": Key(5.0, "of an advantage, either way", above=0, most=1000),
+    "train.ema": Key(False),
+    "train.ema_decay": Key(0.9, least=0, most=1),
+    "train.ema_update_every": Key(8, "optimizer steps", least=1, most=MANY),
+    "train.shuffle_advantages": Key(
+        False, "a control: the reward is the same, its assignment random"
+    ),
+    "train.lora_path": Key("", "warm start"),
+    "train.lora_rank": Key(32, least=1, most=16_384),
+    "train.lora_alpha": Key(64, least=1, most=16_384),
+    "train.lora_targets": Key((), "module name suffixes; empty: the model's own choice", of=str),
     # Where rewards find what they need: a local path or, for models, a hub id.
-    config.rewards = rewards = ml_collections.ConfigDict()
-    # of clipscore, image_similarity, aesthetic and the colors of geneval
-    rewards.clip = "openai/clip-vit-large-patch14"
-    rewards.pickscore = "yuvalkirstain/PickScore_v1"
-    rewards.pickscore_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    rewards.hpsv2 = ""  # HPS_v2.1_compressed.pt
-    rewards.hpsv2_processor = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    rewards.hpsv3 = ""  # HPSv3.safetensors; empty: its package downloads it
-    rewards.aesthetic_head = ""  # the MLP's file, sac+logos+ava1-l14-linearMSE.pth
-    rewards.imagereward = ""  # ImageReward.pt
-    rewards.imagereward_tokenizer = "google-bert/bert-base-uncased"
-    rewards.geneval_detector = "facebook/mask2former-swin-small-coco-instance"
-    rewards.geneval_score = "soft"  # what is trained: soft | strict | official | flow_grpo
-    rewards.deqa = "zhiyuanyou/DeQA-Score-Mix3"  # runs the code that comes with it
-    rewards.ocr_processes = 4  # of each rank
-    rewards.ocr_side = 384  # pixels to which rapidocr shrinks a picture's longer side
+    "rewards.clip": Key(
+        "openai/clip-vit-large-patch14",
+        "of clipscore, image_similarity, aesthetic and the colors of geneval",
+    ),
+    "rewards.pickscore": Key("yuvalkirstain/PickScore_v1"),
+    "rewards.pickscore_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "rewards.hpsv2": Key("", "HPS_v2.1_compressed.pt"),
+    "rewards.hpsv2_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "rewards.hpsv3": Key("", "HPSv3.safetensors; empty: its package downloads it"),
+    "rewards.aesthetic_head": Key("", "the MLP's file, sac+logos+ava1-l14-linearMSE.pth"),
+    "rewards.imagereward": Key("", "ImageReward.pt"),
+    "rewards.imagereward_tokenizer": Key("google-bert/bert-base-uncased"),
+    "rewards.geneval_detector": Key("facebook/mask2former-swin-small-coco-instance"),
+    "rewards.geneval_score": Key(
+        "soft", "what is trained", choices=("soft", "strict", "official", "flow_grpo")
+    ),
+    "rewards.deqa": Key("zhiyuanyou/DeQA-Score-Mix3", "runs the code that comes with it"),
+    "rewards.ocr_processes": Key(4, "of each rank", least=1, most=1000),
+    "rewards.ocr_side": Key(
+        384, "pixels to which rapidocr shrinks an image's longer side", least=32, most=16_384
+    ),
     # OpenAI-style endpoints; a key, if one is needed, is read from FLOW_GRPO_JUDGE_KEY.
-    rewards.unifiedreward_url = "http://127.0.0.1:17140/v1"
-    rewards.unifiedreward_model = "UnifiedReward-7b-v1.5"
-    rewards.qwenvl_url = "http://127.0.0.1:17141/v1"
-    rewards.qwenvl_model = "Qwen/Qwen2.5-VL-7B-Instruct"
-    rewards.judge_templates = ""  # a folder whose <reward>.txt replaces that of the reward
-    rewards.judge_concurrency = 16  # requests at a time
-    rewards.judge_timeout_s = 120.0  # of one answer, retries included
+    "rewards.unifiedreward_url": Key("http://127.0.0.1:17140/v1"),
+    "rewards.unifiedreward_model": Key("UnifiedReward-7b-v1.5"),
+    "rewards.qwenvl_url": Key("http://127.0.0.1:17141/v1"),
+    "rewards.qwenvl_model": Key("Qwen/Qwen2.5-VL-7B-Instruct"),
+    "rewards.judge_templates": Key("", "a folder whose <reward>.txt replaces that of the reward"),
+    "rewards.judge_concurrency": Key(16, "requests at a time", least=1, most=1000),
+    "rewards.judge_timeout_s": Key(120.0, "of one answer, with retries", above=0, most=10**6),
+}
 
-    config.lock()
+
+def base(objective: str | None = "grpo") -> ml_collections.ConfigDict:
+    """Return the defaults of an objective's run, locked: setting another key is an error.
+
+    objective: see config.objective; None: the common keys alone, which needs no torch.
+    """
+    config = keys.build(COMMON)
+    config.objective = ""
+    return config if objective is None else with_objective(config, objective)
+
+
+def with_objective(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+    """Set config.objective and add its keys. What the run has set already stays as it is.
+
+    Other objectives' keys stay too. Raises ValueError if there is no such objective.
+    """
+    before, config.objective = of_objective(config), name
+    for key, declared in of_objective(config).items():
+        known, former = keys.has(config, key), before.get(key, declared)
+        if not known or (former != declared and keys.get(config, key) == former.default):
+            keys.put(config, key, declared)
     return config
 
 
-def select(runs: dict, name: str) -> ml_collections.ConfigDict:
-    """Return the config of the run `name` among a module's public functions."""
-    known = {key: run for key, run in runs.items() if callable(run) and not key.startswith("_")}
-    for helper in ("base", "select", "get_config"):
-        known.pop(helper, None)
+def of_objective(config: ml_collections.ConfigDict) -> dict[str, Key]:
+    """Return the keys that config.objective's class declares."""
+    if not config.objective:
+        return {}
+    from flow_grpo.objectives.registry import find  # needs torch
+
+    declared = find(config.objective).keys
+    if clash := COMMON.keys() & declared:
+        raise ValueError(
+            f"config.objective={config.objective!r} declares {', '.join(sorted(clash))}, which "
+            f"config/base.py has already. Give its own keys a section of their own."
+        )
+    return declared
+
+
+def keys_of(config: ml_collections.ConfigDict) -> dict[str, Key]:
+    """Return every key that a config's run reads, for keys.check()."""
+    return COMMON | of_objective(config)
+
+
+def runs_of(module: dict) -> list[str]:
+    """List the runs of a config file, given its globals(): its own public functions."""
+    own = {name: each for name, each in module.items() if inspect.isfunction(each)}
+    own = [name for name, each in own.items() if each.__module__ == module["__name__"]]
+    return [name for name in own if not name.startswith("_") and name != "get_config"]
+
+
+def select(module: dict, name: str) -> ml_collections.ConfigDict:
+    """Return the config of the run `name` of a config file, given its globals()."""
+    known = runs_of(module)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, known)
         raise ValueError(f"--config: no run {name!r}; there are {', '.join(sorted(known))}.{hint}")
-    return known[name]()
+    return module[name]()

@@ -7,9 +7,9 @@ def get_config(name="shapes_sd3"):
     return select(globals(), name)
 
 
-def _testbed():
+def _testbed(objective):
     """A 2.3 M parameter SD3 learns to draw the shapes that it was asked for."""
-    config = base()
+    config = base(objective)
     config.pretrained.model = "scripts/testbed/base"
     config.dataset = "dataset/shapes"
     config.reward_fn = {"shapes": 1.0}
@@ -40,8 +40,7 @@ def _testbed():
 
 def shapes_sd3():
     """DiffusionNFT: ODE rollouts, no log-probs; here it learns most from a picture."""
-    config = _testbed()
-    config.objective = "nft"
+    config = _testbed("nft")
     config.num_epochs = 40  # the gradient's norm grows; without an end it would run away
     config.eval_freq = 10
     config.sample.noise_level = 0.0
@@ -55,8 +54,7 @@ def shapes_sd3():
 
 def shapes_sd3_grpo():
     """Flow-GRPO-Fast: SDE rollouts, three trained steps from a random start."""
-    config = _testbed()
-    config.objective = "grpo"
+    config = _testbed("grpo")
     config.num_epochs = 160
     config.eval_freq = 40
     config.sample.sde_window_size = 3

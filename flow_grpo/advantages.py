@@ -66,20 +66,6 @@ def zero_std_fraction(scores: Tensor, group: Tensor) -> float:
     return (num_groups - len(index[present][centred != 0].unique())) / num_groups
 
 
-def win_rates(results: Tensor) -> Tensor:
-    """Turn the results of all pairs of a group into scores.
-
-    results: (G, G), [i, j] is 1 where i beats j, 0 where it loses, 1/2 for a tie or no verdict; the
-    diagonal is ignored. Returns (G,) float64 in [0, 1], with sum G / 2 (Pref-GRPO).
-    """
-    size = len(results)
-    assert results.shape == (size, size) and size > 1, results.shape
-    others = ~torch.eye(size, dtype=torch.bool, device=results.device)
-    results = results.double()
-    assert ((results + results.T)[others] == 1).all(), "[i, j] and [j, i] must add up to 1"
-    return torch.where(others, results, 0).sum(1) / (size - 1)
-
-
 def _group_index(group: Tensor) -> Tensor:
     """Number the groups from 0; all rows are one group if no group has a second row."""
     ids, index = torch.unique(group, return_inverse=True)

@@ -1,10 +1,11 @@
-"""What every command shows: one message at a user's mistake, a bar for long work."""
+"""What every command shows: one message at a user's mistake, a hint, a bar for long work."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -22,6 +23,17 @@ def user_errors() -> Iterator[None]:
         if os.environ.get("FLOW_GRPO_TRACEBACK"):
             raise
         sys.exit(f"ValueError: {error}")
+
+
+def did_you_mean(
+    word: object, known: Iterable[str], *, shown: str = "{!r}", cutoff: float = 0.6
+) -> str:
+    """Return a sentence that names the known word nearest to a wrong one; "" if none is near.
+
+    shown: how the sentence writes it. cutoff: how near it must be, 1 for equal.
+    """
+    near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {shown.format(near[0])}?" if near else ""
 
 
 def progress(total: int, desc: str, *, shown: bool = True, initial: int = 0) -> tqdm:

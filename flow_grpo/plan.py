@@ -79,7 +79,7 @@ class Plan:
             "sampling": num_sampled * (2 if guided else 1),
             "forward and backward": trained * of_row.trained * train.num_inner_epochs,
             "frozen predictions": trained * of_row.frozen * train.num_inner_epochs,
-            "old log-probs": trained * of_row.prepared,
+            "before the first update": trained * of_row.prepared,
         }
 
     def in_order(self, rows: list[np.ndarray], epoch: int) -> Updates:
@@ -188,7 +188,7 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
             f"a multiple of sample.num_image_per_prompt {group_size}. Change one of the four."
         )
     micro_batch_size = _micro_batch_size(config)
-    if micro_batch_size < 1 or rows % micro_batch_size:
+    if rows % micro_batch_size:
         raise ValueError(
             f"config.train.batch_size={micro_batch_size} does not divide the {rows} pictures of a "
             f"rank's epoch (sample.train_batch_size x sample.num_batches_per_epoch)."

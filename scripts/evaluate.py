@@ -30,10 +30,10 @@ from flow_grpo.evaluation.evaluate import score_prompts, spread
 from flow_grpo.launch import entry, model_files, preflight, provenance, settings, weights
 from flow_grpo.launch.evaluator import build_evaluator
 from flow_grpo.launch.weights import Weights
+from flow_grpo.parallel import launched
 from flow_grpo.parallel.stop import Stopped
 from flow_grpo.prompts import Prompt
 from flow_grpo.report.sheets import captioned_sheet, side_by_side
-from flow_grpo.training import folders
 from flow_grpo.training.checkpoint import PACKAGES
 
 MUST_AGREE = (  # for an evaluation to repeat that of the run
@@ -112,11 +112,7 @@ def read(argv: list[str]) -> Job:
     names = args.checkpoint or [weights.BASE]
     if len(names) > 2:
         raise ValueError(f"--checkpoint was given {len(names)} times: one or two are needed.")
-    if folders.uses_deepspeed():
-        raise ValueError(
-            "an evaluation has nothing for DeepSpeed to shard. Launch it with "
-            "--config_file scripts/accelerate_configs/multi_gpu.yaml."
-        )
+    launched.refuse_shards()
     prompts = preflight.check_evaluation(config)
     found = [weights.find(name) for name in names]
     for each in found:
@@ -147,7 +143,7 @@ def score(job: Job, number: int) -> Result:
     checkpoint, prompts = job.checkpoints[number], job.prompts
     folder = job.out / ("first", "second")[number] if len(job.checkpoints) == 2 else job.out
     evaluator = build_evaluator(job.config, job.family, checkpoint, prompts)
-    evaluator.accelerator.wait_for_everyone()  # all have seen --out empty
+    evaluator.ranks.barrier()  # all have seen --out empty
     pictures = folder / "images"
     (pictures if job.write_images else folder).mkdir(parents=True, exist_ok=True)
 
@@ -157,8 +153,7 @@ def score(job: Job, number: int) -> Result:
 
     result = Result(*score_prompts(evaluator, prompts, spread(len(prompts)), keep))
     evaluator.scorer.close()
-    evaluator.accelerator.free_memory()
-    evaluator.accelerator.wait_for_everyone()
+    evaluator.ranks.barrier()
     if is_main_process():
         tqdm.write(f"\n{checkpoint.name} ({checkpoint.kind}), {len(prompts)} rows")
         write_result(job, checkpoint, folder, result)

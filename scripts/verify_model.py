@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--prompt", action="append", help="give two or more, of unequal length; default: ours"
     )
-    args, config = parser.parse_args(argv[1:]), base()
+    args, config = parser.parse_args(argv[1:]), base(None)
     with user_errors():
         if args.prompt and len(args.prompt) < 2:
             raise ValueError(f"--prompt={args.prompt[0]!r}: two prompts are needed, or none.")

@@ -31,3 +31,9 @@ def call(monkeypatch):
         runpy.run_path(str(Path(__file__).parents[1] / "dataset" / name), run_name="__main__")
 
     return run
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """Reward servers may take their time over saying how they are."""
+    monkeypatch.setattr("flow_grpo.rewards.remote.health.HEALTH_S", 600.0)

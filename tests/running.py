@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
+from flow_grpo.objectives.registry import OBJECTIVES
 from flow_grpo.parallel import stop
 from flow_grpo.training import collect
 from flow_grpo.training.run import Run
@@ -55,8 +56,15 @@ SMALL = {
 
 
 def arguments(folder: Path, **overrides) -> list[str]:
-    """Return a command line; keys are config keys with "__" for the dot."""
-    settings = SMALL | {"dataset": folder / "prompts", "logdir": folder / "logs"}
+    """Return a command line; keys are config keys with "__" for the dot.
+
+    Of SMALL, what the chosen objective of OBJECTIVES does not read is left out.
+    """
+    chosen = OBJECTIVES.get(overrides.get("objective", "grpo"))
+    foreign = {key for each in OBJECTIVES.values() for key in each.keys} if chosen else set()
+    foreign -= set(chosen.keys if chosen else ())
+    settings = {key: value for key, value in SMALL.items() if key not in foreign}
+    settings |= {"dataset": folder / "prompts", "logdir": folder / "logs"}
     settings |= {"pretrained.model": folder / "sd3"}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
     keys = [f"--config.{key}={value}" for key, value in settings.items()]
@@ -135,7 +143,12 @@ def metrics(folder: Path) -> list[dict]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Return the trained weights of a run's last checkpoint."""
     last = max((folder / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
-    return load_file(last / "weights.safetensors")
+    return checkpoint_weights(last)
+
+
+def checkpoint_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the policy's and the snapshots' weights in a checkpoint, as "policy/<weight>" ..."""
+    return load_file(folder / "weights-0.safetensors")
 
 
 def gate(folder: Path, figure: str = "log_ratio") -> dict[str, float]:
@@ -156,11 +169,37 @@ def break_losses(run: Run, broken: set[int]) -> None:
             value.value = value.value * float("nan")
         return value
 
-    def counted(function):
-        return lambda: (tried.append(1), calls.clear(), function())[-1]
+    def counted(*numbers):
+        tried.append(1)
+        calls.clear()
+        return finish(*numbers)
 
-    run.objective.loss = loss
-    run.updater.step, run.updater.skip = counted(run.updater.step), counted(run.updater.skip)
+    finish = run.updater.finish
+    run.objective.loss, run.updater.finish = loss, counted
+
+
+class Watched:
+    """A scoring whose batches are counted and whose result is changed."""
+
+    def __init__(self, scoring, held_out, batches, change):
+        self.scoring, self.held_out, self.batches, self.change = scoring, held_out, batches, change
+
+    def add(self, batch) -> None:
+        self.batches.append((len(batch), self.held_out))
+        self.scoring.add(batch)
+
+    def result(self, patience_s) -> dict:
+        return self.change(self.scoring.result(patience_s), self.held_out)
+
+
+def watch_scores(run: Run, change=lambda scores, held_out: scores) -> list[tuple[int, bool]]:
+    """Return what will hold each sampling call's number of images and whether it evaluates.
+
+    change: what becomes of the scores of an epoch or an evaluation.
+    """
+    start, batches = run.scorer.start, []
+    run.scorer.start = lambda held_out=False: Watched(start(held_out), held_out, batches, change)
+    return batches
 
 
 def record_rollouts(folder: Path, rank: int) -> None:
@@ -196,11 +235,11 @@ if __name__ == "__main__":  # train_sd3.py with something done to it, as MODE sa
     if mode == "patient":  # however long a launcher takes to repeat a signal
         stop.PATIENCE_S = math.inf
     trained = entry.prepare(sys.argv, SD3, DEFAULT)
-    rank = trained.accelerator.process_index
+    rank = trained.ranks.rank
     if mode.startswith("die after update "):
         die_after(trained, int(mode.split()[-1]))
     elif mode.startswith("/"):
         record_rollouts(Path(mode), rank)
-    elif mode == "break" and rank == trained.accelerator.num_processes - 1:
+    elif mode == "break" and rank == trained.ranks.num_ranks - 1:
         break_losses(trained, {0})  # the others must learn of it
     entry.leave(entry.execute(trained))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -18,13 +19,31 @@ from pathlib import Path
 import httpx
 import numpy as np
 import uvicorn
+from waiting import HANG_S
 
 from flow_grpo.reward_server.app import Limits, create_app
 from flow_grpo.reward_server.batcher import Batcher
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.remote.client import RemoteReward
 from flow_grpo.rewards.remote.servers import Servers
 
 ROOT = Path(__file__).parent.parent
+HTTP = httpx.Client(verify=False, timeout=HANG_S)  # one: each loads certificates, a slow thing
+
+
+class Clock:
+    """Time that passes while someone sleeps, and when a test says so."""
+
+    def __init__(self):
+        self.now, self.slept = 1000.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+        await asyncio.sleep(0)
 
 
 class Running:
@@ -35,10 +54,19 @@ class Running:
 
 
 @contextmanager
-def serve(score: Callable, *, name="mean", token="", max_rows=64, **limits) -> Iterator[Running]:
+def serve(
+    score: Callable,
+    *,
+    name="mean",
+    token="",
+    max_rows=64,
+    compares=False,
+    clock=time.monotonic,
+    **limits,
+) -> Iterator[Running]:
     """Serve a function of a Batch with uvicorn; limits: of Limits."""
-    batcher = Batcher(score, max_rows, linger_s=0.005)
-    app = create_app(name, batcher, replace(Limits(), **limits), token)
+    batcher = Batcher(score, max_rows, linger_s=0.005, clock=clock)
+    app = create_app(name, batcher, replace(Limits(), **limits), token, compares)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
     config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
@@ -51,7 +79,7 @@ def serve(score: Callable, *, name="mean", token="", max_rows=64, **limits) -> I
         yield Running(f"http://127.0.0.1:{listener.getsockname()[1]}", batcher)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(HANG_S)
         listener.close()
 
 
@@ -98,8 +126,11 @@ def reply(handler: BaseHTTPRequestHandler, status: int, body, **headers) -> None
 
 
 @contextmanager
-def client(*urls: str, name="mean", timeout_s=5.0, **more) -> Iterator[RemoteReward]:
-    reward = RemoteReward(name, Servers({name: list(urls)}, timeout_s, **more))
+def client(
+    *urls: str, name="mean", timeout_s=HANG_S, clock: Clock | None = None, **more
+) -> Iterator[RemoteReward]:
+    time = (clock, clock.sleep) if clock else ()
+    reward = RemoteReward(name, Servers({name: list(urls)}, timeout_s, **more), *time)
     try:
         yield reward
     finally:
@@ -108,8 +139,13 @@ def client(*urls: str, name="mean", timeout_s=5.0, **more) -> Iterator[RemoteRew
 
 def wait_for_requests(server: Running, count: int) -> None:
     """Wait until so many requests are with a server."""
-    deadline = time.monotonic() + 60
-    while httpx.get(f"{server.url}/health").json()["waiting"] < count:
+    wait_until(lambda: HTTP.get(f"{server.url}/health").json()["waiting"] >= count)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for something to become true, whatever time it takes."""
+    deadline = time.monotonic() + HANG_S
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -124,8 +160,10 @@ def pictures(count: int, side: int = 8, seed: int = 0) -> list[np.ndarray]:
     return list(rng.integers(0, 256, (count, side, side + 1, 3), dtype=np.uint8))
 
 
-def blank(count: int) -> tuple[list[str], list[dict]]:
-    return [""] * count, [{}] * count
+def rows(images: list[np.ndarray], **more) -> Batch:
+    """Images without prompts, or with what is given."""
+    blank = {"prompts": [""] * len(images), "metadata": [{}] * len(images)}
+    return Batch(images, **(blank | more))
 
 
 def free_port() -> int:
@@ -139,14 +177,16 @@ def start(name: str, port: int, *more: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [*command, str(port), *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    deadline = time.monotonic() + 60
-    while True:
+
+    def answers() -> bool:
+        assert process.poll() is None, process.communicate()
         try:
-            httpx.get(f"http://127.0.0.1:{port}/health")
-            return process
+            return HTTP.get(f"http://127.0.0.1:{port}/health").status_code == 200
         except httpx.TransportError:
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.1)
+            return False
+
+    wait_until(answers)
+    return process
 
 
 @contextmanager
@@ -156,6 +196,6 @@ def started(name: str, *more: str) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{port}"
         server.send_signal(signal.SIGTERM)
-        assert server.wait(30) == 0
+        assert server.wait(HANG_S) == 0
     finally:
         server.kill()

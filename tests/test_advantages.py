@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from config.base import base
-from flow_grpo.advantages import gdpo_advantages, group_advantages, win_rates, zero_std_fraction
+from flow_grpo.advantages import gdpo_advantages, group_advantages, zero_std_fraction
 from flow_grpo.objectives.ratio.grpo import GRPO
 from flow_grpo.sampling import Schedule
 
@@ -207,24 +207,6 @@ def test_gdpo_adds_only_the_weighted_rewards_in_any_order():
     assert torch.equal(gdpo_advantages(scores, backwards, group), expected)
     one = gdpo_advantages(TOTAL, {"b": 3.0}, PAIR)
     close(one, group_advantages(TOTAL["b"], PAIR, std="group", epsilon=0), atol=1e-9)
-
-
-def test_win_rates_of_a_group_of_four():
-    # (0,1)=0 (0,2)=1 (0,3)=1/2 (1,2)=1 (1,3)=1 (2,3)=0, seen from the first
-    results = torch.tensor([[NAN, 0, 1, 0.5], [1, NAN, 1, 1], [0, 0, NAN, 0], [0.5, 0, 1, NAN]])
-    rates = win_rates(results)
-    assert rates.tolist() == [0.5, 1, 0, 0.5]
-    expected = [0, 1.4138136755, -1.4138136755, 0]
-    close(group_advantages(rates, torch.zeros(4).long(), std="group"), expected, 2e-10)
-
-
-def test_win_rates_sum_to_half_the_group():
-    generator = torch.Generator().manual_seed(0)
-    upper = torch.randint(0, 3, (9, 9), generator=generator).double().div(2).triu(1)
-    results = upper + (1 - upper.T).tril(-1)
-    close(win_rates(results).sum(), 4.5)
-    with pytest.raises(AssertionError, match="add up to 1"):
-        win_rates(upper)
 
 
 # GRPO's targets

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from accelerate import Accelerator
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 
 from config.base import base
+from flow_grpo.parallel.plain import Plain
 from flow_grpo.report import output
 from flow_grpo.training.optimizer import learning_rate
 from flow_grpo.training.snapshots import Snapshots, ema_decay
@@ -27,6 +27,13 @@ def layer():
     return torch.nn.Linear(3, 2)
 
 
+def snapshots_of(module, names, use_lora=False):
+    engine = Plain("no", cpu=True)
+    trained = [param for param in module.parameters() if param.requires_grad]
+    engine.wrap(module, torch.optim.SGD(trained), max_grad_norm=0)
+    return Snapshots(engine, names, use_lora)
+
+
 def weights(module):
     return torch.cat([param.detach().flatten().clone() for param in module.parameters()])
 
@@ -34,7 +41,7 @@ def weights(module):
 def test_an_average_of_one_two_three_is_as_computed_by_hand():
     module = layer()
     torch.nn.init.zeros_(module.weight), torch.nn.init.zeros_(module.bias)
-    snapshots = Snapshots(module, ["ema"], use_lora=False)
+    snapshots = snapshots_of(module, ["ema"])
     for update, expected in enumerate([0.9, 1.8, 2.7]):
         for param in module.parameters():
             param.data += 1
@@ -48,7 +55,7 @@ def test_an_average_of_one_two_three_is_as_computed_by_hand():
 def test_a_snapshot_is_swapped_in_and_the_policy_comes_back_bit_for_bit():
     module = layer()
     held = weights(module)
-    snapshots = Snapshots(module, ["old", "reference"], use_lora=False)
+    snapshots = snapshots_of(module, ["old", "reference"])
     with torch.no_grad():
         module.weight += 1 / 3
     own = weights(module)
@@ -66,7 +73,7 @@ def test_a_snapshot_is_swapped_in_and_the_policy_comes_back_bit_for_bit():
 def test_snapshots_hold_trained_weights_alone_in_fp32_and_survive_a_file():
     module = layer().bfloat16()
     module.bias.requires_grad_(False)
-    snapshots = Snapshots(module, ["old"], use_lora=False)
+    snapshots = snapshots_of(module, ["old"])
     state = {name: tensor.clone() for name, tensor in snapshots.state_dict().items()}
     assert list(state) == ["old/weight"] and state["old/weight"].dtype == torch.float32
     with torch.no_grad():
@@ -78,28 +85,31 @@ def test_snapshots_hold_trained_weights_alone_in_fp32_and_survive_a_file():
 
 
 def test_the_reference_of_a_lora_is_the_module_without_it():
-    module, calls = layer(), []
-    module.disable_adapters = lambda: calls.append("off")
-    module.enable_adapters = lambda: calls.append("on")
-    snapshots = Snapshots(module, ["reference"], use_lora=True)
-    assert snapshots.state_dict() == {}
+    rows, module = torch.ones(1, 3), torch.nn.Sequential(layer())
+    base = module(rows)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), module)
+    policy = module(rows)
+    snapshots = snapshots_of(module, ["reference"], use_lora=True)
+    assert snapshots.state_dict() == {} and not torch.equal(policy, base)
     with pytest.raises(KeyError, match="inside"), snapshots.using("reference"):
-        assert calls == ["off"]
+        assert torch.equal(module(rows), base)
         raise KeyError("inside")
-    assert calls == ["off", "on"]
+    assert torch.equal(module(rows), policy)
 
 
-def test_a_weight_that_did_not_train_does_not_train_after_the_reference_was_asked():
+def test_a_weight_that_did_not_train_does_not_train_after_a_snapshot_was_asked():
     """peft lets every adapter train that it switches on again."""
     module = tiny.patched("qwenimage").transformer
     module.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q", "attn.add_q_proj"]))
     for name, param in module.named_parameters():
         param.requires_grad_("lora_" in name and "add_q_proj" not in name)
     before = [name for name, param in module.named_parameters() if param.requires_grad]
-    with Snapshots(module, ["reference"], use_lora=True).using("reference"):
-        pass
-    after = [name for name, param in module.named_parameters() if param.requires_grad]
-    assert after == before and 0 < len(before)
+    snapshots = snapshots_of(module, ["old", "reference"], use_lora=True)
+    for name in ("reference", "old", "policy"):
+        with snapshots.using(name):
+            pass
+        after = [name for name, param in module.named_parameters() if param.requires_grad]
+        assert after == before and 0 < len(before)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +142,7 @@ def test_statistics_are_weighted_moments_in_all_and_per_step():
             torch.from_numpy(bins[part]),
             torch.from_numpy(weight[part]),
         )
-    accelerator = Accelerator(cpu=True)
-    metrics = statistics.collect(accelerator)
+    metrics = statistics.metrics(statistics.sums().tolist())
     for suffix, rows in {"": bins >= 0, "/0": bins == 0, "/2": bins == 2, "/4": bins == 4}.items():
         mean = np.average(ratio[rows], weights=weight[rows])
         variance = np.average((ratio[rows] - mean) ** 2, weights=weight[rows])
@@ -141,7 +150,9 @@ def test_statistics_are_weighted_moments_in_all_and_per_step():
         assert metrics[f"ratio{suffix}_std"] == pytest.approx(math.sqrt(variance), rel=1e-6)
         expected = np.average(loss[rows], weights=weight[rows])
         assert metrics[f"loss{suffix}"] == pytest.approx(expected, rel=1e-9)
-    assert len(metrics) == 4 * 3 and statistics.collect(accelerator) == {}
+    assert len(metrics) == 4 * 3
+    nothing = Statistics(6, torch.device("cpu"))
+    assert nothing.metrics(nothing.sums().tolist()) == {}
 
 
 def test_the_timer_adds_up_phases_and_starts_again():

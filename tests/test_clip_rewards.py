@@ -13,6 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from config.base import base
 from flow_grpo.rewards import loading
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.clip import encoder
 from tests.tiny.parts import clip_tokenizer, seeded
 
@@ -96,7 +97,7 @@ def truth(folder):
 def score(name, settings, references=None):
     loading.check(name, settings, PROMPTS, [{"image": "a.png"}] * len(PROMPTS))
     scorer = loading.load(name, settings, "cpu")
-    return scorer(PICTURES, PROMPTS, [{}] * len(PROMPTS), references)[name]
+    return scorer(Batch(PICTURES, PROMPTS, [{}] * len(PROMPTS), references))[name]
 
 
 @pytest.mark.parametrize(("name", "divisor"), [("pickscore", 26), ("clipscore", 30)])
@@ -168,7 +169,7 @@ def test_scores_do_not_depend_on_how_pictures_are_batched(settings, monkeypatch)
 def test_a_video_is_refused(settings):
     with pytest.raises(ValueError, match=r"clipscore scores pictures .* got \(2, 8, 8, 3\)"):
         scorer = loading.load("clipscore", settings, "cpu")
-        scorer([np.zeros((2, 8, 8, 3), np.uint8)], ["a"], [{}])
+        scorer(Batch([np.zeros((2, 8, 8, 3), np.uint8)], ["a"], [{}]))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import running
 import torch
 
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
 from flow_grpo.training import collect
 
@@ -57,7 +58,7 @@ def test_an_advantage_belongs_to_the_picture_beside_it(arguments):
             for picture in (call.movedim(1, -1) * 255).round().to(torch.uint8).numpy()
         ]
         none = [None] * len(pictures)
-        rewards = jpeg_incompressibility(pictures, none, none)["jpeg_incompressibility"]
+        rewards = jpeg_incompressibility(Batch(pictures, none, none))["jpeg_incompressibility"]
         rewards = grouped(torch.from_numpy(rewards))
         expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)
         assert len(expected.unique()) == expected.numel()

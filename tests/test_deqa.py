@@ -9,10 +9,10 @@ import json
 import numpy as np
 import pytest
 import serving
-from waiting import HANG_S
 
 from config.base import base
 from flow_grpo.rewards import loading
+from flow_grpo.rewards.batch import Batch
 
 CODE = """
 import numpy as np
@@ -58,14 +58,14 @@ WANTED = [(1 + 4 * (n % 6) / 5) / 5 for n in range(20)]
 def test_score_is_the_opinion_divided_by_five(folder):
     settings = loading.settings(base()) | {"deqa": folder}
     loading.check("deqa", settings, ["p"], [{}])
-    found = loading.load("deqa", settings, "cpu")(PICTURES, ["p"] * 20, [{}] * 20)
+    found = loading.load("deqa", settings, "cpu")(Batch(PICTURES, ["p"] * 20, [{}] * 20))
     np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)
 
 
 def test_a_server_gives_a_client_the_same(folder):
     with (
         serving.started("deqa", f"--set=deqa={folder}", "--device=cpu") as url,
-        serving.client(url, name="deqa", timeout_s=HANG_S) as reward,
+        serving.client(url, name="deqa") as reward,
     ):
-        found = reward(PICTURES, ["p"] * 20, [{}] * 20)
+        found = reward(Batch(PICTURES, ["p"] * 20, [{}] * 20))
     np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)

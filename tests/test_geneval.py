@@ -18,7 +18,8 @@ from transformers.models.mask2former.image_processing_pil_mask2former import (
 )
 
 from config.base import base
-from flow_grpo.rewards import loading
+from flow_grpo.rewards import loading, options
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import detector, geneval
 from flow_grpo.rewards.rules.geneval_rules import CLASSES, COLORS, Found
 from tests.test_clip_rewards import folder as clip_folder  # noqa: F401
@@ -176,7 +177,7 @@ def test_scores_are_the_rules_verdicts_on_what_was_found(trained, settings, monk
     sure = [{"dog": [dog] * 3}, {"dog": [dog]}, {"dog": [dog._replace(confidence=0.5)]}]
     monkeypatch.setattr(scorer, "detect", lambda images: sure)
     row = {"tag": "counting", "include": [{"class": "dog", "count": 1}]}
-    found = scorer(PICTURES, ["a dog"] * 3, [row] * 3)
+    found = scorer(Batch(PICTURES, ["a dog"] * 3, [row] * 3))
     columns = {
         "soft": [0, 1, 0],
         "strict": [0, 1, 0],
@@ -192,7 +193,7 @@ def test_the_scorer_runs_from_pictures_to_scores(settings):
     rows = [{"tag": "colors", "include": [{"class": c, "count": 1, "color": "red"}]}
             for c in CLASSES[:3]]  # fmt: skip
     loading.check("geneval", settings, ["p"] * 3, rows)
-    found = loading.load("geneval", settings, "cpu")(PICTURES, ["p"] * 3, rows)
+    found = loading.load("geneval", settings, "cpu")(Batch(PICTURES, ["p"] * 3, rows))
     assert {"geneval", "geneval_soft", "geneval_strict", "geneval_official"} == set(found)
     assert all(np.isin(found[f"geneval_{n}"], (0, 1)).all() for n in ("strict", "official"))
     assert ((found["geneval"] >= 0) & (found["geneval"] <= 1)).all()
@@ -203,4 +204,4 @@ def test_a_prompt_that_can_not_be_judged_is_named_before_anything_loads(settings
     with pytest.raises(ValueError, match="'a unicorn' can't be judged: 'unicorn' is none of"):
         loading.check("geneval", settings, ["a unicorn"], [row])
     with pytest.raises(ValueError, match="geneval_score='best': one of soft, strict"):
-        loading.check("geneval", settings | {"geneval_score": "best"}, [], [])
+        options.settings(["geneval_score=best"])

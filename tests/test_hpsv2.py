@@ -11,6 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from config.base import base
 from flow_grpo.rewards import loading
+from flow_grpo.rewards.batch import Batch
 from tests.test_clip_rewards import prepared
 from tests.tiny.parts import clip_tokenizer
 
@@ -122,7 +123,7 @@ class ByHand:
 
 def test_score_is_the_cosine_of_open_clips_model_done_by_hand(settings, weights):
     loading.check("hpsv2", settings, PROMPTS, [{}] * 3)
-    found = loading.load("hpsv2", settings, "cpu")(PICTURES, PROMPTS, [{}] * 3)["hpsv2"]
+    found = loading.load("hpsv2", settings, "cpu")(Batch(PICTURES, PROMPTS, [{}] * 3))["hpsv2"]
     model = ByHand(weights)
     pairs = zip(PICTURES, PROMPTS, strict=True)
     wanted = [(model.look(image) @ model.read(prompt)).item() for image, prompt in pairs]
@@ -134,7 +135,7 @@ def test_the_file_without_the_training_state_around_it_is_the_same(settings, wei
     path = str(tmp_path / "bare.pt")
     torch.save(weights, path)
     scores = [
-        loading.load("hpsv2", settings | change, "cpu")(PICTURES, PROMPTS, [{}] * 3)["hpsv2"]
+        loading.load("hpsv2", settings | change, "cpu")(Batch(PICTURES, PROMPTS, [{}] * 3))["hpsv2"]
         for change in ({}, {"hpsv2": path})
     ]
     np.testing.assert_array_equal(*scores)

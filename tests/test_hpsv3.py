@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import serving
-from waiting import HANG_S
 
 from config.base import base
 from flow_grpo.rewards import loading
+from flow_grpo.rewards.batch import Batch
 
 PACKAGE = """
 import numpy as np
@@ -49,7 +49,7 @@ def settings(tmp_path, monkeypatch):
 
 def test_score_is_the_mean_of_the_packages_distribution(settings):
     loading.check("hpsv3", settings, PROMPTS, [{}] * 20)
-    found = loading.load("hpsv3", settings, "cpu")(PICTURES, PROMPTS, [{}] * 20)
+    found = loading.load("hpsv3", settings, "cpu")(Batch(PICTURES, PROMPTS, [{}] * 20))
     np.testing.assert_allclose(found["hpsv3"], WANTED, atol=1e-5)
 
 
@@ -57,9 +57,9 @@ def test_a_server_gives_a_client_the_same(settings):
     options = f"--set=hpsv3={settings['hpsv3']}", "--device=cpu"
     with (
         serving.started("hpsv3", *options) as url,
-        serving.client(url, name="hpsv3", timeout_s=HANG_S) as reward,
+        serving.client(url, name="hpsv3") as reward,
     ):
-        found = reward(PICTURES, PROMPTS, [{}] * 20)
+        found = reward(Batch(PICTURES, PROMPTS, [{}] * 20))
     np.testing.assert_allclose(found["hpsv3"], WANTED, atol=1e-5)
 
 

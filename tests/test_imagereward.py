@@ -13,6 +13,7 @@ from transformers import BertTokenizer
 
 from config.base import base
 from flow_grpo.rewards import loading
+from flow_grpo.rewards.batch import Batch
 from tests.test_clip_rewards import prepared
 
 WIDTH, PATCH, GRID = 64, 8, 4
@@ -138,7 +139,7 @@ def attend(query, key, value):
 
 def test_score_is_the_authors_model_done_by_hand(settings, weights):
     loading.check("imagereward", settings, PROMPTS, [{}] * 3)
-    found = loading.load("imagereward", settings, "cpu")(PICTURES, PROMPTS, [{}] * 3)
+    found = loading.load("imagereward", settings, "cpu")(Batch(PICTURES, PROMPTS, [{}] * 3))
     model = ByHand(weights)
     wanted = [model.score(*pair) for pair in zip(PICTURES, PROMPTS, strict=True)]
     assert np.ptp(wanted) > 0.05

@@ -6,7 +6,6 @@ Not seen with a real model: what is real is the HTTP and what is asked and made 
 import base64
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 
@@ -16,8 +15,13 @@ from PIL import Image
 
 from config.base import base
 from flow_grpo.rewards import loading
-from flow_grpo.rewards.judges import judge
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.judges import chat
+from flow_grpo.rewards.judges.chat import Chat
+from flow_grpo.rewards.judges.unifiedreward import win_rates
 
+HANG_S = 600.0  # of a test that hangs
+DRIPS = "drips"
 RNG = np.random.default_rng(0)
 PICTURES = [RNG.integers(0, 256, (8, 8 + n, 3), dtype=np.uint8) for n in range(6)]
 
@@ -30,11 +34,11 @@ def said(text):
 
 
 class Endpoint:
-    """Answers what `reply(pictures, text, count)` says: (status, body), or seconds to drip."""
+    """Answers what `reply(pictures, text, count)` says: (status, body), or DRIPS."""
 
     def __init__(self, reply):
         self.requests, self.at_once, self.most_at_once = [], 0, 0
-        self.lock, endpoint = threading.Lock(), self
+        self.lock, self.ended, endpoint = threading.Lock(), threading.Event(), self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
@@ -49,25 +53,23 @@ class Endpoint:
                 answer = reply(pictures, text["text"], count)
                 with endpoint.lock:
                     endpoint.at_once -= 1
-                if not isinstance(answer, tuple):
-                    return self.drip(answer)
+                if answer == DRIPS:
+                    return self.drip()
                 self.send_response(answer[0])
                 self.send_header("Content-Length", str(len(answer[1])))
                 self.end_headers()
                 self.wfile.write(answer[1])
 
-            def drip(self, seconds):
+            def drip(self):
                 self.send_response(200)
-                self.send_header("Content-Length", "1000")
+                self.send_header("Content-Length", "100000")
                 self.end_headers()
-                end = time.monotonic() + seconds
-                while time.monotonic() < end:
+                while not endpoint.ended.wait(0.02):
                     try:
                         self.wfile.write(b" ")
                         self.wfile.flush()
                     except OSError:
                         return
-                    time.sleep(0.05)
 
             def log_message(self, *arguments):
                 pass
@@ -75,7 +77,12 @@ class Endpoint:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self):
+        self.ended.set()
+        self.server.shutdown()
+        self.server.server_close()
 
 
 def decode(url):
@@ -87,26 +94,25 @@ def decode(url):
 @pytest.fixture
 def ask(monkeypatch):
     """Return ask(reward, reply, count=.., **settings) -> (columns, endpoint)."""
-    monkeypatch.setattr(judge, "BACKOFF_S", 0.01)
-    servers = []
+    monkeypatch.setattr(chat, "BACKOFF_S", 0.01)
+    endpoints = []
 
     def run(name, reply, count=1, group=None, **changes):
         endpoint = Endpoint(reply)
-        servers.append(endpoint.server)
+        endpoints.append(endpoint)
         urls = {"unifiedreward_url": endpoint.url, "qwenvl_url": endpoint.url}
-        settings = loading.settings(base()) | urls | changes
+        settings = loading.settings(base()) | {"judge_timeout_s": HANG_S} | urls | changes
         prompts = [f"prompt {n}" for n in range(count)]
         loading.check(name, settings, prompts, [{}] * count)
         scorer = loading.load(name, settings, "cpu")
         try:
-            return scorer(PICTURES[:count], prompts, [{}] * count, None, group), endpoint
+            return scorer(Batch(PICTURES[:count], prompts, [{}] * count, None, group)), endpoint
         finally:
             scorer.close()
 
     yield run
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    for endpoint in endpoints:
+        endpoint.close()
 
 
 @pytest.mark.parametrize(
@@ -148,12 +154,62 @@ def test_each_picture_is_asked_about_with_its_own_prompt(ask, monkeypatch):
 
 
 def test_questions_are_asked_several_at_a_time_but_no_more_than_allowed(ask):
-    def slow(*question):
-        time.sleep(0.15)
+    three = threading.Barrier(3)
+
+    def together(*question):
+        three.wait(HANG_S)
         return said("Final Score: 2")
 
-    _, endpoint = ask("unifiedreward", slow, count=6, judge_concurrency=3)
+    _, endpoint = ask("unifiedreward", together, count=6, judge_concurrency=3)
     assert endpoint.most_at_once == 3
+
+
+@pytest.fixture
+def chatter():
+    """Return chatter(reply) -> (Chat, Endpoint, pauses) whose time passes while it sleeps alone."""
+    made = []
+
+    def make(reply):
+        endpoint, pauses = Endpoint(reply), []
+        clock, sleep = lambda: sum(pauses), pauses.append
+        judge = Chat(endpoint.url, "m", 1, HANG_S, clock, sleep)
+        made.extend((judge, endpoint))
+        return judge, endpoint, pauses
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_a_question_is_not_asked_again_when_its_time_would_be_over(chatter, monkeypatch):
+    judge, endpoint, pauses = chatter(lambda *question: (503, b"busy"))
+    with pytest.raises(ConnectionError, match="503"):
+        judge.ask([(PICTURES[:1], "?")])
+    assert len(endpoint.requests) == chat.NUM_ATTEMPTS and len(pauses) == chat.NUM_ATTEMPTS - 1
+    assert all(0.5 <= pause <= 2**n for n, pause in enumerate(pauses))
+    monkeypatch.setattr(chat, "BACKOFF_S", 3 * HANG_S)  # the least pause is half of it
+    judge, endpoint, pauses = chatter(lambda *question: (503, b"busy"))
+    with pytest.raises(ConnectionError, match="503"):
+        judge.ask([(PICTURES[:1], "?")])
+    assert len(endpoint.requests) == 1 and not pauses
+
+
+def test_nothing_of_the_environment_is_sent_but_the_judge_s_own_key(chatter, monkeypatch, tmp_path):
+    """As the package openai would send OPENAI_CUSTOM_HEADERS, whatever key it is given."""
+    (tmp_path / "netrc").write_text("default login me password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for name in ("API_KEY", "ORG_ID", "PROJECT_ID", "CUSTOM_HEADERS", "BASE_URL"):
+        monkeypatch.setenv(f"OPENAI_{name}", "x-secret: secret")
+    for key in (None, "sesame"):
+        if key:
+            monkeypatch.setenv("FLOW_GRPO_JUDGE_KEY", key)
+        judge, endpoint, _ = chatter(lambda *question: said("yes"))
+        assert judge.ask([(PICTURES[:1], "?")]) == ["yes"]
+        ((_, headers, _),) = endpoint.requests
+        assert "secret" not in str(headers)
+        assert headers.get("Authorization") == (f"Bearer {key}" if key else None)
+        assert not [name for name in headers if name.lower().startswith(("openai", "x-"))]
 
 
 def test_a_busy_endpoint_is_asked_again_a_bounded_number_of_times(ask):
@@ -186,11 +242,14 @@ def test_an_answer_that_is_none_is_nan_and_counted(body, ask):
     assert not found["qwenvl_unparsed"].any()
 
 
-def test_an_endpoint_that_drips_is_given_up_at_the_deadline(ask):
-    start = time.monotonic()
-    with pytest.raises(ConnectionError, match="no complete answer in 0.5 s"):
-        ask("qwenvl", lambda *question: 30.0, judge_timeout_s=0.5)
-    assert time.monotonic() - start < 5
+def test_an_endpoint_that_drips_is_given_up_at_the_deadline(chatter):
+    def drip(*question):
+        passed.append(HANG_S + 1)
+        return DRIPS
+
+    judge, _, passed = chatter(drip)
+    with pytest.raises(ConnectionError, match="no complete answer in 600 s"):
+        judge.ask([(PICTURES[:1], "?")])
 
 
 def test_an_endpoint_that_is_not_there_is_named(ask):
@@ -264,3 +323,17 @@ def test_without_groups_there_is_nothing_to_compare(ask):
     assert loading.needs_groups("unifiedreward_pairs") and not loading.needs_groups("qwenvl")
     found, endpoint = ask("unifiedreward_pairs", widest, 3)
     assert np.isnan(found["unifiedreward_pairs"]).all() and not endpoint.requests
+
+
+def test_win_rates_of_a_group_of_four():
+    # (0,1)=0 (0,2)=1 (0,3) without a verdict (1,2)=1 (1,3)=1 (2,3)=0, seen from the first
+    nan = np.nan
+    results = np.array([[nan, 0, 1, nan], [1, nan, 1, 1], [0, 0, nan, 0], [nan, 0, 1, nan]])
+    assert win_rates(results).tolist() == [0.5, 1, 0, 0.5]
+
+
+def test_win_rates_sum_to_half_the_group():
+    upper = np.triu(RNG.integers(0, 3, (9, 9)) / 2, 1)
+    assert win_rates(upper + np.tril(1 - upper.T, -1)).sum() == pytest.approx(4.5, abs=1e-12)
+    with pytest.raises(AssertionError, match="add up to 1"):
+        win_rates(upper)

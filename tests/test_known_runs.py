@@ -8,7 +8,6 @@ objective, LoRA.
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import re
 import runpy
@@ -22,17 +21,13 @@ import tiny
 from PIL import Image
 
 from config import grpo
+from config.base import runs_of
 from flow_grpo import plan
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
 
 ROOT = Path(__file__).parent.parent
-RUNS = [
-    name
-    for name, run in vars(grpo).items()
-    if inspect.isfunction(run) and run.__module__ == grpo.__name__ and not name.startswith("_")
-]
-RUNS.remove("get_config")
+RUNS = runs_of(vars(grpo))
 FAST = {"clipscore_sd3", "geneval_sd3_fast_nocfg"}
 SLOW = {  # 39 trained steps; 19 of videos; the script and class of another
     "compressibility",
@@ -78,25 +73,27 @@ SCRIPTS = scripts()
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     """Return the function that writes a family's tiny pipeline once."""
-    folder, known = tmp_path_factory.mktemp("models"), {}
-
-    def write(family: str) -> Path:
-        if family not in known:
-            names = [n for n, (cls, _) in tiny.MODELS.items() if family == _path(cls)]
-            known[family] = tiny.save(names[0], folder / names[0])
-        return known[family]
-
-    return write
+    folder = tmp_path_factory.mktemp("models")
+    return lambda family: save_tiny(family, folder)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder of two data sets: prompts, and prompts with a reference picture."""
-    folder = tmp_path_factory.mktemp("data")
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def save_tiny(family: str, folder: Path) -> Path:
+    """Write a family's tiny pipeline into a folder of its own unless it is there; returns that."""
+    name = next(name for name, (cls, _) in tiny.MODELS.items() if family == _path(cls))
+    return folder / name if (folder / name).exists() else tiny.save(name, folder / name)
+
+
+def make_data(folder: Path) -> Path:
+    """Write two data sets, prompts and prompts with a reference picture; returns the folder."""
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     rows = [{"prompt": prompt, "image": "reference.png"} for prompt in running.PROMPTS[:2]]
     for name in ("texts", "edits"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(parents=True)
     Image.fromarray(pixels).save(folder / "edits" / "reference.png")
     for split in ("train", "test"):
         (folder / "texts" / f"{split}.txt").write_text("\n".join(running.PROMPTS[:2]))

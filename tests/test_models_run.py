@@ -124,27 +124,15 @@ def test_a_model_trains_and_its_lora_gives_the_same_picture_in_a_stock_pipeline(
     assert np.array_equal(trained, ours) and not np.array_equal(base, ours)
 
 
-def record_scored(run) -> list[int]:
-    """Return what will hold the number of pictures of each call of the rewards in training."""
-    score, counts = run.scorer.score, []
-
-    def counted(images, *rest):
-        if not rest[-1]:  # held_out: an evaluation
-            counts.append(len(images))
-        return score(images, *rest)
-
-    run.scorer.score = counted
-    return counts
-
-
 @MODELS
 def test_a_full_fine_tune_changes_every_matrix_and_exports_them(files, name):
     settings = {"use_lora": False, "train__learning_rate": 1e-3, "sample__sde_type": "cps"}
     run = running.prepare(arguments(files, name, run_name=f"{name}-full", **settings), family(name))
     start = {key: value.clone() for key, value in run.pipeline.transformer.state_dict().items()}
-    scored = record_scored(run)
+    scored = running.watch_scores(run)
     assert entry.execute(run) == 0
-    assert sum(scored) == run.config.num_epochs * run.plan.num_groups * run.plan.group_size
+    trained = sum(count for count, held_out in scored if not held_out)
+    assert trained == run.config.num_epochs * run.plan.num_groups * run.plan.group_size
     assert set(running.gate(run.folder).values()) == {0.0}
     trained = run.pipeline.transformer.state_dict()
     folder = run.folder / "checkpoints" / "checkpoint-4" / "transformer"

@@ -5,7 +5,9 @@ import torch
 from fixtures import F64, blank_batch, close
 
 from config.base import base
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.forward.nft import NFT, old_decay
+from flow_grpo.parallel.plain import Plain
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -23,7 +25,7 @@ SIGMAS = torch.tensor([1, 0.9, 0.7, 0.4, 0.1, 0])
 
 
 def objective(adv_clip_max=5.0, global_std=True, **nft):
-    config = base()
+    config = base("nft")
     config.nft.update({"kl_beta": 0.0} | nft)
     config.train.adv_clip_max = adv_clip_max
     config.sample.global_std = global_std
@@ -149,7 +151,9 @@ def test_the_old_policy_keeps_this_share_after_n_updates():
 @pytest.mark.parametrize("decay, num_updates, kept", [("on_policy", 300, 0), ("half", 300, 0.3)])
 def test_an_epoch_moves_the_old_policy_towards_the_policy(decay, num_updates, kept):
     layer = torch.nn.Linear(3, 2)
-    snapshots = Snapshots(layer, ("old",), use_lora=False)
+    engine = Plain("no", cpu=True)
+    engine.wrap(layer, torch.optim.SGD(layer.parameters()), max_grad_norm=0)
+    snapshots = Snapshots(engine, ("old",), use_lora=False)
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight += 1
@@ -216,3 +220,13 @@ def test_a_noising_depends_on_epoch_pass_group_member_and_time_alone():
         noises += [p.noise for p in nft.points(micro, randomness)]
     first = torch.cat(noises)[:, 0, 0]
     assert len(first.unique()) == 20 * 2 * 4
+
+
+@pytest.mark.parametrize("steps", [(1, 0), (2, 2), (4, 10)])
+def test_impossible_noise_levels_are_refused(steps):
+    config = base("nft")
+    config.nft.steps = (0, 9)
+    NFT.check(config, PatchedPipeline)
+    config.nft.steps = steps
+    with pytest.raises(ValueError, match="config.nft.steps=.* from 0 to 9 are needed, as config.s"):
+        NFT.check(config, PatchedPipeline)

@@ -14,10 +14,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from config.base import base
 from flow_grpo.rewards import base as rewards_base
-from flow_grpo.rewards import loading
+from flow_grpo.rewards import loading, options
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import ocr, ocr_engines
 from flow_grpo.rewards.rules.ocr_engines import Line, in_reading_order
 
+HANG_S = 600.0  # of a test that hangs
 SETTINGS = loading.settings(base()) | {"ocr_processes": 1}
 
 
@@ -150,7 +152,7 @@ def test_pictures_without_text_are_read_as_nothing_by_both_apis_of_paddleocr():
 
 def test_an_engine_is_never_chosen_by_what_is_installed(monkeypatch):
     with pytest.raises(ValueError, match="config.ocr_engine='tesseract': one of rapidocr, paddle"):
-        loading.check("ocr", SETTINGS | {"ocr_engine": "tesseract"}, [], [])
+        options.settings(["ocr_engine=tesseract"])
     there = {"rapidocr", "onnxruntime", "rapidfuzz"}
     monkeypatch.setattr(rewards_base, "find_spec", lambda name: name if name in there else None)
     with pytest.raises(ValueError, match=r"pip install 'flow_grpo\[paddleocr\]'"):
@@ -169,11 +171,11 @@ def test_pictures_and_videos_are_read_by_processes_that_end_with_the_scorer():
     blank = np.full((128, 256, 3), 255, np.uint8)
     scorer = loading.load("ocr", SETTINGS, "cpu")
     images, prompts = [written("OPEN"), written("OPFN"), blank], ['a sign "Open"'] * 3
-    found = scorer(images, prompts, [{}] * 3)
+    found = scorer(Batch(images, prompts, [{}] * 3))
     assert found["ocr"].tolist() == [1.0, 0.75, 0.0]
     (worker,) = multiprocessing.active_children()
     scorer.close()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG_S
     while worker.exitcode is None and time.monotonic() < deadline:
         time.sleep(0.05)  # the pool joins it as well: a join here may return without its status
     assert worker.exitcode == 0
@@ -185,7 +187,7 @@ def test_a_video_is_read_at_every_fourth_frame():
     right, wrong = written("OPEN"), written("OPFN")
     videos = [np.stack([right] + [wrong] * 3 + [wrong]), right, np.stack([wrong, right])]
     scorer = loading.load("video_ocr", SETTINGS, "cpu")
-    found = scorer(videos, ['a sign "OPEN"'] * 3, [{}] * 3)
+    found = scorer(Batch(videos, ['a sign "OPEN"'] * 3, [{}] * 3))
     scorer.close()
     assert found["video_ocr"].tolist() == [(1 + 0.75) / 2, 1.0, 0.75]
 
@@ -199,10 +201,11 @@ def test_the_processes_end_with_a_parent_that_is_killed(tmp_path):
         "import numpy as np\n"
         "from config.base import base\n"
         "from flow_grpo.rewards import loading\n"
+        "from flow_grpo.rewards.batch import Batch\n"
         "if __name__ == '__main__':\n"
         "    settings = loading.settings(base()) | {'ocr_processes': 1}\n"
         "    scorer = loading.load('ocr', settings, 'cpu')\n"
-        "    scorer([np.zeros((32, 32, 3), np.uint8)], ['\"a\"'], [{}])\n"
+        "    scorer(Batch([np.zeros((32, 32, 3), np.uint8)], ['\"a\"'], [{}]))\n"
         "    print(multiprocessing.active_children()[0].pid, flush=True)\n"
         "    time.sleep(600)\n"
     )
@@ -211,7 +214,7 @@ def test_the_processes_end_with_a_parent_that_is_killed(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
         worker = int(parent.stdout.readline())
         parent.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + HANG_S
     while time.monotonic() < deadline:
         try:
             with open(f"/proc/{worker}/stat") as stat:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import running
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
@@ -35,11 +34,9 @@ def test_an_fp16_overflow_is_no_update_and_lowers_the_scale(files):
         files, run_name="fp16", num_epochs=6, train__max_nonfinite_updates=1, train__ema=True
     )
     run = running.prepare(argv)
-    # What accelerate sets up for fp16, and gradients that overflow until the scale is low enough.
+    # As on a GPU in fp16, with gradients that overflow until the scale is low enough.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    run.accelerator.scaler = scaler
-    run.updater.optimizer = AcceleratedOptimizer(run.updater.optimizer.optimizer, scaler=scaler)
-    run.accelerator.state._mixed_precision = "fp16"
+    run.engine.scaler = scaler
     _, param = next(iter(run.trained_parameters()))
     param.register_hook(lambda g: g * float("inf") if scaler.get_scale() > 2**14 else g)
     entry.execute(run)

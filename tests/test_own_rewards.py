@@ -7,13 +7,14 @@ import pytest
 
 from config.base import base
 from flow_grpo.launch import preflight
-from flow_grpo.rewards import loading
+from flow_grpo.rewards import loading, options
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scorer
 
 PICTURES = [np.full((4, 4, 3), value, np.uint8) for value in (0, 51, 255)]
 SOURCE = """
 import numpy as np
-from flow_grpo.rewards.base import Reward
+from flow_grpo.rewards.base import Reward, reward
 
 NUMBER = 3
 
@@ -21,8 +22,38 @@ def brightness(images, prompts, metadata, references=None, group=None):
     means = np.array([image.mean() / 255 for image in images])
     return {"brightness": means, "dark": means < 0.1}
 
-def bare(images, prompts, metadata, references=None, group=None):
+def bare(prompts, group):
     return [len(prompt) for prompt in prompts]
+
+def whole(batch):
+    return [len(prompt) + row["n"] for prompt, row in zip(batch.prompts, batch.metadata)]
+
+def whole_by_default(batch, scale=10.0, group="none"):
+    return [scale * len(prompt) + (group is None) for prompt in batch.prompts]
+
+def only_images(images):
+    return [image.mean() for image in images]
+
+def long_enough(settings, prompts, metadata):
+    if min(map(len, prompts)) < settings["least"]:
+        raise ValueError("a prompt is too short")
+
+@reward(check=long_enough, settings={"least": 1, "factor": 0.5})
+def checked(batch, factor):
+    return [factor * len(prompt) for prompt in batch.prompts]
+
+@reward(needs_groups=True)
+def compares(images, group):
+    return group
+
+def unknown(images, captions):
+    return images
+
+def any(*arguments):
+    return arguments
+
+def nothing():
+    return []
 
 class Kept(Reward):
     @classmethod
@@ -33,8 +64,8 @@ class Kept(Reward):
     def __init__(self, settings, device):
         self.built_with = settings["clip"], device
 
-    def __call__(self, images, prompts, metadata, references=None, group=None):
-        return {"Kept": np.ones(len(images)), self.built_with[1]: np.zeros(len(images))}
+    def __call__(self, batch):
+        return {"Kept": np.ones(len(batch)), self.built_with[1]: np.zeros(len(batch))}
 
 class Unrelated:
     pass
@@ -53,9 +84,9 @@ def module(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def score(weights):
-    scorer = Scorer(weights, loading.settings(base()))
-    found = scorer.score(PICTURES, ["a", "bb", "ccc"], [{}] * 3)
+def score(weights, **settings):
+    scorer = Scorer(weights, loading.settings(base()) | settings)
+    found = scorer.score(Batch(PICTURES, ["a", "bb", "ccc"], [{"n": n} for n in range(3)]))
     scorer.close()
     return found
 
@@ -70,6 +101,46 @@ def test_a_function_s_score_goes_under_the_name_in_the_config():
 def test_a_function_may_return_its_scores_alone_and_mix_with_other_rewards():
     found = score({"my_rewards:bare": 1.0, "jpeg_compressibility": 0.0})
     assert found["my_rewards:bare"].tolist() == found["avg"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bare", [1, 2, 3]),  # what it names
+        ("whole", [1, 3, 5]),  # a Batch, as it has one required parameter
+        ("whole_by_default", [11, 21, 31]),  # and what it names besides
+        ("only_images", [0, 51, 255]),  # one parameter, and the name of a column
+        ("checked", [0.5, 1, 1.5]),  # and settings of its own
+    ],
+)
+def test_a_function_gets_the_batch_or_what_it_names(name, expected):
+    assert score({f"my_rewards:{name}": 1.0})["avg"].tolist() == expected
+
+
+def test_a_function_s_own_settings_may_be_set():
+    assert score({"my_rewards:checked": 1.0}, factor=2.0)["avg"].tolist() == [2, 4, 6]
+    assert options.settings(["factor=2", "least=3"], ["my_rewards:checked"])["least"] == 3
+    with pytest.raises(ValueError, match="--set=factor=2: KEY=VALUE is needed, a key of .*clip"):
+        options.settings(["factor=2"], ["my_rewards:bare"])
+    config = base()
+    with config.unlocked():
+        config.rewards.factor = 3.0
+    scorer = loading.load("my_rewards:checked", loading.settings(config), "cpu")
+    assert scorer(Batch(PICTURES[:1], ["four"], [{}])) == {"my_rewards:checked": [12]}
+
+
+def test_a_function_s_own_check_is_asked_before_anything_loads():
+    loading.check("my_rewards:checked", {}, ["a"], [{}])
+    with pytest.raises(ValueError, match="reward 'my_rewards:checked': a prompt is too short"):
+        loading.check("my_rewards:checked", {}, ["a", ""], [{}] * 2)
+    with pytest.raises(ValueError, match="a prompt is too short"):
+        loading.check("my_rewards:checked", {"least": 2}, ["a"], [{}])
+    loading.check("my_rewards:bare", {}, [""], [{}])  # which has none
+
+
+def test_a_function_may_compare():
+    assert loading.needs_groups("my_rewards:compares")
+    assert not loading.needs_groups("my_rewards:bare")
 
 
 def test_a_class_is_built_with_the_settings_and_the_device():
@@ -87,6 +158,12 @@ def test_a_class_is_built_with_the_settings_and_the_device():
         ("broken_rewards:anything", "No module named 'no_such_package'"),
         ("my_rewards:NUMBER", "is 3; needed is a function"),
         ("my_rewards:Unrelated", "needed is a function, or a class of flow_grpo.rewards.base"),
+        (
+            "my_rewards:unknown",
+            r"can't be called: .*'images', 'captions'.*Needed are some of images",
+        ),
+        ("my_rewards:any", r"can't be called: .*'arguments'.*; or a single one, for the whole"),
+        ("my_rewards:nothing", r"can't be called: .*Needed are some of"),
         ("my_rewards", "there is no reward 'my_rewards'; .* module:function is one's own"),
     ],
 )

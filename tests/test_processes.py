@@ -98,8 +98,7 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
     assert [row["kind"] for row in first] == ["eval", "update"]
     assert first[0] == second[0] and close(first[1], second[1])
     assert first[1]["kl"] > 0
-    name = "checkpoints/checkpoint-2/weights.safetensors"
-    ours, theirs = load_file(one.folder / name), load_file(files / "logs" / "two" / name)
+    ours, theirs = (running.weights(folder) for folder in (one.folder, files / "logs" / "two"))
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
 
@@ -129,7 +128,8 @@ def test_deepspeed_zero2_trains_and_skips_like_one_process_and_resumes_bit_for_b
 
     after_first = folder / "checkpoints" / "checkpoint-1"
     finish(start(files, *zero2, run_name="resumed", resume_from=after_first, **settings))
-    for name in ("weights.safetensors", "lora/pytorch_lora_weights.safetensors"):
+    parts = [f"{kind}-{rank}.safetensors" for kind in ("weights", "optimizer") for rank in (0, 1)]
+    for name in (*parts, "lora/pytorch_lora_weights.safetensors"):
         last = f"checkpoints/checkpoint-3/{name}"
         ours, theirs = load_file(files / "logs" / "resumed" / last), load_file(folder / last)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,19 +1,16 @@
 """Two ranks, each with half the rows, against one rank with all of them: the toy of toy.py."""
 
-import os
-import socket
 from pathlib import Path
 
 import torch
-from forking import FORKED
+from forking import ON_CPU, on_ranks
 from toy import make_run, plan_of, roll_out, take_step, weigh
-from waiting import HANG_S
 
 NUM_GROUPS, GROUP_SIZE = 3, 8  # the second group lies on both ranks
 MISSING = [1, 2, 3, 5, 20]  # rows without a score: the ranks' weights differ
 
 
-def one_update(folder, rank, num_ranks):
+def one_update(folder):
     """Sample, score and update once with this rank's share of the rows; saves what came out."""
     run = make_run(
         folder,
@@ -23,6 +20,7 @@ def one_update(folder, rank, num_ranks):
         train__learning_rate=1.0,
         train__max_grad_norm=0.0,
     )
+    rank, num_ranks = run.ranks.rank, run.ranks.num_ranks
     rollout = roll_out(run)  # of every row: its noise and window know no rank
     scores = -((rollout.final.double() - 1) ** 2).mean(1)
     scores[MISSING] = torch.nan
@@ -40,35 +38,13 @@ def one_update(folder, rank, num_ranks):
     torch.save({**found, "shift": shift, "metrics": metrics}, Path(folder) / f"{rank}.pt")
 
 
-def as_rank(folder, rank, num_ranks, port):
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in names.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    one_update(folder, rank, num_ranks)
-    torch.distributed.destroy_process_group()
-
-
-def on_two_ranks(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        FORKED.Process(target=as_rank, args=(folder, rank, 2, port), daemon=True) for rank in (0, 1)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(HANG_S)
-    assert [process.exitcode for process in ranks] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-
-
 def test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    one_update(tmp_path / "one", 0, 1)
+    one_update(tmp_path / "one")
     one = torch.load(tmp_path / "one" / "0.pt")
-    two = on_two_ranks(tmp_path / "two")
+    on_ranks(2, ON_CPU, one_update, tmp_path / "two")
+    two = [torch.load(tmp_path / "two" / f"{rank}.pt") for rank in (0, 1)]
     for name in ("steps", "advantages", "weights"):
         assert torch.equal(torch.cat([rank[name] for rank in two]), one[name]), name
     assert one["weights"].sum() == NUM_GROUPS * GROUP_SIZE - len(MISSING)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import running
 import torch
-from safetensors.torch import load_file
 
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
@@ -47,6 +47,22 @@ def test_four_epochs_equal_two_and_a_resume_and_two(files):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_resume_unpickles_nothing(files, monkeypatch):
+    settings = running.lora(files) | {"run_name": "plain", "train__ema": True}
+    run = running.train(running.arguments(files, **settings, num_epochs=1))
+    saved = folders.checkpoints(run.folder)[-1]
+    kinds = {path.suffix for path in saved.rglob("*") if path.is_file()}
+    assert kinds == {".safetensors", ".json"}
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("a pickle could execute")
+
+    for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads")):
+        monkeypatch.setattr(module, name, refuse)
+    argv = running.arguments(files, **settings, resume_from="latest", num_epochs=2)
+    assert running.train(argv).updater.num_updates == 4
+
+
 def test_a_resumed_run_may_be_made_longer(files):
     running.train(running.arguments(files, run_name="short"))
     run = running.train(
@@ -61,7 +77,7 @@ def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
     names = [path.name for path in folders.checkpoints(old.folder)]
     assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     first = folders.checkpoints(old.folder)[0]
-    before = load_file(old.folder / "checkpoints/checkpoint-6/weights.safetensors")
+    before = running.checkpoint_weights(old.folder / "checkpoints" / "checkpoint-6")
 
     argv = running.arguments(
         files, run_name="branch", num_epochs=3, resume_from=first, train__learning_rate=1e-2
@@ -71,7 +87,7 @@ def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
     entry.execute(new)
     assert [path.name for path in folders.checkpoints(new.folder)] == names
     assert steps(new.folder) == [1, 2, 3, 4, 5, 6]
-    after = load_file(new.folder / "checkpoints/checkpoint-6/weights.safetensors")
+    after = running.checkpoint_weights(new.folder / "checkpoints" / "checkpoint-6")
     name, param = next(iter(new.trained_parameters()))
     assert after[f"policy/{name}"].equal(param) and not before[f"policy/{name}"].equal(param)
 
@@ -91,7 +107,7 @@ def test_settings_of_the_optimizer_come_from_the_config_and_moments_from_the_che
     argv = running.arguments(
         files, run_name="settings", resume_from="latest", train__adam_weight_decay=0.5
     )
-    optimizer = running.prepare(argv).updater.optimizer
+    optimizer = running.prepare(argv).engine.optimizer
     assert optimizer.param_groups[0]["weight_decay"] == 0.5
     assert all(state["step"] == 4 for state in optimizer.state.values())
 

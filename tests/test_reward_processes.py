@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -14,6 +13,7 @@ import pytest
 import running
 import serving
 import torch
+from waiting import wait_until
 
 from flow_grpo.report.output import read_metrics
 from tests.test_clip_rewards import folder as clip_folder  # noqa: F401
@@ -53,8 +53,7 @@ def test_the_testbed_trains_with_its_checker_behind_a_server(tmp_path):
     assert len(epochs) == 3
     assert all(row["reward/zero_std_fraction"] <= 0.5 for row in epochs)
     weights = [
-        running.load_file(tmp_path / f"http/checkpoints/checkpoint-{n}/weights.safetensors")
-        for n in (2, 6)
+        running.checkpoint_weights(tmp_path / f"http/checkpoints/checkpoint-{n}") for n in (2, 6)
     ]
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
@@ -62,26 +61,27 @@ def test_the_testbed_trains_with_its_checker_behind_a_server(tmp_path):
 def wait_for(text: str, folder: Path, process: subprocess.Popen) -> None:
     """Wait until a run's metrics have a text."""
     metrics = folder / "metrics.jsonl"
-    while not (metrics.exists() and text in metrics.read_text()):
+
+    def alive() -> None:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+
+    wait_until(lambda: metrics.exists() and text in metrics.read_text(), alive)
 
 
 def test_a_run_outlives_a_server_that_is_killed_and_comes_back_and_stops_if_it_does_not(tmp_path):
     url = f"http://127.0.0.1:{(port := serving.free_port())}"
     servers = [serving.start("shapes", port)]
     try:
-        process = train(tmp_path, "back", url, "--config.reward_timeout=120")
+        process = train(tmp_path, "back", url)
         wait_for('"kind": "eval"', tmp_path / "back", process)
         servers[-1].kill()
         servers[-1].wait()
-        time.sleep(2)
         servers.append(serving.start("shapes", port))
         output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output
         assert len(read_metrics(tmp_path / "back", "epoch")) == 3
 
-        process = train(tmp_path, "gone", url, "--config.reward_timeout=5")
+        process = train(tmp_path, "gone", url, "--config.reward_timeout=20")
         wait_for('"kind": "epoch"', tmp_path / "gone", process)
         servers[-1].kill()
         servers[-1].wait()

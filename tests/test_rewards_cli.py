@@ -13,9 +13,11 @@ import pytest
 from PIL import Image
 
 from flow_grpo.evaluation.intervals import interval
-from flow_grpo.rewards import REWARDS, pictures
+from flow_grpo.rewards import pictures
 from flow_grpo.rewards.__main__ import main
 from flow_grpo.rewards.base import Reward
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.rewards.rules.jpeg import jpeg_incompressibility
 
 BLUE_SQUARE = {"include": [{"class": "square", "color": "blue", "count": 1}]}
@@ -25,7 +27,7 @@ class Pairs(Reward):
     needs_groups = True
 
 
-def redness(images, prompts, metadata, references=None, group=None):
+def redness(images):
     return [image[..., 0].mean() for image in images]
 
 
@@ -55,9 +57,8 @@ def read_csv(path: Path) -> list[dict]:
 
 def test_pictures_without_prompts_are_scored_by_rewards_that_need_none(folder, capsys):
     main(["--reward", "jpeg_incompressibility", str(folder), "--batch-size", "3"])
-    expected = jpeg_incompressibility(
-        [picture(2), picture(10), picture(18), np.full((32, 32, 3), 230, np.uint8)], None, None
-    )["jpeg_incompressibility"]
+    images = [picture(2), picture(10), picture(18), np.full((32, 32, 3), 230, np.uint8)]
+    expected = jpeg_incompressibility(Batch(images, [], []))["jpeg_incompressibility"]
     rows = read_csv(folder / "scores.csv")
     assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "3.png"]
     assert [float(row["jpeg_incompressibility"]) for row in rows] == expected.tolist()
@@ -103,10 +104,10 @@ def test_prompts_txt_has_a_line_a_picture_in_the_order_of_names(folder, capsys):
 def test_a_reward_says_what_it_misses(folder, rows):
     if rows:
         write_metadata(folder, rows)
-    needed = (
-        "metadata row 0 has no 'include'" if rows and "prompt" in rows[0] else "needs the prompts"
-    )
-    with pytest.raises(SystemExit, match=f"reward 'shapes' failed: .*{needed}"):
+    needed = "metadata row 0 has no 'include'"
+    if not rows or "prompt" not in rows[0]:
+        needed = "it needs the prompts"
+    with pytest.raises(SystemExit, match=f"reward 'shapes': {needed}"):
         main(["--reward", "shapes", str(folder)])
     assert not (folder / "scores.csv").exists()
 
@@ -134,6 +135,7 @@ def test_a_bad_line_is_named(folder, line, message):
         (["--reward", "shapes", "nowhere"], "'nowhere' is no folder"),
         (["--reward", "shapes", ".", "--batch-size", "0"], "--batch-size=0"),
         (["--reward", "shapes", ".", "--set", "clp=x"], "--set=clp=x.*clip"),
+        (["--reward", "ocr", ".", "--set", "ocr_side=0"], "config.rewards.ocr_side=0: a whole num"),
         (["--reward", "shapes", ".", "--set", "ocr_processes=x"], "a value like 4"),
         (["--reward", "test_rewards_cli:Pairs", "."], "compares the pictures"),
     ],

@@ -1,11 +1,14 @@
 """From the command line to a locked config."""
 
+from importlib import import_module
 from pathlib import Path
 
+import ml_collections
 import pytest
 
 from config import testbed
-from config.base import base
+from config.base import base, keys_of, runs_of
+from flow_grpo import keys
 from flow_grpo.launch import settings
 
 ROOT = Path(__file__).parents[1]
@@ -83,9 +86,12 @@ def test_the_last_of_repeated_overrides_wins():
         ),
         ("--config.zzzzzzzz=1", "no key config.zzzzzzzz.", "All keys are in config/base.py"),
         ("--config.reward_fn.shape=1", "no key config.reward_fn.shape.", "config/base.py"),
+        ("--config.dataset.shapes=1", "no key config.dataset.shapes.", "config/base.py"),
+        ("--config.sample=1", "no key config.sample.", "config/base.py"),
+        ("--config.num_epochs", "has no value: --config.num_epochs=VALUE is needed", "usage: "),
         ("--config.num_epochs=many", "--config.num_epochs=many", "(int) is needed"),
         ("--config.num_epochs=1.5", "--config.num_epochs=1.5", "(int) is needed"),
-        ("--config.train.beta=x", "--config.train.beta=x", "A value like 0.0 (float)"),
+        ("--config.nft.beta=x", "--config.nft.beta=x", "A value like 1.0 (float)"),
         ("--config.train.ema=perhaps", "--config.train.ema=perhaps", "like True (bool)"),
         ("--config.height=tall", "--config.height=tall", "A value like None (int)"),
         ("--config.reward_fn=shapes", "--config.reward_fn=shapes", "A value like {'shapes': 1.0}"),
@@ -97,7 +103,7 @@ def test_the_last_of_repeated_overrides_wins():
         ("--config=config/base.py:x", "--config=config/base.py", "no function get_config(name)"),
         ("--config=config/testbed.py:shape_sd3", "no run 'shape_sd3'", "mean 'shapes_sd3'?"),
         ("shapes_sd3", "'shapes_sd3' is not an option", "usage: SCRIPT [--config FILE.py:RUN]"),
-        ("--epochs=3", "flag 'epochs'", "usage: SCRIPT [--config FILE.py:RUN]"),
+        ("--epochs=3", "'--epochs=3' is not an option", "usage: SCRIPT [--config FILE.py:RUN]"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named_with_its_remedy(argument, found, remedy):
@@ -108,6 +114,20 @@ def test_a_mistake_on_the_command_line_is_named_with_its_remedy(argument, found,
         load("--config.seed=3", argument)
 
 
+def test_a_config_file_may_name_another_objective_without_its_keys(tmp_path):
+    text = "from config.testbed import shapes_sd3_grpo\n"
+    text += "def get_config():\n    config = shapes_sd3_grpo()\n    config.objective = 'nft'\n"
+    (tmp_path / "mine.py").write_text(text + "    return config\n")
+    config, name = load(f"--config={tmp_path}/mine.py", "--config.nft.beta=0.5")
+    assert (name, config.objective, config.nft.beta) == ("default", "nft", 0.5)
+    assert config.nft.num_times == 4 and config.train.step_weight == "std"
+
+
+def test_what_may_be_unset_takes_none_and_a_value_again():
+    assert load("--config.height=64", "--config.height=None")[0].height is None
+    assert load("--config.height", "64")[0].height == 64
+
+
 def test_help_shows_the_usage_and_where_the_keys_are():
     with pytest.raises(SystemExit, match="usage: SCRIPT(.|\n)*config/base.py"):
         load("--help")
@@ -116,15 +136,26 @@ def test_help_shows_the_usage_and_where_the_keys_are():
 RUNS = [
     f"{path.relative_to(ROOT)}:{name}"
     for path in sorted((ROOT / "config").glob("*.py"))
-    if path.name not in ("base.py", "__init__.py")
-    for name, run in vars(__import__(f"config.{path.stem}", fromlist=["x"])).items()
-    if callable(run) and name not in ("base", "select", "get_config") and name[0] != "_"
+    for module in [vars(import_module(f"config.{path.stem}"))]
+    if "get_config" in module
+    for name in runs_of(module)
 ]
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_every_run_has_a_docstring_loads_and_has_the_keys_of_the_base(run):
+def test_every_run_has_a_docstring_loads_and_has_the_keys_of_its_objective(run):
     config, name = settings.load(["train.py"], run)
     assert name == run.split(":")[1] and config.is_locked
-    keys = set(settings._keys(config)) - {key for key in settings._keys(config) if "fn." in key}
-    assert keys == {key for key in settings._keys(base()) if "fn." not in key}
+    assert vars(import_module(run.split(".")[0].replace("/", ".")))[name].__doc__
+    keys.check(config, keys_of(config))
+    assert names(config) == names(base(config.objective))
+
+
+def names(config, section=""):
+    """All keys of a config, but for the rewards that it names."""
+    found = set()
+    for name, value in config.items():
+        found.add(section + name)
+        if isinstance(value, ml_collections.ConfigDict) and name != "reward_fn":
+            found |= names(value, f"{section}{name}.")
+    return found

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules.shapes import check, detect, shapes, shapes_dense, shapes_strict
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ def truth() -> tuple[list[dict], np.ndarray]:
 
 
 def strict_per_tag(images: np.ndarray, rows: list[dict]) -> dict[str, float]:
-    strict = shapes_strict(list(images.round().astype(np.uint8)), [], rows)["shapes_strict"]
+    strict = shapes_strict(Batch(list(images.round().astype(np.uint8)), [], rows))["shapes_strict"]
     tags = np.array([entry["tag"] for entry in rows])
     return {tag: strict[tags == tag].mean() for tag in TAGS}
 
@@ -82,7 +83,7 @@ def test_truth_passes_after_the_autoencoder(truth):
 def test_another_rows_caption_fails(truth):
     rows, pictures = truth
     others = random.Random(1).sample(rows, len(rows))
-    scores = shapes(list(pictures.round().astype(np.uint8)), [], others)
+    scores = shapes(Batch(list(pictures.round().astype(np.uint8)), [], others))
     assert scores["shapes_strict"].mean() < 0.02
     assert scores["shapes_dense"].mean() < 0.1
 
@@ -140,26 +141,26 @@ def test_a_ring_is_no_circle():
 
 def test_scores_are_named_float64_vectors():
     images, rows = [picture(RED_CIRCLE)] * 2, [row("a red circle"), row("a large red circle")]
-    scores = shapes(images, ["ignored"] * 2, rows)
+    scores = shapes(Batch(images, ["ignored"] * 2, rows))
     assert {name: list(score) for name, score in scores.items()} == {
         "shapes": [1.0, 0.25],
         "shapes_strict": [1.0, 0.0],
         "shapes_dense": [1.0, 0.5],
     }
     assert all(score.dtype == np.float64 for score in scores.values())
-    assert list(shapes_strict(images, [], rows)) == ["shapes_strict"]
-    assert list(shapes_dense(images, [], rows)) == ["shapes_dense"]
+    assert list(shapes_strict(Batch(images, [], rows))) == ["shapes_strict"]
+    assert list(shapes_dense(Batch(images, [], rows))) == ["shapes_dense"]
 
 
 def test_foreign_rows_and_pictures_are_errors():
     image, good = picture(RED_CIRCLE), row("a red circle")
     bench = {"tag": "single_object", "include": [{"class": "bench", "count": 1}]}
     with pytest.raises(ValueError, match="row 1 has no 'include'"):
-        shapes([image] * 2, ["", ""], [good, {"prompt": "a photo of a dog"}])
+        shapes(Batch([image] * 2, ["", ""], [good, {"prompt": "a photo of a dog"}]))
     with pytest.raises(ValueError, match="row 0 asks for .*bench"):
-        shapes([image], [""], [bench])
+        shapes(Batch([image], [""], [bench]))
     with pytest.raises(ValueError, match=r"\(32, 32, 3\) uint8 and got \(64, 64, 3\)"):
-        shapes([np.zeros((64, 64, 3), np.uint8)], [""], [good])
+        shapes(Batch([np.zeros((64, 64, 3), np.uint8)], [""], [good]))
 
 
 def test_scoring_needs_no_torch():
@@ -213,5 +214,5 @@ def test_the_base_is_a_whole_small_pipeline():
         generator=torch.Generator().manual_seed(0),
         output_type="np",
     ).images
-    scores = shapes(list((images * 255).round().astype(np.uint8)), [], rows)
+    scores = shapes(Batch(list((images * 255).round().astype(np.uint8)), [], rows))
     assert scores["shapes_strict"].mean() > 0.2  # 0.34 on all of dev; 0.004 by chance

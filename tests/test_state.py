@@ -32,14 +32,13 @@ def test_the_ema_follows_every_update_by_its_schedule(files):
     run = running.prepare(argv)
     name, param = next(iter(run.trained_parameters()))
     expected, done = param.detach().clone(), []
-    step = run.updater.step
+    step = run.engine.step
 
-    def watch():
-        norm = step()
+    def watch(norm):
+        step(norm)
         done.append(param.detach().clone())
-        return norm
 
-    run.updater.step = watch
+    run.engine.step = watch
     entry.execute(run)
     for n, value in enumerate(done):
         if (n + 1) % 2 == 0:

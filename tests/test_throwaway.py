@@ -4,15 +4,13 @@ Pairs trains on the best and the worst image of each group, in one micro-batch; 
 forward. Branches draws each group's images as branches of one trunk.
 """
 
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import running
 import torch
-from forking import FORKED
+from forking import ON_CPU, on_ranks
 
 from flow_grpo import rollouts
 from flow_grpo.launch import entry
@@ -20,6 +18,7 @@ from flow_grpo.objectives.base import Objective
 from flow_grpo.objectives.ratio.grpo import GRPO
 from flow_grpo.records import Arranged, Loss, Point
 from flow_grpo.report.output import read_metrics
+from flow_grpo.training.snapshots import Snapshots
 
 GROUPS = GROUP_SIZE = 4
 
@@ -72,7 +71,7 @@ def prepared(files, objective_class, use_lora, name, **settings):
     run = running.prepare(running.arguments(files, run_name=name, **chosen, **settings))
     objective = objective_class(run.config, run.schedule)
     run.objective = objective
-    run.snapshots = type(run.snapshots)(run.pipeline.transformer, objective.snapshots, use_lora)
+    run.snapshots = Snapshots(run.engine, objective.snapshots, use_lora)
     return run
 
 
@@ -128,10 +127,7 @@ def test_branches_of_a_trunk_train_from_a_log_ratio_of_zero(files, use_lora):
     assert first["ratio"] == 1.0 and second["ratio_std"] > 0
 
 
-def as_rank(files, folder, objective_class, rank, port):
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {key: str(value) for key, value in names.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
+def as_rank(files, folder, objective_class):
     run = prepared(
         files,
         objective_class,
@@ -148,24 +144,13 @@ def as_rank(files, folder, objective_class, rank, port):
     seen = counted(run)
     entry.execute(run)
     weights = {name: param.detach() for name, param in run.trained_parameters()}
-    torch.save({"weights": weights, "seen": seen}, Path(folder) / f"{rank}.pt")
+    torch.save({"weights": weights, "seen": seen}, Path(folder) / f"{run.ranks.rank}.pt")
     entry.leave(0)
 
 
 @pytest.mark.parametrize("objective_class", [Pairs, Branches])
 def test_two_ranks_train_as_one_does(files, tmp_path, objective_class):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = [
-        FORKED.Process(target=as_rank, args=(files, tmp_path, objective_class, rank, port))
-        for rank in (0, 1)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=600)
-    assert [process.exitcode for process in ranks] == [0, 0]
+    on_ranks(2, ON_CPU, as_rank, files, tmp_path, objective_class)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     assert found[0]["seen"] == found[1]["seen"]  # equally many forwards
     for name, value in found[0]["weights"].items():

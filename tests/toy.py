@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from fixtures import blank_batch, clean_grid, sample
 from torch import nn
 
@@ -16,6 +15,7 @@ from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.parallel.plain import Plain
 from flow_grpo.plan import Plan
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Size
@@ -65,12 +65,12 @@ class Toy(PatchedPipeline):
         return latents.new_zeros(len(latents), 3, 1, 1)
 
 
-def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, **keys):
+def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, engine=None, **keys):
     config = base()
     config.tracker = "none"
     config.update_from_flattened_dict({key.replace("__", "."): keys[key] for key in keys})
     train = config.train
-    accelerator = Accelerator(cpu=True)
+    engine = engine or Plain("no", cpu=True)
     pipeline = Toy(sigmas)
     schedule = Schedule(
         sigmas,
@@ -79,8 +79,10 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         same_latent=config.sample.same_latent,
     )
     objective = objective_class(config, schedule)
-    model, base_optimizer = accelerator.prepare(
-        pipeline.transformer, optimizer_class(pipeline.transformer.parameters())
+    engine.wrap(
+        pipeline.transformer,
+        optimizer_class(pipeline.transformer.parameters()),
+        train.max_grad_norm,
     )
     names = (*objective.snapshots, *(["ema"] if train.ema else []))
     run = Run(
@@ -88,20 +90,21 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, *
         plan=plan,
         identity={},
         folder=folder,
-        accelerator=accelerator,
+        ranks=engine.ranks,
         pipeline=pipeline,
-        model=model,
+        model=engine.model,
         size=Size(1, 1),
         schedule=schedule,
         guidance=pipeline.unguided,
         eval_schedule=schedule,
         eval_guidance=pipeline.unguided,
         objective=objective,
-        updater=Updater(accelerator, model, base_optimizer, train, 1000),
-        snapshots=Snapshots(model, names, use_lora=False),
+        engine=engine,
+        updater=Updater(engine, train, 1000),
+        snapshots=Snapshots(engine, names, use_lora=False),
         conditioner=None,
         scorer=None,
-        tracker=Tracker(accelerator, Path(folder)),
+        tracker=Tracker(engine.ranks, Path(folder)),
         stop=None,
     )
     run.tracker.start(config)
@@ -142,7 +145,7 @@ def weigh(run, rollout, scores=None):
     Returns what collect.weigh() gets and gives: the rows, what is arranged, the metrics.
     """
     scores = reward(rollout) if scores is None else scores
-    sampled = collect.Sampled(rollout, rollout.images, [], None)
+    sampled = collect.Sampled(rollout, rollout.images, None, None)
     return sampled, *collect.weigh(run, sampled, {"avg": scores.numpy()}, run.epoch)
 
 
@@ -163,8 +166,13 @@ def micro_batch(run, rows):
     return Micro(rows, points, run.predictor(rows), [trained] * len(points))
 
 
+def an_update(run, parts):
+    """Return what loop.take_step() wants of these rows: micro-batches, and the world's weight."""
+    micros = [micro_batch(run, rows) for rows in parts]
+    weight = run.ranks.total(sum(rows.weights.double().sum() for rows in parts)).item()
+    return micros, weight * len(micros[0].points)
+
+
 def take_step(run, parts):
     """Let the run make one optimizer step on micro-batches of these rows."""
-    micros = [micro_batch(run, rows) for rows in parts]
-    weight = run.total(sum(rows.weights.double().sum() for rows in parts)).item()
-    loop.take_step(run, micros, weight * len(micros[0].points))
+    loop.take_step(run, *an_update(run, parts))

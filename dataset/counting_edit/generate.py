@@ -207,7 +207,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a text-to-image pipeline's folder or hub id")
-    parser.add_argument("--detector", default=base().rewards.geneval_detector)
+    parser.add_argument("--detector", default=base(None).rewards.geneval_detector)
     parser.add_argument("--classes", nargs="+", default=list(CLASSES), help="of COCO's 80")
     parser.add_argument("--pictures", type=int, default=310, help="to draw")
     parser.add_argument("--test", type=int, default=30, help="pictures that are held out")

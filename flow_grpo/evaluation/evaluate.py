@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 
 import ml_collections
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from flow_grpo.cli import progress
 from flow_grpo.conditioning import Conditioner
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.tables import summarise
+from flow_grpo.parallel.engine import Ranks
 from flow_grpo.parallel.stop import Stop, Stopped
 from flow_grpo.prompts import Prompt, eval_batches
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Guidance, PromptBatch, Size
-from flow_grpo.rewards.combine import Scorer
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.combine import Scorer, Scoring
 from flow_grpo.rollouts import Row, whole
 from flow_grpo.sampling import Schedule, decode, denoise
 
 NUM_SHOWN = 48  # pictures of a sheet
-PATIENCE_S = 60.0  # for scores, beyond config.reward_timeout for each reward
+PATIENCE_S = 60.0  # for a reward's call, beyond config.reward_timeout
 
 
 @dataclass
@@ -36,9 +34,9 @@ class Evaluator:
     """What drawing and scoring pictures takes, with or without a training around it."""
 
     config: ml_collections.ConfigDict
-    accelerator: Accelerator
+    ranks: Ranks
     pipeline: PatchedPipeline
-    model: nn.Module  # the transformer as accelerate wrapped it
+    model: nn.Module  # the transformer as the engine wrapped it
     size: Size
     eval_schedule: Schedule
     eval_guidance: Guidance
@@ -66,37 +64,25 @@ class Evaluator:
             references=[images[prompt] for prompt in prompts] if any(images.values()) else None,
         )
 
-    def total(self, value: Tensor) -> Tensor:
-        """Sum over ranks."""
-        return self.accelerator.reduce(value, "sum")
-
-    def scores(self, pending: list[Future]) -> list[dict[str, np.ndarray]]:
-        """Wait for scores, a dict of (B,) for each future, of equal keys on all ranks.
+    def scores(self, scoring: Scoring) -> dict[str, np.ndarray]:
+        """Wait for scores, (N,) for each of this rank's rows, of equal keys on all ranks.
 
         Raises Stopped, on all ranks, where one failed.
         """
-        failure, scores = "", []
-        patience_s = PATIENCE_S + self.config.reward_timeout * self.scorer.num_rewards
-        for future in pending:
-            try:
-                scores.append(future.result(patience_s))
-            except FutureTimeout:
-                failure = f"the rewards gave no scores for {patience_s:g} s"
-            except RuntimeError as error:
-                failure = str(error)
-            if failure:
-                break
-        names = list(dict.fromkeys(name for part in scores for name in part))
-        world = gather_object([(failure, names)])
+        failure, scores = "", {}
+        try:
+            scores = scoring.result(PATIENCE_S + self.config.reward_timeout)
+        except RuntimeError as error:
+            failure = str(error)
+        world = self.ranks.gather_objects((failure, list(scores)))
         if failures := [each for each, _ in world if each]:
             raise Stopped(failures[0])
-        names = dict.fromkeys(name for _, each in world for name in each)
-        return [_complete(part, names) for part in scores]
+        return _complete(scores, dict.fromkeys(name for _, names in world for name in names))
 
     def check_masked(self, average: np.ndarray) -> None:
         """Stop where too few of an epoch's pictures have a score. average: (N,) of this rank."""
         counts = [float(np.isnan(average).sum()), float(len(average))]
-        masked, total = self.total(torch.tensor(counts, device=self.accelerator.device)).tolist()
+        masked, total = self.ranks.total(torch.tensor(counts, device=self.ranks.device)).tolist()
         if masked > self.config.max_masked_fraction * total:
             raise Stopped(
                 f"{masked:.0f} of {total:.0f} pictures could not be scored, more than "
@@ -123,11 +109,11 @@ def score_prompts(
     on_picture: called with each row and picture on the rank that drew it, now and then twice.
     Returns the scores (N,) by name, and the shown pictures by row, ascending.
     """
-    config, accelerator, schedule = evaluator.config, evaluator.accelerator, evaluator.eval_schedule
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    batches = eval_batches(prompts, config.sample.test_batch_size, rank, world_size)
-    randomness, pending, pictures = Randomness(config.seed, ()), [], {}
-    bar = progress(len(batches) * schedule.num_steps, "evaluate", shown=accelerator.is_main_process)
+    config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.eval_schedule
+    batches = eval_batches(prompts, config.sample.test_batch_size, ranks.rank, ranks.num_ranks)
+    randomness, pictures = Randomness(config.seed, ()), {}
+    scoring = evaluator.scorer.start(held_out=True)
+    bar = progress(len(batches) * schedule.num_steps, "evaluate", shown=ranks.is_main)
     for numbers in batches:
         batch = evaluator.prompt_batch(
             [prompts[n] for n in numbers],
@@ -145,11 +131,7 @@ def score_prompts(
             on_step=bar.update,
         )
         drawn = decode(evaluator.pipeline, part.rollout)
-        pending.append(
-            evaluator.scorer.submit(
-                drawn, batch.prompts, batch.metadata, batch.references, held_out=True
-            )
-        )
+        scoring.add(Batch(drawn, batch.prompts, batch.metadata, batch.references))
         for number, image in zip(numbers, drawn, strict=True):
             on_picture(number, image)
             if number in shown:
@@ -157,11 +139,11 @@ def score_prompts(
         evaluator.stop.check()
     bar.close()
     table: dict[int, dict[str, float]] = {}
-    for numbers, scores in zip(batches, evaluator.scores(pending), strict=True):
-        for i, number in enumerate(numbers):
-            table[number] = {name: float(values[i]) for name, values in scores.items()}
-    rows = {k: v for part in gather_object([table]) for k, v in part.items()}
-    images = {k: v for part in gather_object([pictures]) for k, v in part.items()}
+    scores = evaluator.scores(scoring)
+    for i, number in enumerate(number for numbers in batches for number in numbers):
+        table[number] = {name: float(values[i]) for name, values in scores.items()}
+    rows = {k: v for part in ranks.gather_objects(table) for k, v in part.items()}
+    images = {k: v for part in ranks.gather_objects(pictures) for k, v in part.items()}
     columns = {name: np.array([rows[n][name] for n in range(len(prompts))]) for name in rows[0]}
     return columns, dict(sorted(images.items()))
 

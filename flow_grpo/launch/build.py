@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
-from pkgutil import resolve_name
 
 import ml_collections
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _check_attention_backend_requirements,
@@ -24,7 +15,9 @@ from diffusers.models.attention_dispatch import (
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.launch import encoders
-from flow_grpo.objectives import OBJECTIVES
+from flow_grpo.objectives.registry import find
+from flow_grpo.parallel import choose
+from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.stop import Stop
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import Prompt
@@ -47,43 +40,44 @@ def build(
     """
     identity = folders.identity(config, family.__name__, plan.world_size)
     resume_from = folders.resume_point(config, identity)
-    objective_class = resolve_name(OBJECTIVES[config.objective])
+    objective_class = find(config.objective)
     objective_class.check(config, family)
-    accelerator, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
+    engine, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
     schedule, eval_schedule = schedules(config, pipeline, size)
     guidance, eval_guidance = guidances(config)
     objective = objective_class(config, schedule)
-    scorer = Scorer.of(config, str(accelerator.device))
+    scorer = Scorer.of(config, str(engine.ranks.device))
 
     add_trained_weights(pipeline, config)
     params = [p for p in pipeline.transformer.parameters() if p.requires_grad]
-    model, base_optimizer = accelerator.prepare(
-        pipeline.transformer, optimizer.build(params, config.train)
+    engine.wrap(
+        pipeline.transformer, optimizer.build(params, config.train), config.train.max_grad_norm
     )
     pipeline.input_dtype = pipeline.transformer.dtype  # its frozen weights'; fp32 where all train
     names = (*objective.snapshots, *(["ema"] if config.train.ema else []))
     total_updates = config.num_epochs * config.train.num_inner_epochs * plan.num_updates
-    folder = Path(config.logdir) / broadcast_object_list([folders.run_name(config, name)])[0]
+    folder = Path(config.logdir) / engine.ranks.broadcast_object(folders.run_name(config, name))
     run = Run(
         config=config,
         plan=plan,
         identity=identity,
         folder=folder,
-        accelerator=accelerator,
+        ranks=engine.ranks,
         pipeline=pipeline,
-        model=model,
+        model=engine.model,
         size=size,
         schedule=schedule,
         guidance=guidance,
         eval_schedule=eval_schedule,
         eval_guidance=eval_guidance,
         objective=objective,
-        updater=Updater(accelerator, model, base_optimizer, config.train, total_updates),
-        snapshots=Snapshots(pipeline.transformer, names, config.use_lora),
+        engine=engine,
+        updater=Updater(engine, config.train, total_updates),
+        snapshots=Snapshots(engine, names, config.use_lora),
         conditioner=encoders.conditioner(config, pipeline),
         scorer=scorer,
-        tracker=Tracker(accelerator, folder),
-        stop=Stop(accelerator),
+        tracker=Tracker(engine.ranks, folder),
+        stop=Stop(engine.ranks),
     )
     if resume_from is None:
         run.tracker.cut(0)  # of a run that ended before its first checkpoint
@@ -95,7 +89,7 @@ def build(
 
 def load(
     config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
-) -> tuple[Accelerator, PatchedPipeline, Size]:
+) -> tuple[Engine, PatchedPipeline, Size]:
     """Load the model, as yet without anything that trains; first check that it suits the prompts.
 
     Raises ValueError if it does not, or can't draw what the config asks for.
@@ -106,8 +100,8 @@ def load(
     for guidance in guidances(config):
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
-    accelerator = _accelerator(config)
-    pipeline = encoders.load_pipeline(config, family, prompts, accelerator)
+    engine = _start(config)
+    pipeline = encoders.load_pipeline(config, family, prompts, engine.ranks)
     height, width = config.height or config.resolution, config.width or config.resolution
     size = Size(height, width, config.num_frames)
     pipeline.check_size(size)
@@ -115,11 +109,11 @@ def load(
     if config.attention_backend:
         pipeline.transformer.set_attention_backend(config.attention_backend)
     pipeline.cut_decoding(config.vae_tiling, config.vae_slicing)
-    return accelerator, pipeline, size
+    return engine, pipeline, size
 
 
 def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
-    """Add a LoRA, or let the whole transformer train; in fp32, unless DeepSpeed casts it."""
+    """Add a LoRA, or let the whole transformer train; in fp32, unless the engine casts it."""
     transformer, train = pipeline.transformer, config.train
     if config.activation_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -168,10 +162,9 @@ def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:
         raise ValueError(f"config.attention_backend={name!r} can't be used here: {error}") from None
 
 
-def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
-    on_gpu = torch.cuda.is_available()
+def _start(config: ml_collections.ConfigDict) -> Engine:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    if config.mixed_precision == "fp16" and not on_gpu:
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError(
             "config.mixed_precision=fp16 needs a GPU. Set config.mixed_precision=bf16 or no."
         )
@@ -183,26 +176,7 @@ def _accelerator(config: ml_collections.ConfigDict) -> Accelerator:
                 "config.train.use_8bit_adam=True needs the package bitsandbytes: "
                 "pip install bitsandbytes, or set it to False."
             ) from None
-    # A rank may wait this long for another one's rewards.
-    group = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), group]
-    if folders.uses_deepspeed() and not on_gpu:
-        group.backend = "gloo"
-        # Without this DeepSpeed compiles a kernel that gloo does not need.
-        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=handlers)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        plugin = accelerator.state.deepspeed_plugin
-        if plugin.zero_stage == 3:
-            raise ValueError("DeepSpeed ZeRO stage 3 is not supported yet: use stage 2.")
-        plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": config.train.batch_size
-            or config.sample.train_batch_size,
-            "train_batch_size": "auto",
-            "gradient_accumulation_steps": 1,  # optimizer.Updater sets the boundary
-            "gradient_clipping": config.train.max_grad_norm,
-        }
-    return accelerator
+    return choose.start(config.mixed_precision)
 
 
 def schedules(

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import ml_collections
 import torch
-from accelerate import Accelerator
 
 from flow_grpo.cli import progress
 from flow_grpo.conditioning import Conditioner, Item, Store, guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.parallel.engine import Ranks
 from flow_grpo.prompts import Prompt
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,7 +20,7 @@ def load_pipeline(
     config: ml_collections.ConfigDict,
     family: type[PatchedPipeline],
     prompts: list[Prompt],
-    accelerator: Accelerator,
+    ranks: Ranks,
 ) -> PatchedPipeline:
     """Load the model onto the device; every rank must call it.
 
@@ -29,24 +29,24 @@ def load_pipeline(
     Raises ValueError if a rank does not see what another one wrote.
     """
     if config.encoders != "precompute":
-        return _load(config, family, accelerator.device)
-    world, held, items = accelerator, store(config, family), _items(config, family, prompts)
-    mine = list(items)[world.process_index :: world.num_processes]
+        return _load(config, family, ranks.device)
+    held, items = store(config, family), _items(config, family, prompts)
+    mine = list(items)[ranks.rank :: ranks.num_ranks]
     missing = [item for item in mine if not held.holds(item)]
-    count = torch.tensor([len(missing)], device=world.device)
-    if not world.reduce(count, "sum").item():
-        return _load(config, family, world.device, encoders=False)
+    count = torch.tensor([len(missing)], device=ranks.device)
+    if not ranks.total(count).item():
+        return _load(config, family, ranks.device, encoders=False)
     pipeline = _load(config, family, torch.device("cpu"))
-    pipeline.move_vae(world.device)
-    pipeline.move_encoders(world.device)
+    pipeline.move_vae(ranks.device)
+    pipeline.move_encoders(ranks.device)
     for item in missing:
         damaged = held.path(item)
         if damaged.exists():
             print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
-    _precompute(pipeline, held, {item: items[item] for item in missing}, config, world)
+    _precompute(pipeline, held, {item: items[item] for item in missing}, config, ranks)
     pipeline.drop_encoders()
-    pipeline.move(world.device)
-    world.wait_for_everyone()
+    pipeline.move(ranks.device)
+    ranks.barrier()
     if not all(held.path(item).exists() for item in items):
         raise ValueError(
             f"config.encoder_cache: {held.folder} does not hold what other ranks wrote. A folder "
@@ -128,10 +128,10 @@ def _precompute(
     held: Store,
     items: dict[Item, Prompt],
     config: ml_collections.ConfigDict,
-    accelerator: Accelerator,
+    ranks: Ranks,
 ) -> None:
     encoder = Conditioner(pipeline, config.max_sequence_length, cache_bytes=0)
-    bar = progress(len(items), "encode prompts", shown=accelerator.is_main_process)
+    bar = progress(len(items), "encode prompts", shown=ranks.is_main)
     for item, prompt in items.items():
         images = prompt.load_images()
         cond = (

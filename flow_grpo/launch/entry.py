@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from flow_grpo.cli import user_errors
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.launch import model_files, preflight, settings
+from flow_grpo.training import folders
 
 if TYPE_CHECKING:
     from flow_grpo.training.run import Run
@@ -26,7 +28,7 @@ def main(family: type[PatchedPipeline], default_config: str) -> None:
 
 
 def leave(status: int) -> None:
-    """End the process. The interpreter's own way out aborts in gloo's threads, now and then."""
+    """End the process. The interpreter's own way out aborts in the ranks' threads, now and then."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -34,9 +36,6 @@ def leave(status: int) -> None:
 
 def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str) -> Run:
     """Check everything, the cheapest first, then load the model. Raises ValueError."""
-    from flow_grpo.launch import model_files, preflight, settings
-    from flow_grpo.training import folders
-
     config, name = settings.load(argv, default_config)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = preflight.check(config, world_size)
@@ -54,7 +53,7 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
     from flow_grpo.launch.build import build
 
     run = build(config, name, plan, family)
-    if run.accelerator.is_main_process:
+    if run.ranks.is_main:
         provenance.record(run.folder, argv, world_size, resume_from)
     return run
 
@@ -65,7 +64,7 @@ def execute(run: Run) -> int:
     from flow_grpo.report import output
     from flow_grpo.training import loop
 
-    main_process = run.accelerator.is_main_process
+    main_process = run.ranks.is_main
     if main_process:
         passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)
         print(f"{run.folder}; passes of a picture an epoch: {passes}", flush=True)
@@ -86,5 +85,5 @@ def execute(run: Run) -> int:
     finally:
         run.scorer.close()
         run.tracker.close()
-    run.accelerator.end_training()
+    run.engine.leave()
     return status

@@ -24,7 +24,7 @@ def build_evaluator(
 
     Raises ValueError if the weights do not fit the model, or it does not suit the prompts.
     """
-    accelerator, pipeline, size = build.load(config, family, prompts)
+    engine, pipeline, size = build.load(config, family, prompts)
     transformer = pipeline.transformer
     if weights.kind == "lora":
         pipeline.load_lora(str(weights.path))
@@ -33,13 +33,13 @@ def build_evaluator(
     pipeline.input_dtype = transformer.dtype
     return Evaluator(
         config=config,
-        accelerator=accelerator,
+        ranks=engine.ranks,
         pipeline=pipeline,
-        model=accelerator.prepare_model(transformer, evaluation_mode=True),
+        model=engine.wrap_frozen(transformer),
         size=size,
         eval_schedule=build.schedules(config, pipeline, size)[1],
         eval_guidance=guidances(config)[1],
         conditioner=encoders.conditioner(config, pipeline),
-        scorer=Scorer.of(config, str(accelerator.device)),
-        stop=Stop(accelerator),
+        scorer=Scorer.of(config, str(engine.ranks.device)),
+        stop=Stop(engine.ranks),
     )

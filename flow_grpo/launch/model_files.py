@@ -12,15 +12,6 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.registry import FAMILIES
 
-GATED = {  # a licence must be accepted on the model's page
-    "black-forest-labs/FLUX.1-dev",
-    "black-forest-labs/FLUX.1-Kontext-dev",
-    "stabilityai/stable-diffusion-3-medium-diffusers",
-    "stabilityai/stable-diffusion-3.5-medium",
-    "stabilityai/stable-diffusion-3.5-large",
-    "stabilityai/stable-diffusion-3.5-large-turbo",
-}
-
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuse a model that is not there, a picture size it can't draw, a LoRA that is none.
@@ -56,18 +47,13 @@ def to_download(config: ml_collections.ConfigDict) -> str:
     repo = config.pretrained.model
     if _file(config, "model_index.json"):
         return ""
-    page = f"https://huggingface.co/{repo}"
-    licence = (
-        f"It is gated: accept its licence on {page}, then `hf auth login`. "
-        if repo in GATED
-        else f"Its page: {page}. "
-    )
     revision = config.pretrained.revision
     chosen = "" if revision == "main" else f" --revision {revision}"
     return (
-        f"config.pretrained.model={repo!r} is not on this machine. {licence}To download it: "
+        f"config.pretrained.model={repo!r} is not on this machine. To download it: "
         f'hf download {repo}{chosen} --include model_index.json --include "*/*" '
-        f'--exclude "text_encoders/*"'
+        f'--exclude "text_encoders/*". If that is refused, the model is gated: accept its licence '
+        f"on https://huggingface.co/{repo}, then `hf auth login`."
     )
 
 

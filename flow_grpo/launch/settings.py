@@ -1,13 +1,19 @@
-"""Read a run's config from the command line; a mistake is a ValueError with a remedy. No torch."""
+"""Read a run's config from the command line; a mistake is a ValueError with a remedy."""
 
-import difflib
+from __future__ import annotations
+
 import os
 import re
 import runpy
+from collections.abc import Mapping
 
 import ml_collections
-from absl import flags
-from ml_collections import config_flags
+
+from config.base import keys_of, with_objective
+from flow_grpo import keys
+from flow_grpo.cli import did_you_mean
+from flow_grpo.keys import Key
+from flow_grpo.objectives.registry import OBJECTIVES
 
 USAGE = "usage: SCRIPT [--config FILE.py:RUN] [--config.KEY=VALUE ...]"
 
@@ -15,94 +21,81 @@ USAGE = "usage: SCRIPT [--config FILE.py:RUN] [--config.KEY=VALUE ...]"
 def load(argv: list[str], default: str) -> tuple[ml_collections.ConfigDict, str]:
     """Return the locked config of `--config FILE.py:RUN` with its overrides, and the run's name.
 
-    argv: the command line, program name first. default: the FILE.py:RUN used without --config.
+    argv: the command line, program name first; the last of repeated keys counts. The objective's
+    keys are added before the rest is read. default: the FILE.py:RUN used without --config.
     Raises ValueError naming the key, the value and the remedy.
     """
     if "--help" in argv or "-h" in argv:
-        raise SystemExit(f"{USAGE}\nEvery key, its unit and default: config/base.py")
-    target = _target(argv) or default
+        raise SystemExit(
+            f"{USAGE}\nEvery key, its default, unit and range: config/base.py; of an objective's "
+            f"own: its file in flow_grpo/objectives/."
+        )
+    given = _given(argv[1:])
+    target = given.pop("config", default)
+    config = _run_config(target)
+    with_objective(config, given.get("config.objective", config.objective))
+    declared = keys_of(config)
+    for name, text in given.items():
+        _set(config, declared, name.removeprefix("config."), text)
+    return config, target.partition(":")[2] or "default"
+
+
+def _given(arguments: list[str]) -> dict[str, str]:
+    """Read "--config.KEY=VALUE" and "--config.KEY VALUE" into {"config.KEY": "VALUE"}."""
+    given, rest = {}, iter(arguments)
+    for argument in rest:
+        match = re.fullmatch(r"--?(config|config\.[^=]*)(=.*)?", argument, re.DOTALL)
+        if not match:
+            raise ValueError(f"{argument!r} is not an option. {USAGE}")
+        value = next(rest, None) if match[2] is None else match[2][1:]
+        if value is None:
+            raise ValueError(f"{argument} has no value: {argument}=VALUE is needed. {USAGE}")
+        given[match[1]] = value
+    return given
+
+
+def _run_config(target: str) -> ml_collections.ConfigDict:
     path, _, name = target.partition(":")
     if not os.path.isfile(path):
         raise ValueError(
             f"--config={target}: there is no file {path!r} below {os.getcwd()}. Run from the "
             f"project's folder, with --config=config/grpo.py:general_ocr_sd3 for example."
         )
-    argv = _last_of_each(argv)
-    config = _run_config(path, name)
-    _known_keys(argv, config)
-    values = flags.FlagValues()
-    try:  # the definition already reads the overrides
-        config_flags.DEFINE_config_file("config", default, flag_values=values, sys_argv=argv)
-        rest = values(argv)
-    except (flags.Error, TypeError) as error:
-        raise ValueError(_explain(error, config)) from None
-    if rest[1:]:
-        raise ValueError(f"{rest[1]!r} is not an option. {USAGE}")
-    return values["config"].value, name or "default"
-
-
-def _target(argv: list[str]) -> str | None:
-    """The last --config FILE.py:RUN of the command line, if there is one."""
-    found = None
-    for position, argument in enumerate(argv[1:], start=1):
-        if re.fullmatch(r"--?config", argument) and position + 1 < len(argv):
-            found = argv[position + 1]
-        elif match := re.fullmatch(r"--?config=(.*)", argument):
-            found = match.group(1)
-    return found
-
-
-def _last_of_each(argv: list[str]) -> list[str]:
-    """Let the last of repeated overrides win; absl would join tuples."""
-    kept = {}
-    for position, argument in enumerate(argv):
-        key, equals, _ = argument.partition("=")
-        kept[key if equals and key.startswith("--config.") else position] = argument
-    return list(kept.values())
-
-
-def _run_config(path: str, name: str) -> ml_collections.ConfigDict:
-    """Let the config file itself refuse an unknown run, before absl hides its message."""
     get_config = runpy.run_path(path).get("get_config")
     if get_config is None:
         raise ValueError(f"--config={path}: the file has no function get_config(name).")
     return get_config(name) if name else get_config()
 
 
-def _known_keys(argv: list[str], config: ml_collections.ConfigDict) -> None:
-    keys = _keys(config)
-    for argument in argv[1:]:
-        match = re.match(r"--?(?:no)?config\.([\w.]*)", argument)
-        if match and match.group(1) not in keys:
-            near = difflib.get_close_matches(match.group(1), keys, n=1, cutoff=0.4)
-            hint = f" Did you mean --config.{near[0]}?" if near else ""
-            raise ValueError(
-                f"{argument}: there is no key config.{match.group(1)}.{hint} All keys are in "
-                f"config/base.py."
-            )
+def _set(
+    config: ml_collections.ConfigDict, declared: Mapping[str, Key], name: str, text: str
+) -> None:
+    """Set a key, or an entry that a key's dict has already."""
+    section, _, last = name.rpartition(".")
+    is_dict = section in declared and isinstance(declared[section].default, Mapping)
+    if name in declared:
+        read = declared[name].parse
+    elif is_dict and last in keys.get(config, section):
+        read = declared[section].parse_entry
+    else:
+        raise ValueError(f"--config.{name}={text}: {_unknown(config, declared, name)}")
+    current = keys.get(config, name)
+    try:
+        keys.parent(config, name)[last] = read(text)
+    except (ValueError, SyntaxError):
+        kind = declared[name].of if current is None else type(current)
+        raise ValueError(
+            f"--config.{name}={text}: A value like {current!r} ({kind.__name__}) is needed."
+        ) from None
 
 
-def _explain(error: Exception, config: ml_collections.ConfigDict) -> str:
-    match = re.search(r"flag --?config\.([\w.]+)=(.*?): (.*)", str(error), re.DOTALL)
-    if not match:
-        return f"{error} {USAGE}"
-    key, value, reason = match.groups()
-    *parents, last = key.split(".")
-    for parent in parents:
-        config = config[parent]
-    default = config[last]
-    if isinstance(default, ml_collections.ConfigDict):
-        default = default.to_dict()
-    return (
-        f"--config.{key}={value}: {reason.strip()}. A value like {default!r} "
-        f"({config.get_type(last).__name__}) is needed."
-    )
-
-
-def _keys(config: ml_collections.ConfigDict, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in config.items():
-        keys.append(prefix + key)
-        if isinstance(value, ml_collections.ConfigDict):
-            keys += _keys(value, f"{prefix}{key}.")
-    return keys
+def _unknown(config: ml_collections.ConfigDict, declared: Mapping[str, Key], name: str) -> str:
+    """Say what may have been meant by a name that is no key."""
+    of_others = [objective for objective, each in OBJECTIVES.items() if name in each.keys]
+    if of_others:
+        return (
+            f"this key is of the objective {' and '.join(of_others)}, and config.objective is "
+            f"{config.objective!r}. Add --config.objective={of_others[0]}, or leave the key out."
+        )
+    hint = did_you_mean(name, declared, shown="--config.{}", cutoff=0.4)
+    return f"there is no key config.{name}.{hint} All keys are in config/base.py."

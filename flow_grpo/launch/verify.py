@@ -35,7 +35,7 @@ from flow_grpo.launch import build
 from flow_grpo.records import Rollout
 from flow_grpo.rollouts import whole
 from flow_grpo.sampling import denoise, replay
-from flow_grpo.training.snapshots import Snapshots
+from flow_grpo.training.snapshots import no_adapter
 from flow_grpo.training.tracking import memory
 
 LORA_STD = 0.02  # of B, which a new LoRA has at zero
@@ -135,8 +135,7 @@ def stock_checks(pipeline: PatchedPipeline, task: Task, how: str) -> Iterator[Ch
 def check_reference(pipeline: PatchedPipeline, task: Task, base: Tensor) -> Check:
     """Compare the model without its adapter with what it was before it had one."""
     randomise_lora(pipeline)
-    held = Snapshots(pipeline.transformer, ("reference",), use_lora=True)
-    with held.using("reference"):
+    with no_adapter(pipeline.transformer):
         reference = velocity_of(pipeline, task)
     policy = velocity_of(pipeline, task)
     apart = relative(policy, base)

@@ -15,6 +15,7 @@ from torch import Tensor
 from flow_grpo import rollouts
 from flow_grpo.advantages import group_advantages
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.keys import Key
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, Guidance, Loss, Point, Rollout, RowTable
@@ -67,6 +68,7 @@ class Snapshots(Protocol):
 class Objective:
     """One algorithm. The methods stand in the order in which the loop calls them."""
 
+    keys: ClassVar[dict[str, Key]] = {}  # of the config, that only it reads: "section.key"
     keeps: ClassVar[Collection[str]] = ()  # of sampling.KEPT, for each stochastic step
     draws_points: ClassVar[bool] = False  # points() gives others in each inner epoch
     selects: ClassVar[bool] = False  # arrange() chooses rows by their scores

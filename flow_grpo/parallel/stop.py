@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
+
+from flow_grpo.parallel.engine import Ranks
 
 PATIENCE_S = 5.0
 
@@ -31,8 +32,8 @@ class Stop:
     clock: seconds since any moment.
     """
 
-    def __init__(self, accelerator: Accelerator, clock: Callable[[], float] = time.monotonic):
-        self._accelerator, self._clock = accelerator, clock
+    def __init__(self, ranks: Ranks, clock: Callable[[], float] = time.monotonic):
+        self._ranks, self._clock = ranks, clock
         self._number, self._since = 0, 0.0
         # Only a launcher's death counts: a run under nohup outlives its shell.
         launched = any(n.startswith(("ACCELERATE_", "TORCHELASTIC_")) for n in os.environ)
@@ -50,7 +51,7 @@ class Stop:
         """Raise Stopped on every rank if any rank was asked to end. All ranks must call it."""
         if self._parent is not None and os.getppid() != self._parent:
             self._number = self._number or signal.SIGTERM
-        asked = torch.tensor([self._number], device=self._accelerator.device)
-        number = int(self._accelerator.gather(asked).max())
+        asked = torch.tensor([self._number], device=self._ranks.device)
+        number = int(self._ranks.gather(asked).max())
         if number:
             raise Stopped(f"stopped by {signal.Signals(number).name}", 128 + number)

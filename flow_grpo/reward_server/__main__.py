@@ -48,16 +48,14 @@ def serve(args: argparse.Namespace, token: str) -> None:
         raise ValueError(
             f"a reward server needs the package {error.name}: pip install 'flow_grpo[server]'."
         ) from None
-    settings = options.settings(args.set)
+    settings = options.settings(args.set, [args.reward])
     loading.check(args.reward, settings, [], [])
     device = args.device or options.device([args.reward])
     scorer = Scorer({args.reward: 1.0}, settings, device)
 
     def score(batch: Batch) -> dict[str, np.ndarray]:
         try:
-            found = scorer.score(
-                batch.images, batch.prompts, batch.metadata, batch.references, batch.group
-            )
+            found = scorer.score(batch)
         except RuntimeError as error:  # the scorer's own says more of whose fault it is
             raise error.__cause__ or error from None
         return {name: values for name, values in found.items() if name != "avg"}
@@ -72,7 +70,8 @@ def serve(args: argparse.Namespace, token: str) -> None:
         timeout_s=args.timeout,
     )
     batcher = Batcher(score, args.batch_size, args.linger_ms / 1000)
-    app = create_app(args.reward, batcher, limits, token)
+    compares = loading.needs_groups(args.reward)
+    app = create_app(args.reward, batcher, limits, token, compares)
     # uvicorn repeats the signal that ended it once it has shut down; that is to change nothing.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)

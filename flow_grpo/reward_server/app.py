@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,8 +41,9 @@ class Limits:
 class Service:
     """The state behind the routes; only the event loop's thread touches it."""
 
-    def __init__(self, reward: str, batcher: Batcher, limits: Limits):
+    def __init__(self, reward: str, batcher: Batcher, limits: Limits, compares: bool):
         self.reward, self.batcher, self.limits = reward, batcher, limits
+        self.compares = compares  # the images of a group, so that a request needs whole groups
         self.num_bytes = self.num_requests = 0  # taken in and not yet answered
         self.statuses: Counter[int] = Counter()
         self._running: dict[str, Future] = {}  # by idempotency key
@@ -52,7 +52,7 @@ class Service:
 
     async def health(self) -> JSONResponse:
         """Say which reward this is, and whether it still scores: 503 once a call is stuck."""
-        found = {"reward": self.reward, "waiting": self.num_requests}
+        found = {"reward": self.reward, "compares": self.compares, "waiting": self.num_requests}
         if self._stuck():
             return JSONResponse(found | {"detail": STUCK}, 503)
         return JSONResponse(found)
@@ -80,9 +80,9 @@ class Service:
         self.num_requests += 1
         self.num_bytes += taken
         try:
-            kind, key = request.headers["content-type"], request.headers.get("idempotency-key")
+            key = request.headers.get("idempotency-key")
             body = await asyncio.wait_for(request.body(), self.limits.timeout_s)
-            batch = await self._decode(kind, body)
+            batch = await self._decode(body)
             del body
             self.num_bytes += (decoded := batch.num_bytes()) - taken
             taken = decoded
@@ -109,14 +109,13 @@ class Service:
         self._decoders.shutdown(wait=False)
 
     def _stuck(self) -> bool:
-        since = self.batcher.busy_since
-        return since is not None and time.monotonic() - since > self.limits.timeout_s
+        return self.batcher.busy_s() > self.limits.timeout_s
 
     def _admit(self, request: Request) -> int:
         """Return how many bytes a request has, or refuse it before they are read."""
         limits = self.limits
-        if request.headers.get("content-type") not in (wire.EXACT, wire.PACKED):
-            raise HTTPException(415, f"content-type {wire.EXACT} or {wire.PACKED} is needed")
+        if request.headers.get("content-type") != wire.CONTENT_TYPE:
+            raise HTTPException(415, f"content-type {wire.CONTENT_TYPE} is needed")
         if len(request.headers.get("idempotency-key", "")) > MAX_KEY:
             raise HTTPException(400, f"an idempotency-key has at most {MAX_KEY} characters")
         length = request.headers.get("content-length", "")
@@ -134,12 +133,12 @@ class Service:
             raise _busy(f"{self.num_bytes} bytes wait")
         return int(length)
 
-    async def _decode(self, kind: str, body: bytes) -> Batch:
+    async def _decode(self, body: bytes) -> Batch:
         limits = self.limits
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(
-                self._decoders, wire.decode, kind, body, limits.items, limits.pixels
+                self._decoders, wire.decode, body, limits.items, limits.pixels
             )
         except wire.Malformed as error:
             raise HTTPException(400, str(error)) from None
@@ -177,9 +176,14 @@ class Counted:
         await self._app(scope, receive, counting)
 
 
-def create_app(reward: str, batcher: Batcher, limits: Limits, token: str = "") -> FastAPI:
-    """Return the application. token: what every request must bring; "": nothing."""
-    service = Service(reward, batcher, limits)
+def create_app(
+    reward: str, batcher: Batcher, limits: Limits, token: str = "", compares: bool = False
+) -> FastAPI:
+    """Return the application.
+
+    token: what every request must bring; "": nothing. compares: the reward needs whole groups.
+    """
+    service = Service(reward, batcher, limits, compares)
 
     async def authorise(request: Request) -> None:
         given = request.headers.get("authorization", "")
@@ -200,7 +204,7 @@ def create_app(reward: str, batcher: Batcher, limits: Limits, token: str = "") -
         lifespan=lifespan,
         dependencies=[Depends(authorise)],
     )
-    body = {"content": {wire.EXACT: BODY, wire.PACKED: BODY}, "required": True}
+    body = {"content": {wire.CONTENT_TYPE: BODY}, "required": True}
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
     app.post("/score", openapi_extra={"requestBody": body})(service.score)

@@ -8,11 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.remote.wire import encode_answer
 
 # What a scorer raises for an input that it can't take; anything else is its own failure.
@@ -41,11 +41,18 @@ class Batcher:
     Rows of equal group stay in one call. linger_s: how long a call that is not full waits for more.
     """
 
-    def __init__(self, score: Score, max_rows: int, linger_s: float):
+    def __init__(
+        self,
+        score: Score,
+        max_rows: int,
+        linger_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         self._score, self._max_rows, self._linger_s = score, max_rows, linger_s
+        self._clock = clock
         self._queue: queue.Queue[_Job | None] = queue.Queue()  # None: the end
         self._held: _Job | None = None  # taken, but for the next call
-        self.busy_since: float | None = None  # on time.monotonic()'s clock
+        self._busy_since: float | None = None
         self.num_calls = self.num_scored = self.num_row_errors = 0
         self.seconds = 0.0
         self._thread = threading.Thread(target=self._work, name="scorer", daemon=True)
@@ -57,6 +64,11 @@ class Batcher:
         self._queue.put(job)
         return job.answer
 
+    def busy_s(self) -> float:
+        """Return the seconds that the scorer's present call has taken."""
+        since = self._busy_since
+        return 0.0 if since is None else self._clock() - since
+
     def close(self, patience_s: float) -> bool:
         """Finish what is queued. Returns False if that takes longer."""
         self._queue.put(None)
@@ -65,15 +77,15 @@ class Batcher:
 
     def _work(self) -> None:
         while jobs := self._gather():
-            self.busy_since = start = time.monotonic()
+            self._busy_since = start = self._clock()
             try:
                 self._serve(jobs)
             except BaseException as error:  # a bug here must not leave anyone waiting
                 for job in jobs:
                     if not job.answer.done():
                         job.answer.set_exception(error)
-            self.busy_since = None
-            self.seconds += time.monotonic() - start
+            self._busy_since = None
+            self.seconds += self._clock() - start
 
     def _gather(self) -> list[_Job]:
         """Wait for a request and take those that may share its call; [] at the end."""
@@ -125,9 +137,8 @@ class Batcher:
 
     def _take_apart(self, job: _Job, error: Exception) -> None:
         """Score a request row by row (or group by group), so that only the guilty go without."""
-        columns: dict[str, np.ndarray] = {}
         errors: list[str | None] = [None] * len(job.batch)
-        units, num_failed = job.batch.units(), 0
+        units, num_failed, parts = job.batch.units(), 0, []
         for unit in units:
             try:
                 if len(units) == 1:
@@ -139,14 +150,13 @@ class Batcher:
             except Exception as reason:
                 job.answer.set_exception(reason)
                 return
-            for name, values in scores.items():
-                columns.setdefault(name, np.full(len(job.batch), np.nan))[unit] = values
+            parts.append((unit, scores))
             for row, unit_error in zip(unit, unit_errors, strict=True):
                 errors[row] = unit_error
         if num_failed == len(units):
             job.answer.set_exception(Unscorable(errors[0]))
         else:
-            self._answer(job, columns, errors)
+            self._answer(job, scatter(parts, len(job.batch)), errors)
 
     def _rows(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str | None]]:
         """Score what can be read, in calls of at most max_rows where groups allow it."""
@@ -155,19 +165,16 @@ class Batcher:
         rows = [row for row in range(len(batch)) if row not in unreadable]
         if not rows:
             raise ValueError(errors[0])
-        readable, columns = batch.rows(rows), {}
+        readable, parts = batch.rows(rows), []
         calls: list[list[int]] = [[]]
         for unit in readable.units():
             if calls[-1] and len(calls[-1]) + len(unit) > self._max_rows:
                 calls.append([])
             calls[-1] += unit
         for call in calls:
-            scores = self._score(readable.rows(call))
+            parts.append(([rows[n] for n in call], self._score(readable.rows(call))))
             self.num_calls += 1
-            places = np.array(rows)[call]
-            for name, values in scores.items():
-                columns.setdefault(name, np.full(len(batch), np.nan))[places] = values
-        return columns, errors
+        return scatter(parts, len(batch)), errors
 
     def _answer(self, job: _Job, scores: dict[str, np.ndarray], errors: list) -> None:
         num_errors = sum(error is not None for error in errors)
@@ -178,18 +185,9 @@ class Batcher:
 
 def _merge(batches: list[Batch]) -> Batch:
     """Put requests of one kind together; their groups are numbered anew, and stay apart."""
-    first, offset, groups, errors = batches[0], 0, [], {}
+    groups: list[np.ndarray] = []
     for batch in batches:
-        errors |= {offset + row: text for row, text in (batch.errors or {}).items()}
-        offset += len(batch)
         if batch.group is not None:
             _, index = np.unique(batch.group, return_inverse=True)
             groups.append(index + (groups[-1].max() + 1 if groups else 0))
-    return Batch(
-        images=[image for batch in batches for image in batch.images],
-        prompts=[prompt for batch in batches for prompt in batch.prompts],
-        metadata=[row for batch in batches for row in batch.metadata],
-        references=first.references and [row for b in batches for row in b.references],
-        group=np.concatenate(groups) if groups else None,
-        errors=errors or None,
-    )
+    return replace(Batch.cat(batches), group=np.concatenate(groups) if groups else None)

@@ -10,9 +10,7 @@ writes it, or a prompts.txt with a line a picture in the order of their names.
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +18,19 @@ from tqdm import tqdm
 
 from flow_grpo.cli import user_errors
 from flow_grpo.evaluation import tables
-from flow_grpo.rewards import REWARDS, loading, options, pictures
+from flow_grpo.rewards import loading, options, pictures
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scorer
 from flow_grpo.rewards.pictures import Missing, Picture
+from flow_grpo.rewards.registry import REWARDS
 
 
 def main(argv: list[str]) -> None:
     """Print means with 95 % intervals and write a csv; leave with 1 and a message at a mistake."""
     args = _parse(argv)
     if args.list:
-        print("\n".join(f"{name:24} {_first_line(path)}" for name, path in REWARDS.items()))
+        for name, reward in REWARDS.items():
+            print(f"{name:24} {reward.__doc__.splitlines()[0]}")
         return
     with user_errors():
         if args.folder is None or not args.reward:
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
         for name in args.reward:
             if loading.needs_groups(name):
                 raise ValueError(f"--reward={name} compares the pictures of a rollout's group.")
-        settings = options.settings(args.set)
+        settings = options.settings(args.set, args.reward)
         found = pictures.read(args.folder)
         columns = _columns(found, args.folder)
         for name in args.reward:
@@ -63,9 +64,11 @@ def score(
         try:
             parts.append(
                 scorer.score(
-                    [picture.load() for picture in batch],
-                    *(column[rows] for column in columns),
-                    references if any(references) else None,
+                    Batch(
+                        [picture.load() for picture in batch],
+                        *(column[rows] for column in columns),
+                        references if any(references) else None,
+                    )
                 )
             )
         except RuntimeError as error:  # names the reward
@@ -116,15 +119,6 @@ def _columns(found: list[Picture], folder: Path) -> tuple:
     if any(picture.prompt is None for picture in found):
         return Missing(folder), Missing(folder)
     return [picture.prompt for picture in found], [picture.metadata for picture in found]
-
-
-def _first_line(path: str) -> str:
-    """What a reward says of itself, without an import: some load a model's code."""
-    module, name = path.split(":")
-    tree = ast.parse(Path(find_spec(module).origin).read_text())
-    kinds = (ast.FunctionDef, ast.ClassDef)
-    found = [n for n in tree.body if isinstance(n, kinds) and n.name == name]
-    return ((found and ast.get_docstring(found[0])) or "").partition("\n")[0]
 
 
 if __name__ == "__main__":

@@ -1,23 +1,35 @@
-"""What a scorer that keeps something (a model, processes, connections) has beside its call."""
+"""What a reward is: a class that keeps something, or a plain function with what it brings.
+
+Its module imports numpy and PIL alone at its top, so that the registry and a server import where
+other rewards' packages are missing; heavy packages are imported by the constructor.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import update_wrapper
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
+from flow_grpo.rewards.batch import Batch
+
+COLUMNS = ("images", "prompts", "metadata", "references", "group")  # that a function may name
+Check = Callable[[Mapping[str, Any], Sequence[str], Sequence[Mapping]], None]
+
 
 class Reward:
-    """A scorer as a class; one that keeps nothing is a plain function with the same arguments.
+    """A scorer that keeps something: a model, processes, connections.
 
-    settings: config.rewards as a dict, with config.ocr_engine among them. Only the constructor may
-    import torch or load weights, so that a mistake shows before anything slow.
+    settings: config.rewards as a dict, with config.ocr_engine and `defaults` among them. Only the
+    constructor may load weights, so that a mistake shows before anything slow.
     """
 
-    needs_groups = False  # True: it compares the pictures of a group, so a call needs whole groups
+    needs_groups = False  # True: it compares the images of a group, so a call has whole groups
+    defaults: ClassVar[Mapping[str, Any]] = {}  # settings of its own
 
     def __init__(self, settings: Mapping[str, Any], device: str):
         pass
@@ -28,19 +40,85 @@ class Reward:
     ) -> None:
         """Raise ValueError if the settings or a prompt can't be scored; called before loading."""
 
-    def __call__(
-        self,
-        images: list[np.ndarray],
-        prompts: list[str],
-        metadata: list[dict],
-        references: list | None = None,
-        group: np.ndarray | None = None,
-    ) -> dict[str, np.ndarray]:
-        """Score B pictures, uint8 (H, W, 3), or videos (F, H, W, 3). Returns (B,) columns."""
+    def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
+        """Score B images, uint8 (H, W, 3), or videos (F, H, W, 3). Returns (B,) columns."""
         raise NotImplementedError
 
     def close(self) -> None:
         """End what the constructor started."""
+
+
+class Plain:
+    """A function as a reward. It gets the columns and settings that it names.
+
+    A function with one required parameter, if that is not a column's name, gets the Batch. Raises
+    ValueError for a parameter that nothing is known of. Called itself, it is the function.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        check: Check | None = None,
+        settings: Mapping[str, Any] | None = None,
+        needs_groups: bool = False,
+    ):
+        update_wrapper(self, function)
+        self._function, self._check = function, check
+        self.defaults, self.needs_groups = dict(settings or {}), needs_groups
+        known, every = {*COLUMNS, *self.defaults}, inspect.signature(function).parameters.values()
+        self._names = [p.name for p in every if p.name in known and p.kind != p.POSITIONAL_ONLY]
+        required = [
+            p.name
+            for p in every
+            if p.default is p.empty
+            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            and p.name not in self.defaults
+        ]
+        others = [name for name in required if name not in self._names]
+        self._takes_batch = len(required) == len(others) == 1
+        if (others or not self._names) and not self._takes_batch:
+            raise ValueError(
+                f"{function!r} has parameters {list(inspect.signature(function).parameters)}. "
+                f"Needed are some of {', '.join((*COLUMNS, *self.defaults))}; or a single one, for "
+                f"the whole flow_grpo.rewards.batch.Batch."
+            )
+
+    def __call__(self, *arguments, **named) -> Any:
+        return self._function(*arguments, **named)
+
+    def check(
+        self, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
+    ) -> None:
+        """Raise ValueError if the function can't score these prompts."""
+        if self._check is not None:
+            self._check(settings, prompts, metadata)
+
+    def scorer(self, settings: Mapping[str, Any]) -> Callable[[Batch], Any]:
+        """Return the function as every scorer is called, with a Batch."""
+
+        def score(batch: Batch) -> Any:
+            columns = {
+                "images": batch.images,
+                "prompts": batch.prompts,
+                "metadata": batch.metadata,
+                "references": batch.references,
+                "group": batch.group,
+            }
+            known = {**settings, **columns}
+            whole = (batch,) if self._takes_batch else ()
+            return self._function(*whole, **{name: known[name] for name in self._names})
+
+        return score
+
+
+def reward(
+    *,
+    check: Check | None = None,
+    settings: Mapping[str, Any] | None = None,
+    needs_groups: bool = False,
+) -> Callable[[Callable], Plain]:
+    """Give a plain function what a class has: a check, settings with defaults, whole groups."""
+    return lambda function: Plain(function, check, settings, needs_groups)
 
 
 def check_model(settings: Mapping[str, Any], key: str) -> None:
@@ -53,12 +131,6 @@ def check_model(settings: Mapping[str, Any], key: str) -> None:
             f"config.rewards.{key}={path!r}: there is no such path, and it is no hub id "
             f"(owner/name). Correct it; it is relative to {os.getcwd()}."
         )
-
-
-def check_choice(settings: Mapping[str, Any], key: str, choices: Sequence[str]) -> None:
-    """Raise ValueError unless a setting is one of the choices."""
-    if settings[key] not in choices:
-        raise ValueError(f"config {key}={settings[key]!r}: one of {', '.join(choices)} is needed.")
 
 
 def check_package(module: str, extra: str) -> None:

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import TimeoutError as FutureTimeout
+from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import ml_collections
 import numpy as np
 
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.base import Reward
-from flow_grpo.rewards.remote import servers
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.queue import Lane
+from flow_grpo.rewards.remote import health, servers
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
+
+CLOSE_S = 10.0  # for the calls that are being made when a run ends
 
 
 class Scorer:
-    """Scores batches in one background thread while the next batch samples.
+    """The rewards of a run, each with a thread of its own.
 
     The trained score is the weighted sum, under "avg"; a row that lacks a reward of non-zero weight
     is NaN there. A reward of weight 0 is only monitored. held_out: names of further rewards, scored
     where they are asked for. masks: a reward that fails gives NaN and a warning, not an exception.
+    group_size: images of a group, for rewards that compare them; comparing: which of those that
+    only their server knows do.
     """
 
     def __init__(
@@ -33,76 +42,147 @@ class Scorer:
         where: Servers = Servers(),  # noqa: B008 - it is frozen
         held_out: Collection[str] = (),
         masks: bool = False,
+        group_size: int = 0,
+        comparing: Collection[str] = (),
     ):
-        self.weights, self._masks = dict(weights), masks
+        self.weights, self._masks, self._group_size = dict(weights), masks, group_size
         self.last_masked = ""  # what the last failure that was masked said
+        names = (*self.weights, *held_out)
+        self._comparing = {
+            name
+            for name in names
+            if name in comparing or (not where.alone_knows(name) and loading.needs_groups(name))
+        }
         self._scorers = {
-            name: servers.connect(name, where)
+            name: _remote(name, where)
             if name in where.urls
             else loading.load(name, settings, device)
-            for name in (*self.weights, *held_out)
+            for name in names
         }
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward")
+        self._threads = {name: ThreadPoolExecutor(1, f"reward-{name}") for name in names}
+        self._calls: WeakSet[Future] = WeakSet()
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, device: str) -> Scorer:
         """Load what a config asks for."""
+        where = servers.of(config)
         return cls(
             config.reward_fn,
             loading.settings(config),
             device,
-            where=servers.of(config),
+            where=where,
             held_out=[name for name in config.eval_reward_fn if name not in config.reward_fn],
             masks=config.on_reward_error == "mask",
+            group_size=config.sample.num_image_per_prompt,
+            comparing=health.check(where, [name for name in where.urls if where.alone_knows(name)]),
         )
 
-    @property
-    def num_rewards(self) -> int:
-        return len(self._scorers)
+    def start(self, held_out: bool = False) -> Scoring:
+        """Begin the scoring of an epoch's or an evaluation's rows."""
+        return Scoring(self, self._names(held_out))
 
-    def submit(
-        self, images, prompts, metadata, references=None, group=None, held_out=False
-    ) -> Future:
-        """Start scoring; the result is a dict of (B,) float64 arrays, "avg" among them."""
-        return self._thread.submit(
-            self.score, images, prompts, metadata, references, group, held_out
-        )
+    def lane(self, name: str) -> Lane:
+        """Return the way of a scoring's rows through a reward."""
+        assert self._group_size or name not in self._comparing, name
+        group_size = self._group_size if name in self._comparing else 0
+        return Lane(partial(self._hand_over, name), group_size)
 
-    def score(self, images, prompts, metadata, references=None, group=None, held_out=False) -> dict:
-        """Score now. Raises RuntimeError naming the reward that failed."""
-        scores: dict[str, np.ndarray] = {}
-        total = np.zeros(len(images))
-        for name in self._scorers if held_out else self.weights:
-            try:
-                found = self._score(name, images, prompts, metadata, references, group)
-            except RuntimeError as error:
-                if not self._masks:
-                    raise
-                self.last_masked = str(error)
-                logging.getLogger(__name__).warning("%s: its rows are masked", error)
-                known = isinstance(error.__cause__, SomeFailed)
-                found = error.__cause__.scores if known else {name: np.full(len(images), np.nan)}
-            if self.weights.get(name):
-                total = total + self.weights[name] * found[name]
-            scores |= found
-        return scores | {"avg": total}
+    def score(self, batch: Batch, held_out: bool = False) -> dict[str, np.ndarray]:
+        """Score now, in this thread. Raises RuntimeError naming the reward that failed."""
+        names = self._names(held_out)
+        return self.combine({name: self._call(name, batch) for name in names}, len(batch))
 
-    def _score(self, name: str, images: list, *others) -> dict[str, np.ndarray]:
-        try:
-            found = self._scorers[name](images, *others)
-            found = {key: np.asarray(value, dtype=np.float64) for key, value in found.items()}
-        except Exception as error:
-            raise RuntimeError(f"reward {name!r} failed: {error}") from error
-        wrong = any(value.shape != (len(images),) for value in found.values())
-        if name not in found or wrong or any(np.isinf(value).any() for value in found.values()):
-            raise RuntimeError(
-                f"reward {name!r} must return {name!r}: ({len(images)},) without infinities; "
-                f"it returned {[(key, value.shape) for key, value in found.items()]}."
-            )
-        return found
+    def combine(
+        self, columns: Mapping[str, dict[str, np.ndarray]], num_rows: int
+    ) -> dict[str, np.ndarray]:
+        """Put the columns of each reward together and add up "avg"."""
+        total = np.zeros(num_rows)
+        for name, weight in self.weights.items():
+            if weight:
+                total = total + weight * columns[name][name]
+        return {key: each for part in columns.values() for key, each in part.items()} | {
+            "avg": total
+        }
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        """Drop what is queued, end the rewards, and wait for calls in the making, at most CLOSE_S.
+
+        Called once no score is wanted any more.
+        """
+        for thread in self._threads.values():
+            thread.shutdown(wait=False, cancel_futures=True)
         for scorer in self._scorers.values():
             if isinstance(scorer, Reward):
                 scorer.close()
+        wait([call for call in self._calls if not call.cancelled()], CLOSE_S)
+
+    def _names(self, held_out: bool) -> Collection[str]:
+        return self._scorers if held_out else self.weights
+
+    def _hand_over(self, name: str, batch: Batch) -> Future:
+        call = self._threads[name].submit(self._call, name, batch)
+        self._calls.add(call)
+        return call
+
+    def _call(self, name: str, batch: Batch) -> dict[str, np.ndarray]:
+        """Score with one reward; where failures are masked, its rows are NaN."""
+        try:
+            return self._score(name, batch)
+        except RuntimeError as error:
+            if not self._masks:
+                raise
+            self.last_masked = str(error)
+            logging.getLogger(__name__).warning("%s: its rows are masked", error)
+            if isinstance(error.__cause__, SomeFailed):
+                return error.__cause__.scores
+            return {name: np.full(len(batch), np.nan)}
+
+    def _score(self, name: str, batch: Batch) -> dict[str, np.ndarray]:
+        try:
+            scores = self._scorers[name](batch)
+            scores = {key: np.asarray(value, dtype=np.float64) for key, value in scores.items()}
+        except Exception as error:
+            raise RuntimeError(f"reward {name!r} failed: {error}") from error
+        wrong = any(value.shape != (len(batch),) for value in scores.values())
+        if name not in scores or wrong or any(np.isinf(value).any() for value in scores.values()):
+            raise RuntimeError(
+                f"reward {name!r} must return {name!r}: ({len(batch)},) without infinities; "
+                f"it returned {[(key, value.shape) for key, value in scores.items()]}."
+            )
+        return scores
+
+
+class Scoring:
+    """Rows on their way through all rewards: add() call by call, then wait for result()."""
+
+    def __init__(self, scorer: Scorer, names: Collection[str]):
+        self._scorer, self._num_rows = scorer, 0
+        self._lanes = {name: scorer.lane(name) for name in names}
+
+    def add(self, batch: Batch) -> None:
+        """Take in the rows of a sampling call; returns at once."""
+        for lane in self._lanes.values():
+            lane.add(batch, self._num_rows)
+        self._num_rows += len(batch)
+
+    def result(self, patience_s: float | None = None) -> dict[str, np.ndarray]:
+        """Wait for the scores of all rows, (N,) float64 each, in the order of add().
+
+        patience_s: for each call of a reward, None: however long it takes. Raises RuntimeError
+        naming the reward that failed, or took longer.
+        """
+        columns = {}
+        for name, lane in self._lanes.items():
+            try:
+                columns[name] = lane.result(self._num_rows, patience_s)
+            except FutureTimeout:
+                raise RuntimeError(
+                    f"reward {name!r} gave no scores for a call in {patience_s:g} s"
+                ) from None
+        return self._scorer.combine(columns, self._num_rows)
+
+
+def _remote(name: str, where: Servers) -> Reward:
+    from flow_grpo.rewards.remote.client import RemoteReward  # httpx is an extra
+
+    return RemoteReward(name, where)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pkgutil import resolve_name
 from typing import Any
 
 import ml_collections
 
-from flow_grpo.rewards import REWARDS
-from flow_grpo.rewards.base import Reward
+from flow_grpo import own
+from flow_grpo.cli import did_you_mean
+from flow_grpo.rewards.base import Plain, Reward
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.registry import REWARDS
 
 
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -20,36 +19,32 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {**config.rewards, "ocr_engine": config.ocr_engine}
 
 
-def find(name: str) -> Callable:
-    """Return the function or the Reward class of a name.
+def find(name: str) -> type[Reward] | Plain:
+    """Return the reward of a name.
 
     name: a key of REWARDS, or the user's own "module:attribute"; the module may lie in the current
-    folder. Raises ValueError if there is none.
+    folder. Raises ValueError if there is none, or if it is a function that can't be called.
     """
     if name in REWARDS:
-        return resolve_name(REWARDS[name])
-    if ":" not in name:
-        near = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        found = REWARDS[name]
+    elif ":" in name:
+        found = _own(name)
+    else:
         raise ValueError(
             f"there is no reward {name!r}; there are {', '.join(sorted(REWARDS))}, and "
-            f"module:function is one's own.{hint}"
+            f"module:function is one's own.{did_you_mean(name, REWARDS)}"
         )
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if isinstance(found, (type, Plain)):
+        return found
     try:
-        found = resolve_name(name)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(
-            f"the reward {name!r} can't be imported ({type(error).__name__}: {error}). An "
-            f"importable module and a function in it are needed, as module:function."
-        ) from error
-    if not callable(found) or (isinstance(found, type) and not issubclass(found, Reward)):
-        raise ValueError(
-            f"the reward {name!r} is {found!r}; needed is a function, or a class of "
-            f"flow_grpo.rewards.base.Reward."
-        )
-    return found
+        return Plain(found)
+    except ValueError as error:
+        raise ValueError(f"the reward {name!r} can't be called: {error}") from error
+
+
+def needs_groups(name: str) -> bool:
+    """Tell whether a reward compares the images of a group."""
+    return find(name).needs_groups
 
 
 def check(
@@ -60,41 +55,45 @@ def check(
     prompts, metadata: those of every row that will be scored.
     """
     found = find(name)
-    if isinstance(found, type):
-        try:
-            found.check(settings, prompts, metadata)
-        except ValueError as error:
-            raise ValueError(f"reward {name!r}: {error}") from error
+    try:
+        found.check({**found.defaults, **settings}, prompts, metadata)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
 
 
-def needs_groups(name: str) -> bool:
-    """Tell whether a reward compares the pictures of a group."""
-    found = find(name)
-    return isinstance(found, type) and found.needs_groups
-
-
-def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[..., dict]:
+def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[[Batch], dict]:
     """Build a reward's scorer; its weights load here.
 
     The scores of the user's own "module:attribute" may be named after the attribute, or be an array
     without a name.
     """
     found = find(name)
-    scorer = found(settings, device) if isinstance(found, type) else found
+    settings = {**found.defaults, **settings}
+    scorer = found.scorer(settings) if isinstance(found, Plain) else found(settings, device)
     return _Renamed(name, scorer) if name not in REWARDS else scorer
 
 
 class _Renamed(Reward):
-    def __init__(self, name: str, scorer: Callable):
+    def __init__(self, name: str, scorer: Callable[[Batch], Any]):
         self.name, self.scorer = name, scorer
 
-    def __call__(self, *arguments) -> dict:
-        found = self.scorer(*arguments)
-        if not isinstance(found, dict):
-            return {self.name: found}
+    def __call__(self, batch: Batch) -> dict:
+        scores = self.scorer(batch)
+        if not isinstance(scores, dict):
+            return {self.name: scores}
         own = self.name.partition(":")[2]
-        return {self.name if key == own else key: value for key, value in found.items()}
+        return {self.name if key == own else key: value for key, value in scores.items()}
 
     def close(self) -> None:
         if isinstance(self.scorer, Reward):
             self.scorer.close()
+
+
+def _own(name: str) -> Callable:
+    found = own.load(name, f"the reward {name!r}", "function")
+    if not callable(found) or (isinstance(found, type) and not issubclass(found, Reward)):
+        raise ValueError(
+            f"the reward {name!r} is {found!r}; needed is a function, or a class of "
+            f"flow_grpo.rewards.base.Reward."
+        )
+    return found

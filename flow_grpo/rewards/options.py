@@ -4,22 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
-from config.base import base
+from config.base import COMMON, base
+from flow_grpo import keys
 from flow_grpo.rewards import loading
 
 
-def settings(given: list[str]) -> dict[str, Any]:
-    """Return config.rewards with what --set KEY=VALUE changes. Raises ValueError."""
-    settings = loading.settings(base())
+def settings(given: list[str], rewards: list[str]) -> dict[str, Any]:
+    """Return config.rewards and the rewards' own settings as --set KEY=VALUE changes them.
+
+    Raises ValueError.
+    """
+    config = base(None)
+    own = {key: value for name in rewards for key, value in loading.find(name).defaults.items()}
     for each in given:
-        key, equals, value = each.partition("=")
-        if not equals or key not in settings:
-            raise ValueError(f"--set={each}: KEY=VALUE is needed, a key of {', '.join(settings)}.")
+        name, equals, value = each.partition("=")
+        common = loading.settings(config)
+        known = {**own, **common}
+        if not equals or name not in known:
+            raise ValueError(f"--set={each}: KEY=VALUE is needed, a key of {', '.join(known)}.")
+        key = name if name in COMMON else f"rewards.{name}"
         try:
-            settings[key] = type(settings[key])(value)
+            if name in common:
+                keys.parent(config, key)[name] = COMMON[key].parse(value)
+            else:
+                own[name] = type(own[name])(value)
         except ValueError:
-            raise ValueError(f"--set={each}: a value like {settings[key]!r} is needed.") from None
-    return settings
+            raise ValueError(f"--set={each}: a value like {known[name]!r} is needed.") from None
+    keys.check(config, COMMON)
+    return {**own, **loading.settings(config)}
 
 
 def device(rewards: list[str]) -> str:

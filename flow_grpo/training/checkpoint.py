@@ -9,9 +9,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from flow_grpo.training import folders
 
 if TYPE_CHECKING:
@@ -37,21 +34,21 @@ def save(run: Run, metrics_bytes: int) -> Path:
 
 def _write(run: Run, final: Path, metrics_bytes: int) -> None:
     aside = final.with_name(f".writing-{final.name}")
-    if run.accelerator.is_main_process:
+    if run.ranks.is_main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    run.accelerator.wait_for_everyone()
-    _write_state(run, aside)
+    run.ranks.barrier()
+    run.engine.save(aside, run.snapshots.state_dict())
     export(run, aside, "ema" if run.config.train.ema else "policy")
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
+    run.ranks.barrier()
+    if run.ranks.is_main:
         _write_trainer(run, aside, metrics_bytes)
         if final.exists():  # all updates of an epoch were skipped
             _set_aside(final)
         os.rename(aside, final)
         _sync(final.parent)
         _prune(run.folder, run.config.num_checkpoint_limit)
-    run.accelerator.wait_for_everyone()
+    run.ranks.barrier()
 
 
 def load(run: Run, folder: Path) -> None:
@@ -59,39 +56,26 @@ def load(run: Run, folder: Path) -> None:
 
     In the run that wrote it, what came after it is forgotten: rows of metrics and checkpoints.
     """
-    weights = load_file(folder / "weights.safetensors")
-    run.snapshots.load_state_dict(weights)
-    if run.updater.uses_deepspeed:
-        run.model.load_checkpoint(
-            str(folder), tag="deepspeed", load_module_strict=False, load_lr_scheduler_states=False
-        )
-    else:
-        with torch.no_grad():
-            for name, param in run.trained_parameters():
-                param.copy_(weights[f"policy/{name}"])
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        run.updater.load_optimizer(state["optimizer"])
-        if run.accelerator.scaler is not None:
-            run.accelerator.scaler.load_state_dict(state["scaler"])
+    run.snapshots.load_state_dict(run.engine.load(folder))
     state = folders.read(folder)
     run.epoch = state["epoch"]
     run.updater.num_updates = state["num_updates"]
     run.updater.num_skipped = state["num_skipped"]
     if folder.resolve().parent.parent == run.folder.resolve():
         run.tracker.cut(state["metrics_bytes"])
-        if run.accelerator.is_main_process:
+        if run.ranks.is_main:
             found = folders.checkpoints(run.folder)
             for later in found[found.index(run.folder / "checkpoints" / folder.name) + 1 :]:
                 _remove(later)
     run.saved = (run.epoch, run.updater.num_updates)
-    run.accelerator.wait_for_everyone()
+    run.ranks.barrier()
 
 
 def export(run: Run, folder: Path, name: str) -> None:
     """Write snapshot `name` as a stock diffusers pipeline loads it: lora/ or transformer/."""
-    main = run.accelerator.is_main_process
+    main = run.ranks.is_main
     if run.config.use_lora:
-        values = run.snapshots.values(name)  # fp32, whatever DeepSpeed made of the weights
+        values = run.snapshots.values(name)  # fp32, whatever the module computes in
         if main:
             run.pipeline.save_lora(values, folder / "lora")
         return
@@ -100,27 +84,10 @@ def export(run: Run, folder: Path, name: str) -> None:
             run.pipeline.save_transformer(folder / "transformer")
 
 
-def _write_state(run: Run, folder: Path) -> None:
-    held = {name: tensor.contiguous() for name, tensor in run.snapshots.state_dict().items()}
-    if run.updater.uses_deepspeed:
-        run.model.save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=True)
-    else:
-        held |= {f"policy/{n}": p.detach().contiguous() for n, p in run.trained_parameters()}
-    if not run.accelerator.is_main_process:
-        return
-    save_file(held, folder / "weights.safetensors")
-    if not run.updater.uses_deepspeed:
-        scaler = run.accelerator.scaler
-        state = {
-            "optimizer": run.updater.optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-        }
-        torch.save(state, folder / "optimizer.pt")
-
-
 def _write_trainer(run: Run, folder: Path, metrics_bytes: int) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     state = {
+        "format": folders.FORMAT,
         "epoch": run.epoch,
         "num_updates": run.updater.num_updates,
         "num_skipped": run.updater.num_skipped,

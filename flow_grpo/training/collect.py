@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import ml_collections
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from flow_grpo import advantages
@@ -17,6 +16,8 @@ from flow_grpo.evaluation import diversity
 from flow_grpo.prompts import epoch_prompts
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, Rollout, RowTable
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.combine import Scoring
 from flow_grpo.rollouts import states_to_save
 from flow_grpo.sampling import Denoised, decode, denoise, parents
 from flow_grpo.training.arrange import arrange
@@ -29,7 +30,7 @@ class Sampled:
 
     rollout: Rollout  # N rows
     images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
-    pending: list  # scores of each call's leaves, to come
+    scoring: Scoring | None  # of the leaves, under way
     for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
     first_row: int = 0  # the number of its first row among all ranks'
 
@@ -39,12 +40,12 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
     config, plan, objective = run.config, run.plan, run.objective
     slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, config.seed, epoch)
     world = [run.calls(rank, epoch) for rank in range(plan.world_size)]
-    calls = world[run.accelerator.process_index]
+    calls = world[run.ranks.rank]
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
     done: list[Denoised] = []
-    images, pending, gated = [], [], []
+    images, gated, scoring = [], [], run.scorer.start()
     num_steps = sum(call.segment.grid.shape[1] - 1 for call in calls)
-    bar = progress(num_steps, "sample", shown=run.accelerator.is_main_process)
+    bar = progress(num_steps, "sample", shown=run.ranks.is_main)
     weights = objective.samples_with(epoch, run.updater.num_updates)
     with run.timer("sample"), run.snapshots.using(weights):
         for number in range(max(map(len, world))):
@@ -74,8 +75,8 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                 done.append(part)
                 if call.leaf:
                     decoded = decode(run.pipeline, part.rollout)
-                    pending.append(
-                        run.scorer.submit(
+                    scoring.add(
+                        Batch(
                             decoded,
                             batch.prompts,
                             batch.metadata,
@@ -89,7 +90,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
     return Sampled(
         rollout=Rollout.cat([part.rollout for part in done]),
         images=images,
-        pending=pending,
+        scoring=scoring,
         for_gate=Rollout.cat(gated) if gated else None,
     )
 
@@ -97,8 +98,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
 def score(run: Run, sampled: Sampled) -> dict[str, np.ndarray]:
     """Wait for the scores of this rank's leaves, (L,) each. Raises Stopped if too few have one."""
     with run.timer("reward"):
-        scored = run.scores(sampled.pending)
-    scores = {name: np.concatenate([part[name] for part in scored]) for name in scored[0]}
+        scores = run.scores(sampled.scoring)
     run.check_masked(scores["avg"])
     return scores
 
@@ -108,19 +108,19 @@ def weigh(
 ) -> tuple[Arranged, dict[str, float]]:
     """Turn the scores of all ranks into what trains when; give this rank's rows their share."""
     config, rollout = run.config, sampled.rollout
-    rows, world = table_of(run, rollout), _world(scores)
+    rows, world = table_of(run, rollout), _world(run, scores)
     leaf_scores = combine(config, world, rows.group[rows.leaf])
     all_scores = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     all_scores[rows.leaf] = leaf_scores
     shuffle = config.train.shuffle_advantages
     arranged = arrange(run.objective, all_scores, rows, run.plan, epoch, shuffle)
-    rank, device = run.accelerator.process_index, run.accelerator.device
+    rank, device = run.ranks.rank, run.ranks.device
     mine, sampled.first_row = rows.rank == rank, int((rows.rank < rank).sum())
     rollout.advantages = arranged.advantages[mine].float().to(device)
     rollout.weights = arranged.weights[mine].float().to(device)
     group = rows.group[rows.leaf]
     metrics = {f"reward/{name}": values.nanmean().item() for name, values in world.items()}
-    small = np.concatenate(gather_object([diversity.thumbnails(sampled.images)]))
+    small = np.concatenate(run.ranks.gather_objects(diversity.thumbnails(sampled.images)))
     spread = diversity.diversity(small, group.numpy())
     if not math.isnan(spread):  # a group has more than one image
         metrics["diversity"] = spread
@@ -136,7 +136,7 @@ def weigh(
 
 def table_of(run: Run, rollout: Rollout) -> RowTable:
     """Put what is known of all ranks' rows side by side."""
-    rank = run.accelerator.process_index
+    rank = run.ranks.rank
     columns = {
         "group": rollout.batch.group,
         "member": rollout.batch.member,
@@ -145,7 +145,7 @@ def table_of(run: Run, rollout: Rollout) -> RowTable:
         "parent": rollout.parent[:, 0],
         "steps": rollout.steps.cpu(),
     }
-    ranks = gather_object([columns])
+    ranks = run.ranks.gather_objects(columns)
     first = 0
     for each in ranks:  # a parent's number among all rows
         each["parent"] = torch.where(each["parent"] < 0, -1, each["parent"] + first)
@@ -167,9 +167,9 @@ def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group:
     return torch.where(average.isnan(), average, combined)
 
 
-def _world(scores: dict[str, np.ndarray]) -> dict[str, Tensor]:
+def _world(run: Run, scores: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Put the scores of all ranks' leaves together."""
-    ranks = gather_object([scores])
+    ranks = run.ranks.gather_objects(scores)
     return {
         name: torch.from_numpy(np.concatenate([each[name] for each in ranks])) for name in scores
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from flow_grpo.evaluation import alarm
@@ -36,7 +35,7 @@ def evaluate(run: Run) -> dict[str, float]:
     run.tracker.write("images/eval.json", layout | {"prompts": [prompts[n].text for n in images]})
     if fallen and run.config.hacking_alarm == "stop":
         raise Stopped(f"{_alarm(fallen)} (config.hacking_alarm=stop)")
-    if fallen and run.config.hacking_alarm == "warn" and run.accelerator.is_main_process:
+    if fallen and run.config.hacking_alarm == "warn" and run.ranks.is_main:
         tqdm.write(f"warning: {_alarm(fallen)}")
     return found
 
@@ -44,13 +43,13 @@ def evaluate(run: Run) -> dict[str, float]:
 def _fallen(run: Run, scores: dict[str, np.ndarray]) -> list[str]:
     """Keep the scores of each prompt, and name the held-out rewards that fell, on all ranks."""
     fallen, prompts = [], run.plan.eval_prompts
-    if run.accelerator.is_main_process:
+    if run.ranks.is_main:
         rows = read_metrics(run.folder, "eval") if run.tracker.num_bytes else []
         steps = [row["step"] for row in rows]
         held_out = list(run.config.eval_reward_fn)
         fallen = alarm.fallen(run.folder, steps, scores, held_out, prompts)
         alarm.write(run.folder, run.updater.num_updates, scores, prompts)
-    return broadcast_object_list([fallen])[0]
+    return run.ranks.broadcast_object(fallen)
 
 
 def _alarm(fallen: list[str]) -> str:

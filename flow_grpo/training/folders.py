@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 import ml_collections
 
+from flow_grpo.parallel.launched import shards_state
+
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
+FORMAT = 2  # of checkpoints; 1 was unpickled
 
 
 def run_name(config: ml_collections.ConfigDict, name: str) -> str:
@@ -61,6 +63,12 @@ def _check(folder: Path, identity: dict) -> None:
             f"folder logs/<run_name>/checkpoints/checkpoint-<step> is needed, or latest, or auto."
         )
     state = read(folder)
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"config.resume_from={str(folder)!r} is of an older version, whose training state is "
+            f"not read any more. Start a new run; the LoRA in its lora/ can be carried over with "
+            f"config.train.lora_path."
+        )
     for name, size in state["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -82,11 +90,6 @@ def read(folder: Path) -> dict:
     return json.loads((folder / STATE).read_text())
 
 
-def uses_deepspeed() -> bool:
-    """Whether accelerate's launcher was told to use DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-
-
 def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:
     """Return what a checkpoint and the run that resumes it must have in common."""
     train, lora = config.train, config.use_lora
@@ -100,7 +103,7 @@ def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) 
         "config.train.lora_targets": list(train.lora_targets) if lora else None,
         "config.train.ema": train.ema,
         "config.train.use_8bit_adam": train.use_8bit_adam,
-        "ranks under DeepSpeed (0: without)": world_size if uses_deepspeed() else 0,
+        "ranks with a state of their own (0: none)": world_size if shards_state() else 0,
         "config.seed": config.seed,
         "pictures an epoch": world_size
         * config.sample.train_batch_size

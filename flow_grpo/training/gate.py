@@ -37,7 +37,7 @@ def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
     for point in run.objective.points(rows, Randomness(run.config.seed, (epoch, 0))):
         measured = measure(run.objective.schedule, rows, point.column, velocity(point))
         for name, value in measured.items():
-            figures[name][point.column] = run.accelerator.gather(value.max()).max().item()
+            figures[name][point.column] = run.ranks.gather(value.max()).max().item()
     _check(run.objective, figures)
     run.tracker.write("gate.json", {"epoch": epoch} | figures)
 

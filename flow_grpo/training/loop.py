@@ -31,7 +31,7 @@ def train(run: Run) -> None:
 
     Raises Stopped where a signal or failing rewards end it, once the finished epochs are saved.
     """
-    config, main_process = run.config, run.accelerator.is_main_process
+    config, main_process = run.config, run.ranks.is_main
     finished = run.tracker.num_bytes  # of metrics.jsonl
     bar = progress(config.num_epochs, "epochs", shown=main_process, initial=run.epoch)
     gate_open = False
@@ -67,12 +67,12 @@ def train(run: Run) -> None:
 
 def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
     """Take the epoch's optimizer steps."""
-    objective, rank = run.objective, run.accelerator.process_index
+    objective, rank = run.objective, run.ranks.rank
     micro_batch = partial(_micro_batch, run, sampled, arranged, epoch)
     num_calls = sum(len(of_ranks[rank]) for inner in arranged.updates for of_ranks in inner)
     with run.timer("update"):
         known = prepare(objective, arranged, rank, micro_batch, run.predict)
-        bar = progress(num_calls, "update", shown=run.accelerator.is_main_process)
+        bar = progress(num_calls, "update", shown=run.ranks.is_main)
         for inner, updates in enumerate(arranged.updates):
             for of_ranks in updates:
                 micros = [micro_batch(numbers, inner) for numbers in of_ranks[rank]]
@@ -117,50 +117,47 @@ def _micro_batch(
 
 
 def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
-    """Make one optimizer step: the weighted mean over all rows of all ranks and all points."""
+    """Make one optimizer step: the weighted mean over all rows of all ranks and all points.
+
+    Nothing waits for the device before all gradients are there. Then one sum over ranks holds the
+    loss, which is finite only if every part of it is, and the statistics, and is read once.
+    """
     if total_weight == 0:
         return
-    objective, updater, device = run.objective, run.updater, run.accelerator.device
+    objective, engine, ranks = run.objective, run.engine, run.ranks
     with torch.no_grad():
         frozen = objective.freeze(micros, run.predict)
-    statistics = Statistics(run.schedule.num_steps, device)
-    total = torch.full((), total_weight, device=device)
-    loss_sum = torch.zeros((), device=device)
+    statistics = Statistics(run.schedule.num_steps, ranks.device)
+    total = torch.full((), total_weight, device=ranks.device)
+    loss_sum = torch.zeros((), device=ranks.device)
     for i, micro in enumerate(micros):
         for k, point in enumerate(micro.points):
             known = micro.known[k] | {name: values[i][k] for name, values in frozen.items()}
             last = i == len(micros) - 1 and k == len(micro.points) - 1
-            with updater.accumulate(last):
+            with engine.accumulate(last):
                 velocity, rows = micro.velocity(point), micro.rows
                 if (trained := micro.trained[k]) is not None:
-                    velocity, rows, point = (
-                        velocity[trained],
-                        rows.rows(trained),
-                        point.rows(trained),
-                    )
-                    known = {name: value[trained] for name, value in known.items()}
+                    velocity, rows = velocity[trained], rows.rows(trained)
+                    point, known = point.rows(trained), {n: v[trained] for n, v in known.items()}
                 loss = objective.loss(velocity, known, rows, point)
                 weights = rows.at("weights", point.column)
                 share = (loss.value * weights).sum() / total
-                if not updater.all_finite(share.detach()):
-                    updater.skip()
-                    return
-                updater.backward(share)
+                engine.backward(share)
             loss_sum += share.detach()
             statistics.add(loss.stats, point.step, weights)
-    norm = updater.step()
-    if norm is None:
+    sums = ranks.total(torch.cat([loss_sum.double()[None], statistics.sums()]))
+    mean, *moments, norm = torch.cat([sums, engine.norm().double()[None]]).tolist()
+    if not run.updater.finish(mean, norm):
         return
     run.move_snapshots()
-    metrics = {"loss": run.total(loss_sum).item(), "grad_norm": norm}
-    metrics |= {"learning_rate": updater.optimizer.param_groups[0]["lr"]}
-    run.log("update", metrics | statistics.collect(run.accelerator))
+    metrics = {"loss": mean, "grad_norm": norm, "learning_rate": engine.learning_rate}
+    run.log("update", metrics | statistics.metrics(moments))
 
 
 def _evaluate(run: Run) -> None:
     """Evaluate; once there is something to tell, draw report.html anew."""
     evaluate(run)
-    if run.epoch and run.accelerator.is_main_process:
+    if run.epoch and run.ranks.is_main:
         redraw(run.folder)
 
 

@@ -1,16 +1,14 @@
-"""Gradient accumulation, clipping and the optimizer step, the same under DDP and DeepSpeed."""
+"""The optimizer, its learning rate, and which of its steps are taken."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import ml_collections
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from torch import nn
+
+from flow_grpo.parallel.engine import Engine
 
 
 def build(params: list[nn.Parameter], train: ml_collections.ConfigDict) -> torch.optim.Optimizer:
@@ -42,99 +40,35 @@ def learning_rate(train: ml_collections.ConfigDict, num_updates: int, total_upda
 
 
 class Updater:
-    """Makes and counts the optimizer steps; the accumulation boundary is set here alone."""
+    """Takes or skips an engine's optimizer steps, sets their rate and counts them."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        train: ml_collections.ConfigDict,
-        total_updates: int,
-    ):
-        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
-        self.train, self.total_updates = train, total_updates
-        self.params = [param for param in model.parameters() if param.requires_grad]
+    def __init__(self, engine: Engine, train: ml_collections.ConfigDict, total_updates: int):
+        self.engine, self.train, self.total_updates = engine, train, total_updates
         self.num_updates = 0
         self.num_skipped_in_a_row = 0
         self.num_skipped = 0
 
-    @property
-    def uses_deepspeed(self) -> bool:
-        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+    def finish(self, loss: float, norm: float) -> bool:
+        """Step, or skip the update if its loss or gradient is not finite.
 
-    @contextmanager
-    def accumulate(self, last: bool) -> Iterator[None]:
-        """Wrap a forward and backward pass; gradients meet across ranks at the last one only."""
-        self.accelerator.gradient_state._set_sync_gradients(last)
-        if last:
-            self._set_learning_rate()
-            yield
-        else:
-            with self.accelerator.no_sync(self.model):
-                yield
-
-    def all_finite(self, value: Tensor) -> bool:
-        """Whether `value` is finite on every rank. Waits for the device, before the backward."""
-        bad = self.accelerator.reduce((~torch.isfinite(value)).any().float(), "sum")
-        return bad.item() == 0
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of the loss; ranks are summed, not averaged."""
-        self.accelerator.backward(loss * self.accelerator.num_processes)
-
-    def step(self) -> float | None:
-        """Clip, step and reset the gradients. Returns the gradient's norm; None: skipped."""
-        in_fp16 = self.accelerator.mixed_precision == "fp16"  # it still looks for its scale
-        if self.uses_deepspeed:  # its engine clipped and stepped inside the last backward
-            norm = float(self.model.get_global_grad_norm() or 0.0)
-            if not math.isfinite(norm):
-                return self.skip(count=not in_fp16)
-        else:
-            limit = self.train.max_grad_norm or math.inf
-            norm = self.accelerator.clip_grad_norm_(self.params, limit).item()
-            if math.isfinite(norm) or in_fp16:
-                self.optimizer.step()  # in fp16 the scaler leaves a step out and lowers its scale
-            if not math.isfinite(norm):
-                return self.skip(count=not in_fp16)
-            self.optimizer.zero_grad()
+        Returns whether it stepped. Both numbers are of all ranks, which so decide alike.
+        Raises FloatingPointError after train.max_nonfinite_updates in a row that were skipped.
+        """
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._skip(overflow=math.isfinite(loss))
+            return False
+        self.engine.learning_rate = learning_rate(self.train, self.num_updates, self.total_updates)
+        self.engine.step(norm)
         self.num_updates += 1
         self.num_skipped_in_a_row = 0
-        return norm
+        return True
 
-    def skip(self, count: bool = True) -> None:
-        """Give up this update: nothing of it may reach the next one.
-
-        Raises FloatingPointError after train.max_nonfinite_updates in a row that count.
-        """
-        self.accelerator.gradient_state._set_sync_gradients(True)  # or zero_grad() does nothing
-        self.optimizer.zero_grad()
-        if self.uses_deepspeed:
-            # Nor here, and no call of DeepSpeed's forgets what earlier backward passes summed up.
-            sharded = self.model.optimizer
-            sharded.zero_grad()
-            for name in ("averaged_gradients", "all_grad_tensors"):
-                sums = getattr(sharded, name, {})
-                sums.update(dict.fromkeys(sums))
+    def _skip(self, overflow: bool) -> None:
+        self.engine.discard(overflow)
         self.num_skipped += 1
-        self.num_skipped_in_a_row += count
+        self.num_skipped_in_a_row += not (overflow and self.engine.looks_for_scale)
         if self.num_skipped_in_a_row >= self.train.max_nonfinite_updates:
             raise FloatingPointError(
                 f"{self.num_skipped_in_a_row} updates in a row had a non-finite loss or gradient. "
                 f"Lower config.train.learning_rate, or use config.mixed_precision=bf16 or no."
             )
-
-    def load_optimizer(self, state: dict) -> None:
-        """Restore the moments; the settings (betas, weight decay ...) stay the config's."""
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state)
-        for group, chosen in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(chosen)
-
-    def _set_learning_rate(self) -> None:
-        rate = learning_rate(self.train, self.num_updates, self.total_updates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate

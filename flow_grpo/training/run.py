@@ -15,6 +15,7 @@ from flow_grpo import rollouts
 from flow_grpo.conditioning import collate
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
+from flow_grpo.parallel.engine import Engine
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Conditioning, Guidance, Point, Rollout
@@ -35,6 +36,7 @@ class Run(Evaluator):
     schedule: Schedule
     guidance: Guidance
     objective: Objective
+    engine: Engine
     updater: Updater
     snapshots: Snapshots
     tracker: Tracker

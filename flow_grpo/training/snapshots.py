@@ -2,94 +2,171 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 
 import torch
-from torch import Tensor, nn
+from peft.functional import inject_adapter_in_model, set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn, zeros_like
+
+from flow_grpo.parallel.engine import Engine, Parts
+
+POLICY = "default"  # the adapter that trains, as peft and diffusers call it
 
 
 class Snapshots:
-    """Named fp32 copies of a module's trainable parameters, and a way to run the module with one.
+    """Named copies of the engine's masters, and a way to run the module with one.
 
-    A LoRA's reference is the module without its adapter, so no copy is held for it.
+    Under LoRA each is also an adapter of the module, in the policy's dtype, written when the copy
+    moves; a full fine-tune swaps weights instead. A LoRA's reference is the module without an
+    adapter, and gets a copy when it is moved for the first time. All ranks must make each call.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str], use_lora: bool):
-        self._module = module
-        self._params = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._without_adapter = use_lora
-        self._held: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, engine: Engine, names: Iterable[str], use_lora: bool):
+        self._engine, self._use_lora = engine, use_lora
+        self._held: dict[str, Parts] = {}
         self._in_use = False
         for name in names:
             if name != "reference" or not use_lora:
-                self._held[name] = {n: _master(p).clone() for n, p in self._params.items()}
+                self._hold(name, {n: master.clone() for n, master in engine.masters().items()})
 
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
-        """Set copy `name` to decay x copy + (1 - decay) x policy. Every rank must call it."""
-        for key, param in self._params.items():
-            self._held[name][key].lerp_(_master(param), 1 - decay)
+        """Set copy `name` to decay x copy + (1 - decay) x policy."""
+        masters = self._engine.masters()
+        if name == "reference" and name not in self._held:  # B = 0: it starts as no adapter
+            start = {n: m.clone() if ".lora_A." in n else zeros_like(m) for n, m in masters.items()}
+            self._hold(name, start)
+        for key, master in masters.items():
+            self._held[name][key].lerp_(master, 1 - decay)
+        self._show(name)
 
     def values(self, name: str) -> dict[str, Tensor]:
-        """Return the fp32 weights of `name` ("policy": its own). Every rank must call it."""
-        if name in self._held:
-            return self._held[name]
-        return {key: _master(param) for key, param in self._params.items()}
+        """Return the whole weights of `name` ("policy": its own), fp32 or finer, until it moves."""
+        masters = self._engine.masters()
+        return dict(self._engine.full(masters if name == "policy" else self._held[name]))
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Run the module with the weights of `name` ("policy": its own). Not to be nested."""
+        """Run the module with the weights of `name` ("policy": its own). Not to be nested.
+
+        Nor may the policy's forward and backward pass lie on both sides of it.
+        """
         assert not self._in_use, "a snapshot is in use already"
         self._in_use = name != "policy"
         try:
-            yield from self._swapped(name)
+            with self._run_by(name):
+                yield
         finally:
             self._in_use = False
 
-    def _swapped(self, name: str) -> Iterator[None]:
+    def _run_by(self, name: str) -> AbstractContextManager[None]:
         if name == "policy":
+            return nullcontext()
+        if not self._use_lora:
+            return self._swapped(name)
+        if name == "reference" and name not in self._held:
+            return no_adapter(self._engine.module)
+        return _other_adapter(self._engine.module, name)
+
+    @contextmanager
+    def _swapped(self, name: str) -> Iterator[None]:
+        own = {key: master.clone() for key, master in self._engine.masters().items()}
+        self._engine.put(self._held[name])
+        try:
             yield
-        elif name == "reference" and name not in self._held:
-            self._module.disable_adapters()
-            try:
-                yield
-            finally:
-                self._module.enable_adapters()  # which also lets all of them train
-                for key, param in self._module.named_parameters():
-                    param.requires_grad_(key in self._params)
-        else:
-            own = {key: param.detach().clone() for key, param in self._params.items()}
-            self._write(self._held[name])
-            try:
-                yield
-            finally:
-                self._write(own)
+        finally:
+            self._engine.put(own)
 
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        for key, param in self._params.items():
-            param.copy_(values[key])
-
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> Parts:
         return {f"{n}/{key}": t for n, copy in self._held.items() for key, t in copy.items()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Parts) -> None:
+        """Continue from a state_dict(). Raises KeyError if it lacks a copy."""
+        masters = self._engine.masters()
+        if any(key.startswith("reference/") for key in state) and "reference" not in self._held:
+            self._hold("reference", {n: master.clone() for n, master in masters.items()})
         for name, held in self._held.items():
             for key, tensor in held.items():
                 tensor.copy_(state[f"{name}/{key}"])
+            self._show(name)
+
+    def _hold(self, name: str, weights: Parts) -> None:
+        self._held[name] = weights
+        if self._use_lora:
+            _add_adapter(self._engine.module, name, blank=name == "reference")
+            self._show(name)
+
+    @torch.no_grad()
+    def _show(self, name: str) -> None:
+        """Write a copy into its adapter."""
+        if self._use_lora:
+            params = dict(self._engine.module.named_parameters())
+            for key, value in self._engine.full(self._held[name]):
+                params[_of_adapter(key, name)].copy_(value)
+
+
+@contextmanager
+def no_adapter(module: nn.Module) -> Iterator[None]:
+    """Run a module without its LoRA."""
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    with _same_weights_train(module):
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+
+@contextmanager
+def _other_adapter(module: nn.Module, name: str) -> Iterator[None]:
+    with _same_weights_train(module):
+        set_adapter(module, name, inference_mode=True)
+        try:
+            yield
+        finally:
+            set_adapter(module, POLICY)
+
+
+def _add_adapter(module: nn.Module, name: str, blank: bool) -> None:
+    """Give a module one more adapter, which does not train.
+
+    It equals the policy's, also in what of that does not train; blank: it does nothing.
+    """
+    with _same_weights_train(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft: "This will lead to having multiple adapters"
+        inject_adapter_in_model(deepcopy(module.peft_config[POLICY]), module, name)
+        set_adapter(module, POLICY)
+        params = dict(module.named_parameters())
+        for key, param in params.items():
+            if f".{POLICY}" in key and "lora_" in key:
+                value = zeros_like(param) if blank and "lora_B" in key else param.detach().clone()
+                params[_of_adapter(key, name)].data = value
+
+
+@contextmanager
+def _same_weights_train(module: nn.Module) -> Iterator[None]:
+    """Undo that peft lets an adapter train that it switches on, and no other one."""
+    trained = {id(param) for param in module.parameters() if param.requires_grad}
+    try:
+        yield
+    finally:
+        for param in module.parameters():
+            param.requires_grad_(id(param) in trained)
+
+
+def _of_adapter(key: str, name: str) -> str:
+    """Name the weight of an adapter that stands where the policy's weight `key` does."""
+    head, _, tail = key.rpartition(f".{POLICY}")
+    return f"{head}.{name}{tail}"
 
 
 def ema_decay(decay: float, num_updates: int) -> float:
     """Return the average's decay after so many optimizer steps: at first it forgets its start."""
     return min(decay, (1 + num_updates) / (10 + num_updates))
-
-
-def _master(param: nn.Parameter) -> Tensor:
-    """Return the fp32 value that the optimizer holds; DeepSpeed keeps it apart, in shards."""
-    if hasattr(param, "_hp_mapping"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(param).to(param.device)
-    return param.detach().float()

@@ -13,10 +13,10 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
 
+from flow_grpo.parallel.engine import Ranks
 from flow_grpo.report.sheets import contact_sheet
 
 GIF_FRAMES_PER_SECOND = 16  # as Wan's videos are meant to be played
@@ -26,8 +26,8 @@ MAX_GIF_SIDE = 1600  # pixels of a whole sheet
 class Tracker:
     """Writes a run's metrics, on the main process only; every method may be called on all ranks."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path):
-        self._main = accelerator.is_main_process
+    def __init__(self, ranks: Ranks, folder: Path):
+        self._main = ranks.is_main
         self._folder = folder
         self._path = folder / "metrics.jsonl"
         self._remote = None
@@ -155,16 +155,20 @@ class Statistics:
             parts = [weights, weights * values, weights * values**2]
             sums.index_add_(0, steps, torch.stack(parts, dim=1))
 
-    def collect(self, accelerator: Accelerator) -> dict[str, float]:
-        """Return {"ratio": mean, "ratio_std": std, "ratio/3": at step 3, ...} over all ranks."""
+    def sums(self) -> Tensor:
+        """Return all that was added in one fp64 row, for ranks to add up."""
+        sums = [sums.flatten() for sums in self._sums.values()]
+        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self._device)
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        """Return {"ratio": mean, "ratio_std": std, "ratio/3": at step 3, ...} of sums()."""
         metrics: dict[str, float] = {}
-        for name, sums in self._sums.items():
-            sums = accelerator.reduce(sums, "sum").cpu().numpy()
-            metrics |= _moments(name, sums.sum(0))
-            for index, row in enumerate(sums):
+        shape = (len(self._sums), self._num_steps, 3)
+        for name, rows in zip(self._sums, np.reshape(sums, shape), strict=True):
+            metrics |= _moments(name, rows.sum(0))
+            for index, row in enumerate(rows):
                 if row[0] > 0:
                     metrics |= _moments(f"{name}/{index}", row)
-        self._sums = {}
         return metrics
 
 

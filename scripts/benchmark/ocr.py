@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from config.base import base
 from flow_grpo.rewards import loading
+from flow_grpo.rewards.batch import Batch
 
 SIDE, NUM_PICTURES = 512, 60
 FONTS = (
@@ -74,18 +75,18 @@ def main() -> None:
     """Print the mean score, how many are perfect, the time, and what was misread."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--engine", default="rapidocr")
-    parser.add_argument("--side", type=int, default=base().rewards.ocr_side)
+    parser.add_argument("--side", type=int, default=base(None).rewards.ocr_side)
     parser.add_argument("--write", type=Path, help="put the pictures there")
     args = parser.parse_args()
-    settings = loading.settings(base())
+    settings = loading.settings(base(None))
     settings |= {"ocr_engine": args.engine, "ocr_side": args.side, "ocr_processes": 1}
     pictures, texts = zip(*map(draw, range(NUM_PICTURES)), strict=True)
     prompts = [f'a sign that says "{text}"' for text in texts]
     loading.check("ocr", settings, prompts, [{}] * NUM_PICTURES)
     scorer = loading.load("ocr", settings, "cpu")
-    scorer(list(pictures[:1]), prompts[:1], [{}])  # starts the process
+    scorer(Batch(list(pictures[:1]), prompts[:1], [{}]))  # starts the process
     start = time.perf_counter()
-    scores = scorer(list(pictures), prompts, [{}] * NUM_PICTURES)["ocr"]
+    scores = scorer(Batch(list(pictures), prompts, [{}] * NUM_PICTURES))["ocr"]
     milliseconds = 1000 * (time.perf_counter() - start) / NUM_PICTURES
     scorer.close()
     for number, picture in enumerate(pictures if args.write else ()):

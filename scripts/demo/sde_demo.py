@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="path without an ending")
     args = parser.parse_args(argv[1:])
     with user_errors():
-        loaded = tools.load(args, (args.prompt,), base())
+        loaded = tools.load(args, (args.prompt,), base(None))
     cells = list(draw(loaded))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.with_suffix(".csv").open("w", newline="") as file:

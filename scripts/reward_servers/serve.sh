@@ -8,11 +8,11 @@ name="$1" packages="$2"
 shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 venv=".servers/$name"
-server="fastapi uvicorn msgpack numpy pillow safetensors ml_collections absl-py"
-if [[ ! -f "$venv/.installed" ]]; then
+server="fastapi uvicorn numpy pillow safetensors ml_collections absl-py requests tqdm"
+if [[ "$(cat "$venv/.installed" 2>/dev/null)" != "$server $packages" ]]; then
     python3 -m venv "$venv"
     # shellcheck disable=SC2086 # several packages
     "$venv/bin/pip" install --quiet $server $packages
-    touch "$venv/.installed"
+    echo "$server $packages" >"$venv/.installed"
 fi
 PYTHONPATH=. exec "$venv/bin/python" -m flow_grpo.reward_server --reward "$name" "$@"

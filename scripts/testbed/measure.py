@@ -13,6 +13,7 @@ import torch
 from build import T5_LENGTH
 from diffusers import StableDiffusion3Pipeline
 
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules.shapes import shapes
 
 DATASET = Path(__file__).parents[2] / "dataset" / "shapes"
@@ -53,7 +54,7 @@ def sample(
 
 def accuracy(images: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return the strict accuracy per tag, its mean over the tags, and the mean dense credit."""
-    scores = shapes(list(images), [row["prompt"] for row in rows], rows)
+    scores = shapes(Batch(list(images), [row["prompt"] for row in rows], rows))
     tags = np.array([row["tag"] for row in rows])
     result = {tag: float(scores["shapes_strict"][tags == tag].mean()) for tag in TAGS}
     return result | {

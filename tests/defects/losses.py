@@ -66,8 +66,8 @@ DEFECTS = [
         "failed-score-is-zero",
         "verl-omni: a reward that fails contributes 0",
         COMBINE,
-        "self.weights[name] * found[name]",
-        "self.weights[name] * np.nan_to_num(found[name])",
+        "weight * columns[name][name]",
+        "weight * np.nan_to_num(columns[name][name])",
         "test_rewards.py::test_a_row_lacks_avg_where_it_lacks_a_reward_that_counts",
     ),
     Defect(

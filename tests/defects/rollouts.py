@@ -5,6 +5,7 @@ from defects.defect import SLIP, Defect
 SAMPLING = "flow_grpo/sampling.py"
 NFT = "flow_grpo/objectives/forward/nft.py"
 LOOP = "flow_grpo/training/loop.py"
+QUEUE = "flow_grpo/rewards/queue.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 RUN = "flow_grpo/training/run.py"
 EVALUATE = "flow_grpo/evaluation/evaluate.py"
@@ -62,9 +63,9 @@ DEFECTS = [
     Defect(
         "rewards-of-the-row-before",
         "asynchronous rewards, collected out of order",
-        LOOP,
-        "np.concatenate([part[name] for part in scored])",
-        "np.roll(np.concatenate([part[name] for part in scored]), 1)",
+        QUEUE,
+        "((numbers, call",
+        "((numbers[::-1], call",
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
     ),
     Defect(
@@ -73,8 +74,18 @@ DEFECTS = [
         LOOP,
         "    rollout = Rollout.cat(parts)\n",
         "    rollout = Rollout.cat(parts)\n"
-        '    scored, run.late = getattr(run, "late", scored), scored\n',
+        '    scores, run.late = getattr(run, "late", scores), scores\n',
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
+    ),
+    Defect(
+        "part-of-a-group-is-compared",
+        "a comparing reward sees what a call holds",
+        QUEUE,
+        "if self._group_size and batch.group is not None:",
+        "if self._group_size is None:",
+        "test_reward_queue.py::"
+        "test_a_comparing_reward_gets_whole_groups_however_many_calls_they_took",
+        "RuntimeError: reward 'places' failed",
     ),
     Defect(
         "nft-samples-with-the-policy",
@@ -123,7 +134,7 @@ DEFECTS = [
         "reference-with-its-adapter",
         "Pref-GRPO: disabling it does nothing to a wrapped model",
         SNAPSHOTS,
-        "self._module.disable_adapters()",
+        "layer.enable_adapters(False)",
         "pass",
         "test_run.py::"
         "test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_base",
@@ -132,8 +143,8 @@ DEFECTS = [
         "own-weights-not-set-aside",
         "on a CPU, detach().cpu() is the live weight: flow_grpo, NFT",
         SNAPSHOTS,
-        "own = {key: param.detach().clone()",
-        "own = {key: param.detach()",
+        "own = {key: master.clone()",
+        "own = {key: master",
         "test_bookkeeping.py::test_a_snapshot_is_swapped_in_and_the_policy_comes_back_bit_for_bit",
     ),
 ]

@@ -85,7 +85,7 @@ DEFECTS = [
         SHIPPED,
         RUN,
         "epoch=self.epoch,",
-        "epoch=self.epoch + self.accelerator.process_index,",
+        "epoch=self.epoch + self.ranks.rank,",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(

@@ -3,7 +3,9 @@
 from defects.defect import SLIP, Defect
 
 LOOP = "flow_grpo/training/loop.py"
-OPTIMIZER = "flow_grpo/training/optimizer.py"
+ENGINE = "flow_grpo/parallel/engine.py"
+PLAIN = "flow_grpo/parallel/plain.py"
+DEEPSPEED = "flow_grpo/parallel/deepspeed.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 CHECKPOINT = "flow_grpo/training/checkpoint.py"
 
@@ -28,40 +30,66 @@ DEFECTS = [
         "mean-of-the-ranks-means",
         "ranks with fewer rows weigh them more",
         LOOP,
-        "total = run.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)",
-        "total = sum(m.weights.sum() for m in micros) * run.accelerator.num_processes",
+        "total = ranks.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)",
+        "total = sum(m.weights.sum() for m in micros) * ranks.num_ranks",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
         "gradient-averaged-over-ranks",
         "DDP divides a sum that was divided already",
-        OPTIMIZER,
-        "self.accelerator.backward(loss * self.accelerator.num_processes)",
-        "self.accelerator.backward(loss)",
+        PLAIN,
+        "loss = loss * self.ranks.num_ranks",
+        "pass",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
         "gradient-kept-after-the-update",
         SLIP,
-        OPTIMIZER,
-        "            self.optimizer.zero_grad()\n        self.num_updates += 1",
-        "        self.num_updates += 1",
+        PLAIN,
+        "            self.scaler.update()\n        self.optimizer.zero_grad()",
+        "            self.scaler.update()",
         "test_accumulation.py::test_an_update_forgets_the_gradient_of_the_one_before",
     ),
     Defect(
         "skipped-gradient-leaks",
         "accelerate's zero_grad() does nothing while accumulating",
-        OPTIMIZER,
-        "self.accelerator.gradient_state._set_sync_gradients(True)",
-        "pass",
+        PLAIN,
+        "self.scaler.get_scale())\n        self.optimizer.zero_grad()",
+        "self.scaler.get_scale())",
         "test_accumulation.py::test_a_non_finite_loss_leaves_no_trace_in_the_next_update",
+    ),
+    Defect(
+        "skipped-gradient-leaks-under-zero",
+        "DeepSpeed has no call that forgets what earlier backward passes summed up",
+        DEEPSPEED,
+        "sums.update(dict.fromkeys(sums))",
+        "pass",
+        "test_engines.py::"
+        "test_an_abandoned_update_leaves_the_weights_bits_alone_and_no_trace_in_the_next[zero2]",
+    ),
+    Defect(
+        "step-inside-the-backward-pass",
+        "accelerate's DeepSpeed wrapper: too late to judge the gradient",
+        DEEPSPEED,
+        "self.model.backward(loss * self.ranks.num_ranks)",
+        "self._accelerator.backward(loss * self.ranks.num_ranks)",
+        "test_engines.py::test_nothing_steps_inside_a_backward_pass[zero2]",
+    ),
+    Defect(
+        "adapters-that-train",
+        "set_adapter() flips requires_grad",
+        SNAPSHOTS,
+        "param.requires_grad_(id(param) in trained)",
+        "pass",
+        "test_bookkeeping.py::"
+        "test_a_weight_that_did_not_train_does_not_train_after_a_snapshot_was_asked",
     ),
     Defect(
         "skipped-update-is-counted",
         "fp16's skipped steps moved the average, too",
         LOOP,
-        "    if norm is None:\n        return\n",
-        "",
+        "    if not run.updater.finish(mean, norm):\n        return\n",
+        "    run.updater.finish(mean, norm)\n",
         "test_overflow.py::test_an_fp16_overflow_is_no_update_and_lowers_the_scale",
     ),
     Defect(
@@ -76,24 +104,24 @@ DEFECTS = [
         "average-by-its-complement",
         SLIP,
         SNAPSHOTS,
-        "lerp_(_master(param), 1 - decay)",
-        "lerp_(_master(param), decay)",
+        "lerp_(master, 1 - decay)",
+        "lerp_(master, decay)",
         "test_bookkeeping.py::test_an_average_of_one_two_three_is_as_computed_by_hand",
     ),
     Defect(
         "average-forgotten-by-a-resume",
         "Flow-Factory saves no EMA",
         CHECKPOINT,
-        "run.snapshots.load_state_dict(weights)",
-        "pass",
+        "run.snapshots.load_state_dict(run.engine.load(folder))",
+        "run.engine.load(folder)",
         "test_resume.py::test_four_epochs_equal_two_and_a_resume_and_two",
     ),
     Defect(
         "moments-forgotten-by-a-resume",
         SLIP,
-        CHECKPOINT,
-        'run.updater.load_optimizer(state["optimizer"])',
-        "pass",
+        ENGINE,
+        "self.optimizer.state[tensor] = {",
+        "_ = {",
         "test_resume.py::test_four_epochs_equal_two_and_a_resume_and_two",
     ),
     Defect(

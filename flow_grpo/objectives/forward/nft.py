@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Values
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
@@ -21,6 +22,35 @@ class NFT(Objective):
     """
 
     draws_points = True
+    keys = {
+        "nft.beta": Key(
+            1.0, "how far the implicit policies lie from the old one", above=0, most=1000
+        ),
+        "nft.kl_beta": Key(1e-4, "velocity-space KL to the reference", least=0, most=10**6),
+        "nft.decay": Key(
+            "half",
+            "of the old policy; types 0, 1, 2 of the paper's code",
+            choices=("on_policy", "half", "slow"),
+        ),
+        "nft.num_times": Key(4, "noise levels drawn for each image", least=1, most=1000),
+        "nft.steps": Key(
+            (),
+            "instead: the noise levels of these steps of the rollout, for every image",
+            of=int,
+            least=0,
+            most=1000,
+        ),
+    }
+
+    @classmethod
+    def check(cls, config, family) -> None:
+        steps, known = list(config.nft.steps), range(config.sample.num_steps)
+        if steps != sorted(set(steps) & set(known)):
+            raise ValueError(
+                f"config.nft.steps={tuple(steps)}: distinct, ascending steps from 0 to {known[-1]} "
+                f"are needed, as config.sample.num_steps={len(known)}; or () to draw "
+                f"nft.num_times."
+            )
 
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)

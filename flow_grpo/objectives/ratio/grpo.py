@@ -9,6 +9,7 @@ from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.base import Micro, Objective, Predict, Values
 from flow_grpo.objectives.ratio import terms
+from flow_grpo.objectives.ratio.keys import KEYS
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
@@ -22,6 +23,7 @@ class GRPO(Objective):
     mean std of all trainable steps, as in TempFlow-GRPO (arXiv:2508.04324).
     """
 
+    keys = KEYS
     keeps = ("states", "log_probs")
 
     @classmethod

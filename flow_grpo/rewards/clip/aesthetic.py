@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 
 class Aesthetic(Reward):
@@ -33,6 +34,6 @@ class Aesthetic(Reward):
                 f"config.rewards.clip gives {width}: a pair that fits is needed."
             )
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        features = self.clip.image_features(only_pictures(images, "aesthetic"))
+    def __call__(self, batch: Batch) -> dict:
+        features = self.clip.image_features(only_pictures(batch.images, "aesthetic"))
         return {"aesthetic": self.head(features).squeeze(-1).double().cpu().numpy()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 
 class ClipScore(Reward):
@@ -20,6 +21,6 @@ class ClipScore(Reward):
 
         self.clip = encoder.load(settings["clip"], settings["clip"], device)
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        cosines = self.clip.cosines(only_pictures(images, "clipscore"), prompts)
+    def __call__(self, batch: Batch) -> dict:
+        cosines = self.clip.cosines(only_pictures(batch.images, "clipscore"), batch.prompts)
         return {"clipscore": self.clip.scale * cosines / 30}

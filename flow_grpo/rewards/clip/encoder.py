@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ class Clip:
         self.model = model.eval().requires_grad_(False).to(device)
         self.prepare = CLIPImageProcessorPil.from_pretrained(processor_path)
         self.tokenizer = CLIPTokenizer.from_pretrained(processor_path)
+        self._tokenizing = Lock()  # rewards that share a CLIP have threads of their own
         self.max_length = model.config.text_config.max_position_embeddings
         self.scale = float(model.logit_scale.exp())
 
@@ -45,13 +47,14 @@ class Clip:
         distinct = list(dict.fromkeys(texts))
         parts = []
         for start in range(0, len(distinct), BATCH_SIZE):
-            tokens = self.tokenizer(
-                distinct[start : start + BATCH_SIZE],
-                padding="max_length",
-                truncation=True,
-                max_length=self.max_length,
-                return_tensors="pt",
-            ).to(self.model.device)
+            with self._tokenizing:
+                tokens = self.tokenizer(
+                    distinct[start : start + BATCH_SIZE],
+                    padding="max_length",
+                    truncation=True,
+                    max_length=self.max_length,
+                    return_tensors="pt",
+                ).to(self.model.device)
             parts.append(self.model.get_text_features(**tokens).pooler_output)
         features = torch.nn.functional.normalize(torch.cat(parts), dim=-1)
         rows = {text: row for row, text in enumerate(distinct)}

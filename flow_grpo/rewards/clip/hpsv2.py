@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,8 +67,8 @@ class HPSv2(Reward):
             ) from error
         self.clip = encoder.Clip(model, settings["hpsv2_processor"], device)
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        return {"hpsv2": self.clip.cosines(only_pictures(images, "hpsv2"), prompts)}
+    def __call__(self, batch: Batch) -> dict:
+        return {"hpsv2": self.clip.cosines(only_pictures(batch.images, "hpsv2"), batch.prompts)}
 
 
 def read_open_clip(weights: dict[str, Tensor]) -> CLIPModel:

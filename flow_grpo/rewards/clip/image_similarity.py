@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 
 class ImageSimilarity(Reward):
@@ -25,12 +26,12 @@ class ImageSimilarity(Reward):
 
         self.clip = encoder.load(settings["clip"], settings["clip"], device)
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        if references is None or not all(references):
+    def __call__(self, batch: Batch) -> dict:
+        if batch.references is None or not all(batch.references):
             raise ValueError("image_similarity needs a reference picture for each picture.")
-        features = self.clip.image_features(only_pictures(images, "image_similarity"))
-        counts = [len(row) for row in references]
-        flat = self.clip.image_features([picture for row in references for picture in row])
-        owners = np.repeat(np.arange(len(images)), counts)
+        features = self.clip.image_features(only_pictures(batch.images, "image_similarity"))
+        counts = [len(row) for row in batch.references]
+        flat = self.clip.image_features([picture for row in batch.references for picture in row])
+        owners = np.repeat(np.arange(len(batch)), counts)
         cosines = (features[owners] * flat).sum(-1).double().cpu().numpy()
         return {"image_similarity": np.bincount(owners, cosines) / counts}

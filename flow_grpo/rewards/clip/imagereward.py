@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of raw scores over the authors' pictures
 MAX_LENGTH = 35  # tokens of a prompt
@@ -52,10 +53,12 @@ class ImageReward(Reward):
         self.head = mlp.build(_below(weights, "mlp."), settings["imagereward"]).to(device)
         self.prepare = _prepare(self.vision.config.image_size)
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        only_pictures(images, "imagereward")
-        starts = range(0, len(images), BATCH_SIZE)
-        parts = [self._raw(images[n : n + BATCH_SIZE], prompts[n : n + BATCH_SIZE]) for n in starts]
+    def __call__(self, batch: Batch) -> dict:
+        images = only_pictures(batch.images, "imagereward")
+        parts = [
+            self._raw(images[n : n + BATCH_SIZE], batch.prompts[n : n + BATCH_SIZE])
+            for n in range(0, len(batch), BATCH_SIZE)
+        ]
         return {"imagereward": (np.concatenate(parts) - MEAN) / STD}
 
     def _raw(self, images: list[np.ndarray], prompts: list[str]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 
 class PickScore(Reward):
@@ -18,6 +19,6 @@ class PickScore(Reward):
 
         self.clip = encoder.load(settings["pickscore"], settings["pickscore_processor"], device)
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        cosines = self.clip.cosines(only_pictures(images, "pickscore"), prompts)
+    def __call__(self, batch: Batch) -> dict:
+        cosines = self.clip.cosines(only_pictures(batch.images, "pickscore"), batch.prompts)
         return {"pickscore": self.clip.scale * cosines / 26}

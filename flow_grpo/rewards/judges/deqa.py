@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 BATCH_SIZE = 16
 
@@ -33,10 +34,10 @@ class DeQA(Reward):
         )
         self.model = model.eval().requires_grad_(False).to(device)
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
+    def __call__(self, batch: Batch) -> dict:
         import torch
 
-        pictures = [Image.fromarray(image) for image in only_pictures(images, "deqa")]
+        pictures = [Image.fromarray(image) for image in only_pictures(batch.images, "deqa")]
         scores = []
         with torch.inference_mode():
             for start in range(0, len(pictures), BATCH_SIZE):

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 
 BATCH_SIZE = 8
 
@@ -33,15 +34,17 @@ class HPSv3(Reward):
             ) from error
         self.model = HPSv3RewardInferencer(checkpoint_path=settings["hpsv3"] or None, device=device)
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
+    def __call__(self, batch: Batch) -> dict:
         import torch
 
-        pictures = [Image.fromarray(image) for image in only_pictures(images, "hpsv3")]
+        pictures = [Image.fromarray(image) for image in only_pictures(batch.images, "hpsv3")]
         parts = []
         for start in range(0, len(pictures), BATCH_SIZE):
             chosen = slice(start, start + BATCH_SIZE)
             # By name: releases differ in which comes first.
             with torch.inference_mode():  # release 1.0.0 does not see to it
-                found = self.model.reward(image_paths=pictures[chosen], prompts=prompts[chosen])
+                found = self.model.reward(
+                    image_paths=pictures[chosen], prompts=batch.prompts[chosen]
+                )
             parts.append(found.double().cpu().numpy()[:, 0])  # mean, spread
         return {"hpsv3": np.concatenate(parts)}

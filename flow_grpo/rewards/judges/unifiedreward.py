@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-import zlib
+from hashlib import blake2b
 from itertools import combinations
 
 import numpy as np
 
 from flow_grpo.rewards.base import only_pictures
-from flow_grpo.rewards.judges.judge import JudgeReward, Question
+from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.judges.judge import JudgeReward
 
 
 class UnifiedReward(JudgeReward):
@@ -32,14 +33,14 @@ class UnifiedRewardPairs(JudgeReward):
     name, endpoint = "unifiedreward_pairs", "unifiedreward"
     needs_groups = True
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        only_pictures(images, self.name)
-        group = np.arange(len(images)) if group is None else np.asarray(group)
+    def __call__(self, batch: Batch) -> dict:
+        images = only_pictures(batch.images, self.name)
+        group = np.arange(len(batch)) if batch.group is None else np.asarray(batch.group)
         members = [np.flatnonzero(group == g) for g in np.unique(group)]
         pairs = [pair for rows in members for pair in combinations(rows.tolist(), 2)]
         shown = [pair[::-1] if _swapped(*(images[n] for n in pair)) else pair for pair in pairs]
         answers = self.judge.ask(
-            [Question([images[a], images[b]], self.about(prompts[a])) for a, b in shown]
+            [([images[a], images[b]], self.about(batch.prompts[a])) for a, b in shown]
         )
         results = np.full((len(images), len(images)), np.nan)
         for (a, b), answer in zip(shown, answers, strict=True):
@@ -50,24 +51,29 @@ class UnifiedRewardPairs(JudgeReward):
         return self._columns(results, members)
 
     def _columns(self, results: np.ndarray, members: list[np.ndarray]) -> dict[str, np.ndarray]:
-        import torch
-
-        from flow_grpo.advantages import win_rates
-
         scores, missing = np.full((2, len(results)), np.nan)
         for rows in members:
             table = results[np.ix_(rows, rows)]
             verdicts = (~np.isnan(table)).sum(1)
             if len(rows) > 1:
-                rates = win_rates(torch.from_numpy(np.nan_to_num(table, nan=0.5))).numpy()
-                scores[rows] = np.where(verdicts > 0, rates, np.nan)
+                scores[rows] = np.where(verdicts > 0, win_rates(table), np.nan)
                 missing[rows] = 1 - verdicts / (len(rows) - 1)
         return {self.name: scores, f"{self.name}_unparsed": missing}
 
 
-def _swapped(first: np.ndarray, second: np.ndarray) -> bool:
-    """Toss a coin that depends on the two pictures alone."""
-    from flow_grpo import randomness
+def win_rates(results: np.ndarray) -> np.ndarray:
+    """Turn the results of all pairs of a group into scores.
 
-    checksums = (zlib.crc32(np.ascontiguousarray(picture)) for picture in (first, second))
-    return randomness.rng(0, "judge", *checksums).random() < 0.5
+    results: (G, G), [i, j] is 1 where i beats j, 0 where it loses, NaN without a verdict, which
+    counts 1/2; the diagonal is ignored. Returns (G,) in [0, 1], with sum G / 2 (Pref-GRPO).
+    """
+    others = ~np.eye(len(results), dtype=bool)
+    results = np.nan_to_num(results, nan=0.5)
+    assert ((results + results.T)[others] == 1).all(), "[i, j] and [j, i] must add up to 1"
+    return np.where(others, results, 0).sum(1) / (len(results) - 1)
+
+
+def _swapped(first: np.ndarray, second: np.ndarray) -> bool:
+    """Toss a coin that depends on the two images alone."""
+    digests = (blake2b(np.ascontiguousarray(image), digest_size=8) for image in (first, second))
+    return blake2b(b"".join(each.digest() for each in digests)).digest()[0] % 2 == 1

@@ -1,8 +1,7 @@
-"""Which rewards are scored by HTTP, and where; checked at start-up. httpx loads only if any is."""
+"""Which rewards are scored by HTTP, and where: config.reward_urls and what belongs to it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,10 @@ from urllib.parse import urlsplit
 import ml_collections
 import numpy as np
 
-from flow_grpo.rewards.base import Reward, check_package
+from flow_grpo.rewards.base import check_package
+from flow_grpo.rewards.registry import REWARDS
 
 MIN_TOKEN = 16  # characters
-ENCODINGS = ("raw", "png", "webp", "jpeg")
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,10 @@ class Servers:
     timeout_s: float = 600.0  # of a call, its retries included
     token: str = field(default="", repr=False)
     encoding: str = "raw"
+
+    def alone_knows(self, name: str) -> bool:
+        """Tell whether there is code for a reward only at its server."""
+        return name in self.urls and name not in REWARDS
 
 
 class SomeFailed(RuntimeError):
@@ -47,9 +50,8 @@ def of(config: ml_collections.ConfigDict) -> Servers:
                 f"monitor it, or remove the URL."
             )
     if urls:
-        check_package("httpx", "rewards")
-        if config.reward_encoding != "raw":
-            check_package("msgpack", "server")
+        for package in ("httpx", "tenacity"):
+            check_package(package, "rewards")
     token_file = config.reward_token_file
     token = read_token(token_file, "config.reward_token_file") if token_file and urls else ""
     return Servers(urls, config.reward_timeout, token, config.reward_encoding)
@@ -67,29 +69,6 @@ def read_token(path: str, key: str) -> str:
             f"needed. Make one with: openssl rand -hex 32 > {path}"
         )
     return token
-
-
-def check(servers: Servers) -> None:
-    """Ask every server for its health, all at once. Raises ValueError naming reward and URL."""
-    if not servers.urls:
-        return
-    from flow_grpo.rewards.remote import exchange
-
-    for name, problems in exchange.check(servers).items():
-        for url, problem in zip(servers.urls[name], problems, strict=True):
-            if problem:
-                raise ValueError(
-                    f"config.reward_urls: the server of reward {name!r} at {problem}. Start it "
-                    f"(python -m flow_grpo.reward_server --reward {name} --port "
-                    f"{urlsplit(url).port or 80}) and wait until it has loaded, or correct the URL."
-                )
-
-
-def connect(name: str, servers: Servers) -> Reward:
-    """Return the scorer of a reward that has a URL."""
-    from flow_grpo.rewards.remote.client import RemoteReward
-
-    return RemoteReward(name, servers)
 
 
 def _urls(name: str, value: object) -> list[str]:
@@ -111,16 +90,3 @@ def _urls(name: str, value: object) -> list[str]:
             f"needed, such as --config.reward_urls=\"{{'{name}': ['http://127.0.0.1:18085']}}\"."
         )
     return [url.rstrip("/") for url in found]
-
-
-def check_values(config: ml_collections.ConfigDict) -> None:
-    """Raise ValueError for a number out of range."""
-    if not 0 < config.reward_timeout < math.inf:
-        raise ValueError(
-            f"config.reward_timeout={config.reward_timeout}: a number of seconds above 0 is needed."
-        )
-    if not 0 <= config.max_masked_fraction < 1:
-        raise ValueError(
-            f"config.max_masked_fraction={config.max_masked_fraction}: a share of an epoch's "
-            f"pictures in [0, 1) is needed."
-        )

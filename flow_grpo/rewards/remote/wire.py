@@ -1,12 +1,10 @@
 """What travels between a run and a reward server; both ends use this file. No pickle, no torch.
 
-A request has as its body one of
-  application/x-safetensors  uint8 tensors "image/<row>" and "reference/<row>/<k>", exact
-  application/msgpack        {"images": [..], "references": [[..], ..] or nil, "rows": ..}, pictures
-                             as PNG, WebP or JPEG files, videos as lists of them
-with the same JSON beside the pictures, under "rows" (of the safetensors metadata or of the map):
-{"prompts": [str], "metadata": [object], "group": [int] or null}. The answer is JSON,
-{"scores": {name: [number or null]}, "errors": [str or null]}; null is NaN.
+A request is a safetensors file of uint8 tensors "image/<row>" and "reference/<row>/<k>": an image
+(H, W, 3) or a video (F, H, W, 3) as it is, or one dimension, a JPEG file's bytes; a video's frames
+as JPEG files are "<name>/<frame>". Its metadata has JSON under "rows": {"prompts": [str],
+"metadata": [object], "group": [int] or null}. The answer is JSON, {"scores": {name: [number or
+null]}, "errors": [str or null]}; null is NaN.
 """
 
 from __future__ import annotations
@@ -23,14 +21,8 @@ from safetensors import numpy as safetensors
 
 from flow_grpo.rewards.batch import Batch
 
-EXACT, PACKED = "application/x-safetensors", "application/msgpack"
-ENCODINGS = {  # of config.reward_encoding, as PIL writes them; "raw" is EXACT
-    "raw": {},
-    "png": {"format": "PNG", "compress_level": 1},
-    "webp": {"format": "WEBP", "lossless": True, "quality": 0, "method": 0},
-    "jpeg": {"format": "JPEG", "quality": 95, "subsampling": 0},
-}
-FORMATS = tuple(options["format"] for options in ENCODINGS.values() if options)
+CONTENT_TYPE = "application/x-safetensors"
+JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 MAX_ROWS_BYTES = 2**24  # of the JSON
 
 
@@ -42,51 +34,49 @@ class TooLarge(ValueError):
     """A body that asks for more than the server allows."""
 
 
-def encode(batch: Batch, encoding: str = "raw") -> tuple[str, bytes]:
-    """Return a request's content type and body. encoding: of ENCODINGS."""
+def encode(batch: Batch, encoding: str = "raw") -> bytes:
+    """Return a request's body. encoding: "raw" or "jpeg"."""
     group = None if batch.group is None else [int(number) for number in batch.group]
     rows = {"prompts": batch.prompts, "metadata": batch.metadata, "group": group}
+    named = {f"image/{i}": image for i, image in enumerate(batch.images)}
+    for i, images in enumerate(batch.references or ()):
+        named |= {f"reference/{i}/{k}": image for k, image in enumerate(images)}
+    tensors: dict[str, np.ndarray] = {}
+    for name, image in named.items():
+        if encoding == "raw":
+            tensors[name] = np.ascontiguousarray(image)
+        elif image.ndim == 3:
+            tensors[name] = _jpeg(image)
+        else:
+            tensors |= {f"{name}/{k}": _jpeg(frame) for k, frame in enumerate(image)}
+    has = "" if batch.references is None else "yes"
     text = json.dumps(rows, allow_nan=False)
-    if encoding == "raw":
-        tensors = {f"image/{i}": np.ascontiguousarray(x) for i, x in enumerate(batch.images)}
-        for i, pictures in enumerate(batch.references or ()):
-            for k, picture in enumerate(pictures):
-                tensors[f"reference/{i}/{k}"] = np.ascontiguousarray(picture)
-        has = "" if batch.references is None else "yes"
-        return EXACT, safetensors.save(tensors, metadata={"rows": text, "references": has})
-    import msgpack
-
-    references = batch.references and [
-        [_file(picture, encoding) for picture in pictures] for pictures in batch.references
-    ]
-    images = [_file(image, encoding) for image in batch.images]
-    return PACKED, msgpack.packb({"images": images, "references": references, "rows": text})
+    return safetensors.save(tensors, metadata={"rows": text, "references": has})
 
 
-def decode(kind: str, body: bytes, max_items: int, max_pixels: int) -> Batch:
-    """Read a request. kind: its content type. max_pixels: of all its pictures together.
+def decode(body: bytes, max_items: int, max_pixels: int) -> Batch:
+    """Read a request. max_pixels: of all its images together.
 
-    A picture that cannot be read is an error of its row alone. Raises Malformed or TooLarge.
+    An image that cannot be read is an error of its row alone. Raises Malformed or TooLarge.
     """
-    unpack = _unpack_exact if kind == EXACT else _unpack_files
-    text, tensors, has_references = unpack(body)
+    text, tensors, has_references = _unpack(body)
     prompts, metadata, group = _rows(text, max_items)
-    count, budget = len(prompts), _Budget(max_pixels)
+    budget = _Budget(max_pixels)
     images, references, errors = [], [], {}
-    for i in range(count):
-        if f"image/{i}" not in tensors:
-            raise Malformed(f"there are {count} prompts and no image/{i}")
-        found = [tensors.pop(f"image/{i}")]
-        while f"reference/{i}/{len(found) - 1}" in tensors:
-            found.append(tensors.pop(f"reference/{i}/{len(found) - 1}"))
+    for i in range(len(prompts)):
+        sent = [_take(tensors, f"image/{i}")]
+        if sent[0] is None:
+            raise Malformed(f"there are {len(prompts)} prompts and no image/{i}")
+        while (other := _take(tensors, f"reference/{i}/{len(sent) - 1}")) is not None:
+            sent.append(other)
         try:
-            picture, *others = [_picture(each, budget) for each in found]
+            image, *others = [_image(each, budget) for each in sent]
         except _Unreadable as error:
-            picture, others, errors[i] = None, [], str(error)
-        images.append(picture)
+            image, others, errors[i] = None, [], str(error)
+        images.append(image)
         references.append(tuple(others))
     if tensors:
-        raise Malformed(f"{next(iter(tensors))[:80]!r} belongs to none of the {count} rows")
+        raise Malformed(f"{next(iter(tensors))[:80]!r} belongs to none of the {len(prompts)} rows")
     return Batch(
         images, prompts, metadata, references if has_references else None, group, errors or None
     )
@@ -140,10 +130,10 @@ class _Budget:
     def take(self, num_pixels: int) -> None:
         self._left -= num_pixels
         if self._left < 0:
-            raise TooLarge(f"the pictures have more than {self._max} pixels together")
+            raise TooLarge(f"the images have more than {self._max} pixels together")
 
 
-def _unpack_exact(body: bytes) -> tuple[str, dict[str, np.ndarray], bool]:
+def _unpack(body: bytes) -> tuple[str, dict[str, np.ndarray], bool]:
     size = int.from_bytes(body[:8], "little")
     if len(body) < 8 or size > len(body) - 8:
         raise Malformed("the body is no safetensors file")
@@ -158,26 +148,6 @@ def _unpack_exact(body: bytes) -> tuple[str, dict[str, np.ndarray], bool]:
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise Malformed(f"the body is no safetensors file ({str(error)[:200]})") from None
     return kept["rows"], tensors, bool(kept.get("references"))
-
-
-def _unpack_files(body: bytes) -> tuple[str, dict[str, Any], bool]:
-    import msgpack
-
-    try:
-        found = msgpack.unpackb(body, raw=False, strict_map_key=True)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise Malformed(f"the body is no msgpack ({str(error)[:200]})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("rows"), str):
-        raise Malformed('the map has no "rows"')
-    images, references = found.get("images"), found.get("references")
-    if not isinstance(images, list) or not isinstance(references, (list, type(None))):
-        raise Malformed('"images" is no list, or "references" neither a list nor nil')
-    files = {f"image/{i}": image for i, image in enumerate(images)}
-    for i, row in enumerate(references or ()):
-        if not isinstance(row, list):
-            raise Malformed(f'"references" row {i} is no list')
-        files |= {f"reference/{i}/{k}": file for k, file in enumerate(row)}
-    return found["rows"], files, references is not None
 
 
 def _rows(text: str, max_items: int) -> tuple[list[str], list[dict], np.ndarray | None]:
@@ -201,46 +171,53 @@ def _rows(text: str, max_items: int) -> tuple[list[str], list[dict], np.ndarray 
     return rows["prompts"], rows["metadata"], group
 
 
-def _picture(source: Any, budget: _Budget) -> np.ndarray:
-    """Return uint8 (H, W, 3) or (F, H, W, 3) of a tensor, a file or a list of files."""
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (3, 4) or source.shape[-1] != 3:
-            raise _Unreadable(
-                f"uint8 (H, W, 3) or (F, H, W, 3) is needed, not {source.dtype} {source.shape}"
-            )
-        budget.take(source.size // 3)
-        if not source.size:
-            raise _Unreadable("the picture is empty")
-        return source
-    if isinstance(source, list) and source:
-        frames = [_read(file, budget) for file in source]
-        if len({frame.shape for frame in frames}) > 1:
+def _take(tensors: dict[str, np.ndarray], name: str) -> np.ndarray | list[np.ndarray] | None:
+    """Take out an image's tensor, or the list of those of a video's frames."""
+    if name in tensors:
+        return tensors.pop(name)
+    frames: list[np.ndarray] = []
+    while f"{name}/{len(frames)}" in tensors:
+        frames.append(tensors.pop(f"{name}/{len(frames)}"))
+    return frames or None
+
+
+def _image(sent: np.ndarray | list[np.ndarray], budget: _Budget) -> np.ndarray:
+    """Return uint8 (H, W, 3), or (F, H, W, 3) of a video."""
+    if isinstance(sent, list):
+        frames = [_image(frame, budget) for frame in sent]
+        if any(frame.shape != frames[0].shape or frame.ndim != 3 for frame in frames):
             raise _Unreadable("the frames have several sizes")
         return np.stack(frames)
-    return _read(source, budget)
+    if sent.dtype == np.uint8 and sent.ndim == 1:
+        return _decoded(sent.tobytes(), budget)
+    if sent.dtype != np.uint8 or sent.ndim not in (3, 4) or sent.shape[-1] != 3:
+        raise _Unreadable(
+            f"uint8 (H, W, 3) or (F, H, W, 3) is needed, not {sent.dtype} {sent.shape}"
+        )
+    budget.take(sent.size // 3)
+    if not sent.size:
+        raise _Unreadable("the image is empty")
+    return sent
 
 
-def _read(file: Any, budget: _Budget) -> np.ndarray:
-    if not isinstance(file, bytes):
-        raise _Unreadable("the picture is no file")
+def _decoded(file: bytes, budget: _Budget) -> np.ndarray:
     try:
-        with Image.open(BytesIO(file), formats=FORMATS) as opened:
-            budget.take(opened.width * opened.height)
+        with Image.open(BytesIO(file), formats=(JPEG["format"],)) as opened:
+            budget.take(opened.width * opened.height)  # before it is unpacked
             return np.asarray(opened.convert("RGB"))
     except TooLarge:
         raise
     except Image.DecompressionBombError as error:
         raise TooLarge(str(error)) from None
     except Exception as error:  # a decoder's own, of many types
-        raise _Unreadable(f"the picture cannot be read ({str(error)[:200]})") from None
+        raise _Unreadable(f"the image cannot be read ({str(error)[:200]})") from None
 
 
-def _file(image: np.ndarray, encoding: str) -> bytes | list[bytes]:
-    if image.ndim == 4:
-        return [_file(frame, encoding) for frame in image]
+def _jpeg(image: np.ndarray) -> np.ndarray:
+    """Return a JPEG file's bytes, (N,) uint8."""
     file = BytesIO()
-    Image.fromarray(image).save(file, **ENCODINGS[encoding])
-    return file.getvalue()
+    Image.fromarray(image).save(file, **JPEG)
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
 def _json(text: str | bytes) -> Any:

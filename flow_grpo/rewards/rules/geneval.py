@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from flow_grpo.rewards.base import Reward, check_choice, check_model, only_pictures
+from flow_grpo.rewards.base import Reward, check_model, only_pictures
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import geneval_rules
 from flow_grpo.rewards.rules.geneval_rules import COLORS, Found
 
@@ -31,7 +32,6 @@ class GenEval(Reward):
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
-        check_choice(settings, "geneval_score", geneval_rules.SCORES)
         check_model(settings, "geneval_detector")
         check_model(settings, "clip")
         for prompt, row in zip(prompts, metadata, strict=True):
@@ -52,10 +52,10 @@ class GenEval(Reward):
         self.clip = encoder.load(settings["clip"], settings["clip"], device)
         self._colors = {}
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        found = self.detect(only_pictures(images, "geneval"))
+    def __call__(self, batch: Batch) -> dict:
+        found = self.detect(only_pictures(batch.images, "geneval"))
         columns = {"geneval_" + name: [] for name in geneval_rules.SCORES}
-        for image, row, objects in zip(images, metadata, found, strict=True):
+        for image, row, objects in zip(batch.images, batch.metadata, found, strict=True):
             kept = geneval_rules.keep(objects, row.get("tag", ""))
             for name, value in self._verdicts(image, row, kept).items():
                 columns["geneval_" + name].append(float(value))

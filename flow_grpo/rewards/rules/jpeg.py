@@ -5,15 +5,17 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
+from flow_grpo.rewards.batch import Batch
 
-def jpeg_incompressibility(images, prompts, metadata, references=None, group=None) -> dict:
+
+def jpeg_incompressibility(batch: Batch) -> dict:
     """Score each picture by its size as a JPEG of quality 95, in kB; video by its mean frame."""
-    return {"jpeg_incompressibility": np.array([_kilobytes(image) for image in images])}
+    return {"jpeg_incompressibility": np.array([_kilobytes(image) for image in batch.images])}
 
 
-def jpeg_compressibility(images, prompts, metadata, references=None, group=None) -> dict:
+def jpeg_compressibility(batch: Batch) -> dict:
     """Score each picture by minus its JPEG size, in units of 500 kB."""
-    return {"jpeg_compressibility": np.array([-_kilobytes(image) / 500 for image in images])}
+    return {"jpeg_compressibility": np.array([-_kilobytes(image) / 500 for image in batch.images])}
 
 
 def _kilobytes(image: np.ndarray) -> float:

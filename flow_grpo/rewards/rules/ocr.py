@@ -15,7 +15,8 @@ from multiprocessing.connection import wait
 
 import numpy as np
 
-from flow_grpo.rewards.base import Reward, check_choice, check_package, only_pictures
+from flow_grpo.rewards.base import Reward, check_package, only_pictures
+from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import ocr_engines
 
 FRAME_STRIDE = 4  # of a video every fourth frame is read
@@ -64,7 +65,6 @@ class OCR(Reward):
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
-        check_choice(settings, "ocr_engine", tuple(ocr_engines.ENGINES))
         check_package("rapidfuzz", "ocr")
         engine = settings["ocr_engine"]
         for package in {"rapidocr": ("rapidocr", "onnxruntime")}.get(engine, (engine,)):
@@ -80,9 +80,9 @@ class OCR(Reward):
             initargs=(settings["ocr_engine"], settings["ocr_side"]),
         )
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        wanted = [target(prompt) for prompt in prompts]
-        reads = self._pool.map(_read, only_pictures(images, "ocr"))
+    def __call__(self, batch: Batch) -> dict:
+        wanted = [target(prompt) for prompt in batch.prompts]
+        reads = self._pool.map(_read, only_pictures(batch.images, "ocr"))
         return {"ocr": np.array([score(w, r) for w, r in zip(wanted, reads, strict=True)])}
 
     def close(self) -> None:
@@ -92,13 +92,13 @@ class OCR(Reward):
 class VideoOCR(OCR):
     """Score how well frames write the quoted text; 0 to 1, the mean of those that write any."""
 
-    def __call__(self, images, prompts, metadata, references=None, group=None) -> dict:
-        videos = [image[None] if image.ndim == 3 else image for image in images]
+    def __call__(self, batch: Batch) -> dict:
+        videos = [image[None] if image.ndim == 3 else image for image in batch.images]
         frames = [video[::FRAME_STRIDE] for video in videos]
         reads = self._pool.map(_read, [frame for video in frames for frame in video])
         scores = [
             video_score(target(prompt), [next(reads) for _ in video])
-            for prompt, video in zip(prompts, frames, strict=True)
+            for prompt, video in zip(batch.prompts, frames, strict=True)
         ]
         return {"video_ocr": np.array(scores)}
 

@@ -5,10 +5,13 @@ relative position), but with a checker in place of a detector, so that a reward 
 0.3 ms an image. The pictures are 32 x 32, on a light-grey ground; dataset/shapes holds the prompts.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
+
+from flow_grpo.rewards.base import reward
+from flow_grpo.rewards.batch import Batch
 
 SIDE = 32  # pixels of an image's side
 GROUND = (230, 230, 230)
@@ -128,6 +131,8 @@ def detect(image: np.ndarray) -> list[Found]:
             f"{image.shape} {image.dtype}. Set config.resolution to {SIDE} and "
             "config.pretrained.model to the testbed's base."
         )
+    from scipy import ndimage  # not at the top: see rewards/base.py
+
     labels, shares = _unmix(image)
     found = []
     for label in np.flatnonzero(np.bincount(labels.ravel())[1:] >= MIN_AREA) + 1:
@@ -186,7 +191,9 @@ def check(image: np.ndarray, metadata: dict[str, Any]) -> tuple[float, float]:
     return dense * (1.0 if holds else 0.5), float(exact)
 
 
-def _validate(metadata: list[dict[str, Any]]) -> None:
+def check_rows(
+    settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> None:
     """Raise ValueError for a row that is not of this world; it would score 0 for ever."""
     remedy = "Set config.dataset to dataset/shapes, or take another reward than shapes."
     for row, entry in enumerate(metadata):
@@ -203,42 +210,26 @@ def _validate(metadata: list[dict[str, Any]]) -> None:
                 )
 
 
-def shapes(
-    images: list[np.ndarray],
-    prompts: list[str],
-    metadata: list[dict[str, Any]],
-    references: list | None = None,
-    group: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Score pictures of shapes by their rows' metadata alone; the default reward of the testbed.
+@reward(check=check_rows)
+def shapes(batch: Batch) -> dict[str, np.ndarray]:
+    """Score images of shapes by their rows' metadata alone; the default reward of the testbed.
 
-    images: B arrays (32, 32, 3) uint8. metadata: B rows of dataset/shapes.
-    Returns (B,) float64 each: "shapes_strict" (0 or 1), "shapes_dense" ([0, 1]) and their mean
-    "shapes".
+    Images are (32, 32, 3), the metadata rows of dataset/shapes. Returns (B,) float64 each:
+    "shapes_strict" (0 or 1), "shapes_dense" ([0, 1]) and their mean "shapes".
     """
-    _validate(metadata)
-    verdicts = [check(image, entry) for image, entry in zip(images, metadata, strict=True)]
+    check_rows({}, batch.prompts, batch.metadata)
+    verdicts = [check(*row) for row in zip(batch.images, batch.metadata, strict=True)]
     dense, strict = np.array(verdicts, np.float64).reshape(-1, 2).T
     return {"shapes": (strict + dense) / 2, "shapes_strict": strict, "shapes_dense": dense}
 
 
-def shapes_strict(
-    images: list[np.ndarray],
-    prompts: list[str],
-    metadata: list[dict[str, Any]],
-    references: list | None = None,
-    group: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Score 1 for exactly what was asked and 0 for anything else; arguments as `shapes`."""
-    return {"shapes_strict": shapes(images, prompts, metadata)["shapes_strict"]}
+@reward(check=check_rows)
+def shapes_strict(batch: Batch) -> dict[str, np.ndarray]:
+    """Score 1 for exactly what was asked and 0 for anything else, as `shapes` does."""
+    return {"shapes_strict": shapes(batch)["shapes_strict"]}
 
 
-def shapes_dense(
-    images: list[np.ndarray],
-    prompts: list[str],
-    metadata: list[dict[str, Any]],
-    references: list | None = None,
-    group: np.ndarray | None = None,
-) -> dict[str, np.ndarray]:
-    """Score partial credit in [0, 1]; arguments as `shapes`."""
-    return {"shapes_dense": shapes(images, prompts, metadata)["shapes_dense"]}
+@reward(check=check_rows)
+def shapes_dense(batch: Batch) -> dict[str, np.ndarray]:
+    """Score partial credit in [0, 1], as `shapes` does."""
+    return {"shapes_dense": shapes(batch)["shapes_dense"]}

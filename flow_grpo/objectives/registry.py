@@ -1,0 +1,45 @@
+"""What is optimised: a name in config.objective, and the class behind it."""
+
+from __future__ import annotations
+
+import re
+
+from flow_grpo import own
+from flow_grpo.cli import did_you_mean
+from flow_grpo.keys import Key
+from flow_grpo.objectives.base import Objective
+from flow_grpo.objectives.forward.nft import NFT
+from flow_grpo.objectives.ratio.grpo import GRPO
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "grpo": GRPO,
+    "nft": NFT,
+}
+
+
+def find(name: str) -> type[Objective]:
+    """Return the class of an objective.
+
+    name: of OBJECTIVES, or the user's own "module:Class"; the module may lie in the current folder.
+    Raises ValueError if there is none.
+    """
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if ":" not in name:
+        raise ValueError(
+            f"config.objective={name!r}: one of {', '.join(OBJECTIVES)} is needed, or module:Class "
+            f"of one's own.{did_you_mean(name, OBJECTIVES)}"
+        )
+    found = own.load(name, f"config.objective={name!r}", "class")
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(
+            f"config.objective={name!r} is {found!r}; needed is a class of "
+            f"flow_grpo.objectives.base.Objective."
+        )
+    for key, declared in found.keys.items():
+        if not (isinstance(declared, Key) and re.fullmatch(r"[a-z]\w*\.[a-z]\w*", key)):
+            raise ValueError(
+                f"config.objective={name!r} declares {key!r}: {declared!r}; needed is section.key, "
+                f"such as 'pairs.beta', and a flow_grpo.keys.Key."
+            )
+    return found

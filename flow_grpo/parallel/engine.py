@@ -1,0 +1,197 @@
+"""What training asks of an engine, and what all ranks do together."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, distributed, nn
+
+from flow_grpo.parallel import state
+from flow_grpo.parallel.state import State
+
+POLICY = "policy/"  # before a weight's name, where snapshots' weights stand beside it
+Parts = dict[str, Tensor]  # by a trained weight's name: what this rank holds of a value of it
+
+
+class Ranks:
+    """The processes of a run. All must make the same calls, in the same order."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank = distributed.get_rank() if together else 0
+        self.num_ranks = distributed.get_world_size() if together else 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Join all ranks' values (N, ...), of one shape, to (num_ranks x N, ...) by rank."""
+        values = torch.atleast_1d(values).contiguous()
+        if self.num_ranks == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.num_ranks)]
+        distributed.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def total(self, values: Tensor) -> Tensor:
+        """Add up all ranks' values, of one shape."""
+        if self.num_ranks == 1:
+            return values
+        sums = values.clone()
+        distributed.all_reduce(sums)
+        return sums
+
+    def gather_objects(self, value: Any) -> list:
+        """Return the value of each rank, by rank."""
+        values = [value] * self.num_ranks
+        if self.num_ranks > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Return the main rank's value."""
+        values = [value]
+        if self.num_ranks > 1:
+            distributed.broadcast_object_list(values)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        if self.num_ranks > 1:
+            on_gpu = self.device.type == "cuda"
+            distributed.barrier(device_ids=[self.device.index] if on_gpu else None)
+
+
+class Engine(ABC):
+    """One way to train a module on all ranks. The methods stand in the order of their calls.
+
+    No engine steps inside a backward pass: gradients are judged in between. All methods but
+    accumulate() and backward() must be called by all ranks.
+    """
+
+    module: nn.Module  # what trains
+    model: nn.Module  # the same, wrapped: what sampling and training call
+    optimizer: torch.optim.Optimizer  # of the weights, or of this rank's part of them
+    num_parts: int = 1  # of a state: 1, or one for each rank
+    looks_for_scale: bool = False  # fp16: an overflow is no fault, it lowers the loss scale
+
+    def __init__(self, accelerator: Accelerator):
+        self._accelerator = accelerator
+        self.ranks = Ranks(accelerator.device)
+
+    @abstractmethod
+    def wrap(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> None:
+        """Take what trains. max_grad_norm: step() clips to it; 0: it does not."""
+
+    def wrap_frozen(self, module: nn.Module) -> nn.Module:
+        """Return a module that only predicts, as training's would."""
+        return self._accelerator.prepare_model(module, evaluation_mode=True)
+
+    @abstractmethod
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        """Wrap a forward and backward pass. last: of the update, where gradients meet."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this rank's share of the loss; ranks are summed, not averaged."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Measure the whole gradient, unscaled and unclipped, after the last backward(); ().
+
+        It stays on the device, and is not finite where an element of the gradient is not.
+        """
+
+    @abstractmethod
+    def step(self, norm: float) -> None:
+        """Clip, step and forget the gradient. norm: what norm() measured, which is finite."""
+
+    @abstractmethod
+    def discard(self, overflow: bool) -> None:
+        """Forget the gradient after norm(); nothing of it may reach the next update.
+
+        overflow: it was not finite though the loss was, for which fp16 lowers its scale.
+        """
+
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @learning_rate.setter
+    def learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @abstractmethod
+    def masters(self) -> Parts:
+        """Return the weights as the optimizer holds them, fp32 or finer. Not to be written to."""
+
+    @abstractmethod
+    def put(self, parts: Parts) -> None:
+        """Set the masters, and the module's weights after them."""
+
+    @abstractmethod
+    def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
+        """Join all ranks' parts: give each weight's name and whole value, one after the other.
+
+        parts: masters(), or values in its form, such as a snapshot's.
+        """
+
+    def save(self, folder: Path, further: Parts) -> None:
+        """Write masters, moments and loss scale, and `further` parts of weights by any names."""
+        weights = {f"{POLICY}{name}": part for name, part in self.masters().items()} | further
+        stepped = self._stepped().items()
+        moments = {name: dict(self.optimizer.state.get(tensor, {})) for name, tensor in stepped}
+        held, written = State(self._layout(), weights, moments, self._scale()), None
+        if self.ranks.rank < self.num_parts:
+            written = state.write(folder, self.ranks.rank, held)
+        parts = self.ranks.gather_objects(written)[: self.num_parts]
+        if self.ranks.is_main:
+            state.write_index(folder, parts, held.scale)
+
+    def load(self, folder: Path) -> Parts:
+        """Continue from what save() wrote; the optimizer's settings stay. Returns `further`.
+
+        Raises ValueError if it was written for other weights, or by another number of ranks.
+        """
+        part = self.ranks.rank % self.num_parts
+        held = state.read(folder, part, self.num_parts, self._layout())
+        mine = {name for name in held.weights if name.startswith(POLICY)}
+        self.put({name.removeprefix(POLICY): held.weights[name] for name in mine})
+        for name, tensor in self._stepped().items():
+            self.optimizer.state[tensor] = {
+                key: value.to(tensor.device) if isinstance(value, Tensor) else value
+                for key, value in held.moments[name].items()
+            }
+        self._set_scale(held.scale)
+        return {name: part for name, part in held.weights.items() if name not in mine}
+
+    @abstractmethod
+    def _layout(self) -> dict[str, dict]:
+        """Return of each trained weight its shape, and which elements masters() holds here."""
+
+    @abstractmethod
+    def _stepped(self) -> dict[str, Tensor]:
+        """Name the tensors that the optimizer steps."""
+
+    @abstractmethod
+    def _scale(self) -> dict[str, float]:
+        """Return the state of fp16's search for its loss scale; {} in other precisions."""
+
+    @abstractmethod
+    def _set_scale(self, scale: dict[str, float]) -> None:
+        """Continue the search."""
+
+    def leave(self) -> None:
+        """Part from the other ranks."""
+        self._accelerator.end_training()

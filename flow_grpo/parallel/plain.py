@@ -1,0 +1,120 @@
+"""One process, or several with a whole copy of everything each (DDP)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from flow_grpo.parallel.engine import Engine, Parts
+
+PATIENCE = timedelta(hours=2)  # a rank may wait this long for another one's rewards
+
+
+class Plain(Engine):
+    """All ranks hold the same weights and moments; gradients are summed in the last backward."""
+
+    def __init__(self, mixed_precision: str, cpu: bool = False):
+        """mixed_precision: no | bf16 | fp16. cpu: use no GPU even if there is one."""
+        super().__init__(
+            Accelerator(
+                cpu=cpu,
+                mixed_precision=mixed_precision,
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=PATIENCE),
+                ],
+            )
+        )
+        if self._accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "FSDP is not supported yet: launch with scripts/accelerate_configs/multi_gpu.yaml "
+                "or deepspeed_zero2.yaml."
+            )
+        self.scaler = self._accelerator.scaler  # None: not in fp16
+
+    @property
+    def looks_for_scale(self) -> bool:
+        return self.scaler is not None
+
+    def wrap(
+        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
+    ) -> None:
+        self.module, self.optimizer = module, optimizer
+        self.model = self._accelerator.prepare_model(module)
+        self._max_grad_norm = max_grad_norm or math.inf
+        self._trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+
+    def accumulate(self, last: bool) -> AbstractContextManager[None]:
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        loss = loss * self.ranks.num_ranks  # DDP averages
+        if self.scaler is not None:
+            loss = self.scaler.scale(loss)
+        loss.backward()
+
+    def norm(self) -> Tensor:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def step(self, norm: float) -> None:
+        params = list(self._trained.values())
+        whole = torch.full((), norm, dtype=params[0].dtype, device=self.ranks.device)
+        nn.utils.clip_grads_with_norm_(params, self._max_grad_norm, whole)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def discard(self, overflow: bool) -> None:
+        if self.scaler is not None:  # which remembers what norm() unscaled until it is updated
+            self.scaler.update(None if overflow else self.scaler.get_scale())
+        self.optimizer.zero_grad()
+
+    def masters(self) -> Parts:
+        return {
+            name: param.detach().to(torch.promote_types(param.dtype, torch.float32))
+            for name, param in self._trained.items()
+        }
+
+    @torch.no_grad()
+    def put(self, parts: Parts) -> None:
+        for name, param in self._trained.items():
+            param.copy_(parts[name])
+
+    def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
+        yield from parts.items()
+
+    def _layout(self) -> dict[str, dict]:
+        return {
+            name: {"shape": list(param.shape), "held": [0, param.numel()]}
+            for name, param in self._trained.items()
+        }
+
+    def _stepped(self) -> dict[str, Tensor]:
+        return self._trained
+
+    def _scale(self) -> dict[str, float]:
+        return self.scaler.state_dict() if self.scaler is not None else {}
+
+    def _set_scale(self, scale: dict[str, float]) -> None:
+        if self.scaler is not None and scale:
+            self.scaler.load_state_dict(scale)

@@ -1,0 +1,137 @@
+"""Questions to a vision-language model behind an OpenAI-style endpoint (sglang, vLLM, any other).
+
+Not by the package openai: it sends what OPENAI_CUSTOM_HEADERS holds, whatever its client is given.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+
+import httpx
+import numpy as np
+from PIL import Image
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
+NUM_ATTEMPTS, BACKOFF_S = 4, 1.0  # the longest wait doubles from one attempt to the next
+RETRIED = (408, 429, 500, 502, 503, 504)
+MAX_TOKENS, MAX_BYTES = 2048, 2**20  # of an answer
+Question = tuple[Sequence[np.ndarray], str]  # images, uint8 (H, W, 3), and the text about them
+
+
+class Chat:
+    """Asks one endpoint `concurrency` questions at a time. timeout_s: of one, retries included."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        concurrency: int,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        key = os.environ.get("FLOW_GRPO_JUDGE_KEY")
+        self.url, self.model, self.timeout_s = url.rstrip("/"), model, timeout_s
+        self._clock, self._sleep = clock, sleep
+        self._client = httpx.Client(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=concurrency),
+            trust_env=False,  # no proxy between machines of one network
+        )
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
+
+    def ask(self, questions: Sequence[Question]) -> list[str | None]:
+        """Return the answers, None for a question that got none.
+
+        Raises ConnectionError, naming the URL and the last reason, if no question got one.
+        """
+        answers = list(self._threads.map(self._ask, questions))
+        if answers and all(isinstance(answer, Exception) for answer in answers):
+            raise ConnectionError(
+                f"the judge {self.model!r} at {self.url} answered none of {len(answers)} "
+                f"questions: {answers[-1]!r}"
+            )
+        return [None if isinstance(answer, Exception) else answer for answer in answers]
+
+    def _ask(self, question: Question) -> str | Exception:
+        request = {
+            "model": self.model,
+            "temperature": 0,
+            "max_tokens": MAX_TOKENS,
+            "messages": [{"role": "user", "content": _content(*question)}],
+        }
+        deadline = self._clock() + self.timeout_s
+
+        def too_late(state: RetryCallState) -> bool:
+            return self._clock() + state.upcoming_sleep > deadline
+
+        retrying = Retrying(
+            retry=retry_if_exception(_may_succeed),
+            wait=wait_random_exponential(BACKOFF_S, min=BACKOFF_S / 2),
+            stop=stop_after_attempt(NUM_ATTEMPTS) | too_late,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        try:
+            return _text(retrying(self._post, request, deadline))
+        except (httpx.HTTPError, ValueError, TimeoutError) as error:
+            return error
+
+    def _post(self, request: dict, deadline: float) -> bytes:
+        """Return the answer's body. Raises TimeoutError, ValueError or httpx.HTTPError."""
+        left = max(0.001, deadline - self._clock())
+        body = b""
+        url = f"{self.url}/chat/completions"
+        with self._client.stream("POST", url, json=request, timeout=left) as response:
+            response.raise_for_status()
+            for chunk in response.iter_bytes():
+                body += chunk
+                if self._clock() > deadline:
+                    raise TimeoutError(f"no complete answer in {self.timeout_s:g} s")
+                if len(body) > MAX_BYTES:
+                    raise ValueError(f"an answer of more than {MAX_BYTES} bytes")
+        return body
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+
+def _may_succeed(error: BaseException) -> bool:
+    """Whether another attempt may."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in RETRIED
+    return isinstance(error, httpx.TransportError)
+
+
+def _content(images: Sequence[np.ndarray], text: str) -> list[dict]:
+    parts = []
+    for image in images:
+        buffer = BytesIO()
+        Image.fromarray(image).save(buffer, format="PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+    return [*parts, {"type": "text", "text": text}]
+
+
+def _text(body: bytes) -> str:
+    """Take the message out of an answer. Raises ValueError if there is none."""
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"no message in the answer ({error!r})") from error
+    if not isinstance(text, str):
+        raise ValueError(f"a message of {type(text).__name__}")
+    return text

@@ -1,0 +1,106 @@
+"""Whether the reward servers of a run are there, and what they say of their rewards."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Collection
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import requests
+import urllib3
+
+from flow_grpo.rewards.remote.servers import Servers
+
+HEALTH_S = 5.0  # for an answer to GET /health
+MAX_BYTES = 2**16  # of it
+
+
+class Health(NamedTuple):
+    problem: str = ""  # begins with the URL; "": nothing is wrong
+    compares: bool = False  # the images of a group
+
+
+def check(servers: Servers, names: Collection[str] | None = None) -> set[str]:
+    """Ask every server for its health and return the rewards that compare a group's images.
+
+    names: of the rewards that are asked for; None: all. Raises ValueError naming reward and URL.
+    """
+    comparing = set()
+    for name, answers in ask(servers, servers.urls if names is None else names).items():
+        for url, answer in zip(servers.urls[name], answers, strict=True):
+            if answer.problem:
+                raise ValueError(
+                    f"config.reward_urls: the server of reward {name!r} at {answer.problem}. Start "
+                    f"it (python -m flow_grpo.reward_server --reward {name} --port "
+                    f"{urlsplit(url).port or 80}) and wait until it has loaded, or correct the URL."
+                )
+        if any(answer.compares for answer in answers):
+            comparing.add(name)
+    return comparing
+
+
+def ask(servers: Servers, names: Collection[str]) -> dict[str, list[Health]]:
+    """Ask the URLs of these rewards, all at once, in HEALTH_S. Returns each one's answer.
+
+    In daemon threads: resolving a name, or an answer that drips, takes however long it takes.
+    """
+    answers: dict[tuple[str, str], Health] = {}
+    threads = []
+    for name in names:
+        for url in servers.urls[name]:
+            late = f"{url} does not answer within {HEALTH_S:g} s"
+            answers[name, url] = Health(late)
+            threads.append(
+                threading.Thread(target=_ask, args=(answers, name, url, servers.token), daemon=True)
+            )
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + HEALTH_S
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    found = dict(answers)  # who is late must not change it
+    return {name: [found[name, url] for url in servers.urls[name]] for name in names}
+
+
+def _ask(answers: dict[tuple[str, str], Health], name: str, url: str, token: str) -> None:
+    try:
+        answers[name, url] = _judge(name, url, *_get(f"{url}/health", token))
+    except (requests.Timeout, urllib3.exceptions.TimeoutError):
+        pass  # as is said already
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+        answers[name, url] = Health(f"{url} does not answer ({type(error).__name__}: {error})")
+
+
+def _get(url: str, token: str) -> tuple[int, bytes]:
+    """Return status and body. No proxy, no redirects, nothing unpacked."""
+    headers = {"accept-encoding": "identity"}
+    if token:
+        headers["authorization"] = f"Bearer {token}"
+    with requests.Session() as session:
+        session.trust_env = False
+        with session.get(
+            url, headers=headers, stream=True, allow_redirects=False, timeout=HEALTH_S
+        ) as response:
+            return response.status_code, response.raw.read(MAX_BYTES + 1, decode_content=False)
+
+
+def _judge(name: str, url: str, status: int, body: bytes) -> Health:
+    if status == 401:
+        return Health(f"{url} wants another token than that of config.reward_token_file")
+    if len(body) > MAX_BYTES:
+        return Health(f"{url} is no reward server: GET /health gives more than {MAX_BYTES} bytes")
+    try:
+        found = json.loads(body)
+        reward, compares = found["reward"], found.get("compares", False)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return Health(f"{url} is no reward server: GET /health gives {body[:80]!r}")
+    if status != 200:
+        return Health(
+            f"{url} is not healthy: status {status}, {str(found.get('detail', ''))[:300]}"
+        )
+    if reward != name:
+        return Health(f"{url} serves another reward, {str(reward)[:80]!r}")
+    return Health(compares=compares is True)
