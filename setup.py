@@ -9,7 +9,7 @@ setup(
     packages=find_packages(include=["flow_grpo*", "config*", "dataset"]),
     package_data={
         "flow_grpo.rewards.judges": ["templates/*.txt"],
-        "flow_grpo.report": ["page.html.j2", "page.css"],
+        "flow_grpo.report": ["*.j2", "page.css"],
     },
     install_requires=[
         "torch>=2.11",

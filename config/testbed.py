@@ -52,6 +52,19 @@ def shapes_sd3():
     return config
 
 
+def shapes_sd3_short():
+    """The same for 2 epochs of 2 groups x 4 images, in seconds: to try the commands."""
+    config = shapes_sd3()
+    config.num_epochs = 2
+    config.save_freq = config.eval_freq = 1
+    config.eval_max_samples = 20
+    config.sample.train_batch_size = 8
+    config.sample.num_image_per_prompt = 4
+    config.sample.num_batches_per_epoch = 1
+    config.train.gradient_accumulation_steps = 1  # 1 optimizer step an epoch
+    return config
+
+
 def shapes_sd3_grpo():
     """Flow-GRPO-Fast: SDE rollouts, three trained steps from a random start."""
     config = _testbed("grpo")

@@ -1,10 +1,10 @@
-"""Train FLUX.1 (dev, or a fine-tune of it) by reinforcement learning.
+"""Train FLUX.1 (dev, or a fine-tune of it) by the loop of flow_grpo/training/loop.py.
 
     accelerate launch --config_file scripts/accelerate_configs/deepspeed_zero2.yaml \\
         scripts/train_flux.py --config config/grpo.py:pickscore_flux
 
-Any config of any data set and reward fits; keys are changed on the command line
-(--config.sample.num_steps=6) and all of them are listed in config/base.py.
+Any config works, with any data set and reward. Change keys on the command line
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 3.5, one of the transformer's inputs. There is no second pass, so a rollout costs the same
 at any scale; the policy is trained at the scale that it samples with.

@@ -1,16 +1,16 @@
-"""Train FLUX.1 Kontext, which edits a reference picture, by reinforcement learning.
+"""Train FLUX.1 Kontext, an image editor, by the loop of flow_grpo/training/loop.py.
 
     accelerate launch --config_file scripts/accelerate_configs/deepspeed_zero2.yaml \\
         scripts/train_flux_kontext.py --config config/grpo.py:counting_flux_kontext
 
-Any config fits whose data set names one reference picture a prompt: "image" in each row of
-{train,test}_metadata.jsonl. Keys are changed on the command line (--config.sample.num_steps=6) and
-all of them are listed in config/base.py.
+Any config works whose data set names one reference image per prompt: "image" in each row of
+{train,test}_metadata.jsonl. Change keys on the command line (--config.sample.num_steps=6);
+config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 2.5, one of the transformer's inputs. There is no second pass, so a rollout costs the same
 at any scale; the policy is trained at the scale that it samples with.
 References: each is encoded at its own size, at most config.reference_area pixels (1024 x 1024), and
-every step carries its tokens: a 1024 x 1024 reference makes a 512 x 512 picture's sequence five
+every step carries its tokens: a 1024 x 1024 reference makes a 512 x 512 image's sequence five
 times as long. Rows that share a call need references of one size; the size generated is
 config.resolution.
 Memory: 12 B parameters take 24 GB in bf16, the T5 encoder 10 GB more.

@@ -1,10 +1,10 @@
-"""Train Qwen-Image (also 2512) by reinforcement learning.
+"""Train Qwen-Image (also 2512) by the loop of flow_grpo/training/loop.py.
 
     accelerate launch --config_file scripts/accelerate_configs/deepspeed_zero2.yaml \\
         scripts/train_qwenimage.py --config config/grpo.py:pickscore_qwenimage
 
-Any config of any data set and reward fits; keys are changed on the command line
-(--config.sample.num_steps=6) and all of them are listed in config/base.py.
+Any config works, with any data set and reward. Change keys on the command line
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: bf16 on a GPU; fp16 overflows and is refused. A CPU takes "no" or "bf16".
 Guidance: 4, by two passes one after the other, the negative prompt is a space; each token keeps the
 norm of its conditional velocity. A scale of 1 makes a single pass and takes half the time.

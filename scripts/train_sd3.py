@@ -1,13 +1,13 @@
-"""Train Stable Diffusion 3 or 3.5 by reinforcement learning.
+"""Train Stable Diffusion 3 or 3.5 by the loop of flow_grpo/training/loop.py.
 
     accelerate launch --config_file scripts/accelerate_configs/single.yaml \\
         scripts/train_sd3.py --config config/testbed.py:shapes_sd3
 
-Any config of any data set and reward fits; keys are changed on the command line
-(--config.sample.num_steps=6) and all of them are listed in config/base.py.
+Any config works, with any data set and reward. Change keys on the command line
+(--config.sample.num_steps=6); config/base.py lists them.
 Precision: fp16 on a GPU keeps log-probs closer to fp32 than bf16 does; a CPU needs "no" or "bf16".
-Guidance: classic, both passes in one batch; runs without it (guidance_scale 1, train.cfg False)
-take half the time.
+Guidance: classifier-free, both passes in one batch; runs without it (guidance_scale 1, train.cfg
+False) take half the time.
 """
 
 from flow_grpo.diffusers_patch.sd3 import SD3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -62,7 +63,8 @@ def _compare_place(place: str, old: dict, new: dict, result: Comparison) -> None
             result.differing.append(f"{place}: {key} gone")
     for key in new:
         if key not in old_of and key not in old:
-            result.notes[f"new: {kind} {key}"] = None
+            name = re.sub(r"/\d+$", "", key)  # one note for all entries of a list
+            result.notes[f"new: {kind} {name}"] = None
 
 
 def renamed(key: str) -> str | None:

@@ -1,7 +1,6 @@
 """Processes that start fast: forked from one that has loaded the libraries and none of our code."""
 
 import os
-import socket
 from multiprocessing import get_context
 
 from waiting import HANG_S
@@ -26,10 +25,12 @@ def zero(stage: int) -> dict[str, str]:
 
 def on_ranks(num_ranks: int, environment: dict[str, str], function, *arguments) -> None:
     """Call function(*arguments) on so many ranks; fails if it does on any. 1: without a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    from torch.distributed import TCPStore  # mutants.py does without
+
+    # Where the ranks meet is here, on a port that no other test can have meanwhile.
+    meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {"WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": meeting.port}
+    world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
     ranks = [
         FORKED.Process(
             target=_as_rank,
@@ -51,7 +52,7 @@ def _as_rank(world: dict, environment: dict[str, str], function, arguments: tupl
     os.environ |= environment
     function(*arguments)
     if world["WORLD_SIZE"] > 1:
-        from torch import distributed  # mutants.py does without
+        from torch import distributed
 
         distributed.barrier()
         os._exit(0)  # the interpreter's own way out aborts in threads of the group, now and then

@@ -197,8 +197,10 @@ def watch_scores(run: Run, change=lambda scores, held_out: scores) -> list[tuple
 
     change: what becomes of the scores of an epoch or an evaluation.
     """
-    start, batches = run.scorer.start, []
-    run.scorer.start = lambda held_out=False: Watched(start(held_out), held_out, batches, change)
+    start, batches = run.evaluator.scorer.start, []
+    run.evaluator.scorer.start = lambda held_out=False: Watched(
+        start(held_out), held_out, batches, change
+    )
     return batches
 
 
@@ -240,6 +242,6 @@ if __name__ == "__main__":  # train_sd3.py with something done to it, as MODE sa
         die_after(trained, int(mode.split()[-1]))
     elif mode.startswith("/"):
         record_rollouts(Path(mode), rank)
-    elif mode == "break" and rank == trained.ranks.num_ranks - 1:
-        break_losses(trained, {0})  # the others must learn of it
+    elif mode == "break" and rank == trained.ranks.num_ranks - 1:  # the others must learn of it
+        break_losses(trained, {0})
     entry.leave(entry.execute(trained))

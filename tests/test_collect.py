@@ -51,7 +51,9 @@ def grouped(values):
 def test_an_advantage_belongs_to_the_picture_beside_it(arguments):
     run = running.prepare(arguments())
     for rollout in epochs(run, 2):
-        decoded = (run.pipeline.decode(z, run.size) for z in rollout.final.split(BATCH_SIZE))
+        decoded = (
+            run.pipeline.decode(z, run.evaluator.size) for z in rollout.final.split(BATCH_SIZE)
+        )
         pictures = [
             picture
             for call in decoded

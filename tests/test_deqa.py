@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import serving
+from waiting import HANG_S
 
 from config.base import base
 from flow_grpo.rewards import loading
@@ -65,7 +66,7 @@ def test_score_is_the_opinion_divided_by_five(folder):
 def test_a_server_gives_a_client_the_same(folder):
     with (
         serving.started("deqa", f"--set=deqa={folder}", "--device=cpu") as url,
-        serving.client(url, name="deqa") as reward,
+        serving.client(url, name="deqa", timeout_s=HANG_S) as reward,
     ):
         found = reward(Batch(PICTURES, ["p"] * 20, [{}] * 20))
     np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)

@@ -90,9 +90,9 @@ def test_the_three_modes_draw_the_same_pictures(files, name):
         rollout = collect.roll_out(run, 0).rollout
         rollouts[run.config.run_name] = rollout
         if mode != "precompute":
-            assert run.conditioner.num_encoded >= 2 and not cached(folder)
+            assert run.evaluator.conditioner.num_encoded >= 2 and not cached(folder)
             continue
-        assert run.conditioner.num_encoded == 0
+        assert run.evaluator.conditioner.num_encoded == 0
         guided = run.pipeline.needs_negative(Guidance(NAMES[name]))
         assert len(cached(folder)) == 3 + guided * (3 if name in tiny.EDITS else 1)
         for part in [*(folder / name).glob("text_enc*"), *(folder / name).glob("token*")]:
@@ -109,10 +109,10 @@ def test_offloaded_encoders_are_back_on_the_cpu_after_each_call(files, monkeypat
     moves = []
     monkeypatch.setattr(run.pipeline, "move_encoders", lambda device: moves.append(str(device)))
     for number in (0, 1, 0):
-        run.prompt_batch([run.plan.train_prompts[number]], [(0, 0)], Guidance(4.5))
+        run.evaluator.prompt_batch([run.plan.train_prompts[number]], [(0, 0)], Guidance(4.5))
     home = str(run.pipeline.device)
     assert moves == ["cpu", home, "cpu"]  # the third call found its prompt in memory
-    assert run.conditioner.num_encoded == 3  # two prompts and what guidance subtracts
+    assert run.evaluator.conditioner.num_encoded == 3  # two prompts and what guidance subtracts
 
 
 def test_encoders_move_and_nothing_else(files):
@@ -178,7 +178,7 @@ def test_a_file_that_is_damaged_while_a_run_goes_on_is_named(files):
     folder = files("sd3")
     run = prepare(folder, "sd3", "precompute")
     prompt = run.plan.train_prompts[0]
-    path = run.conditioner.store.path(Item(prompt.text))
+    path = run.evaluator.conditioner.store.path(Item(prompt.text))
     path.write_bytes(b"nothing")
     with pytest.raises(RuntimeError, match=f"{path}, .*{prompt.text}.*Delete it"):
-        run.prompt_batch([prompt], [(0, 0)], Guidance(1.0))
+        run.evaluator.prompt_batch([prompt], [(0, 0)], Guidance(1.0))

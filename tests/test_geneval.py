@@ -204,4 +204,4 @@ def test_a_prompt_that_can_not_be_judged_is_named_before_anything_loads(settings
     with pytest.raises(ValueError, match="'a unicorn' can't be judged: 'unicorn' is none of"):
         loading.check("geneval", settings, ["a unicorn"], [row])
     with pytest.raises(ValueError, match="geneval_score='best': one of soft, strict"):
-        options.settings(["geneval_score=best"])
+        options.settings(["geneval_score=best"], ["geneval"])

@@ -147,10 +147,10 @@ def test_a_run_trains_the_guidance_of_its_model(
     keys |= {"pretrained__model": tmp_path / name, "logdir": tmp_path / "logs"}
     argv = running.arguments(files, sample__guidance_scale=1.0, use_lora=True, **keys)
     run = running.prepare(argv, family)
-    assert run.guidance == run.eval_guidance == Guidance(1.0)
+    assert run.guidance == run.evaluator.guidance == Guidance(1.0)
     assert run.trained_guidance == Guidance(scale)
     pictures, passes = run.plan.num_groups * run.plan.group_size, run.passes()
-    points = len(run.config.nft.steps) or run.config.nft.num_times
-    points = points if name == "zimage" else run.config.sample.sde_window_size
-    assert passes["sampling"] == pictures * run.config.sample.num_steps * sampled
+    config = run.config
+    points = config.nft.num_times if name == "zimage" else config.sample.sde_window_size
+    assert passes["sampling"] == pictures * config.sample.num_steps * sampled
     assert passes["forward and backward"] == pictures * points * trained

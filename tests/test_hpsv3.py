@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import serving
+from waiting import HANG_S
 
 from config.base import base
 from flow_grpo.rewards import loading
@@ -57,7 +58,7 @@ def test_a_server_gives_a_client_the_same(settings):
     options = f"--set=hpsv3={settings['hpsv3']}", "--device=cpu"
     with (
         serving.started("hpsv3", *options) as url,
-        serving.client(url, name="hpsv3") as reward,
+        serving.client(url, name="hpsv3", timeout_s=HANG_S) as reward,
     ):
         found = reward(Batch(PICTURES, PROMPTS, [{}] * 20))
     np.testing.assert_allclose(found["hpsv3"], WANTED, atol=1e-5)

@@ -63,15 +63,15 @@ def test_kontext_trains_and_its_lora_loads_into_the_stock_pipeline(files, kind):
     assert "avg/edit" in read_metrics(run.folder, "eval")[0]
 
     prompt = run.plan.eval_prompts[1]  # the wider reference
-    batch = run.prompt_batch([prompt], [(0, -1)], Guidance(2.5))
+    batch = run.evaluator.prompt_batch([prompt], [(0, -1)], Guidance(2.5))
     randomness = Randomness(run.config.seed, ())
-    ours = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]
+    ours = sample(run.pipeline, run.model, batch, run.evaluator.schedule, randomness).images[0]
     stock = FluxKontextPipeline.from_pretrained(files / "kontext")
-    noise = randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size))
+    noise = randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.evaluator.size))
     settings = dict(
         image=Image.fromarray(prompt.load_images()[0]),
         prompt=prompt.text,
-        latents=run.pipeline.initial_latents(run.size, noise),
+        latents=run.pipeline.initial_latents(run.evaluator.size, noise),
         guidance_scale=2.5,
         num_inference_steps=3,
         max_sequence_length=16,

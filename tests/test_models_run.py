@@ -89,15 +89,15 @@ def arguments(files: Path, name: str, **overrides) -> list[str]:
 
 def stock_picture(pipe, name: str, run, prompt, randomness) -> np.ndarray:
     """Call a stock pipeline as an evaluation of the run does."""
-    noise = randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size))
+    noise = randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.evaluator.size))
     images = prompt.load_images()
     (pictures,) = pipe(
         prompt=prompt.text,
-        num_inference_steps=run.eval_schedule.num_steps,
+        num_inference_steps=run.evaluator.schedule.num_steps,
         max_sequence_length=LENGTH,
         output_type="pil",
         return_dict=False,
-        **run.pipeline.stock_arguments(run.size, run.eval_guidance, noise, images),
+        **run.pipeline.stock_arguments(run.evaluator.size, run.evaluator.guidance, noise, images),
     )
     return np.asarray(pictures[0])
 
@@ -109,8 +109,8 @@ def test_a_model_trains_and_its_lora_gives_the_same_picture_in_a_stock_pipeline(
     assert read_metrics(run.folder, "update")[-1]["ratio_std"] > 0
 
     prompt, randomness = run.plan.eval_prompts[3], Randomness(run.config.seed, ())
-    batch = run.prompt_batch([prompt], [(0, -1)], run.eval_guidance)
-    alone = replace(run.eval_schedule, pad_to=0)  # as a stock call of this prompt
+    batch = run.evaluator.prompt_batch([prompt], [(0, -1)], run.evaluator.guidance)
+    alone = replace(run.evaluator.schedule, pad_to=0)  # as a stock call of this prompt
     ours = sample(run.pipeline, run.model, batch, alone, randomness).images[0]
     path = str(files / name)
     stock = run.pipeline.stock.from_pretrained(path, **run.pipeline.components(path, "main"))

@@ -152,7 +152,7 @@ def test_pictures_without_text_are_read_as_nothing_by_both_apis_of_paddleocr():
 
 def test_an_engine_is_never_chosen_by_what_is_installed(monkeypatch):
     with pytest.raises(ValueError, match="config.ocr_engine='tesseract': one of rapidocr, paddle"):
-        options.settings(["ocr_engine=tesseract"])
+        options.settings(["ocr_engine=tesseract"], ["ocr"])
     there = {"rapidocr", "onnxruntime", "rapidfuzz"}
     monkeypatch.setattr(rewards_base, "find_spec", lambda name: name if name in there else None)
     with pytest.raises(ValueError, match=r"pip install 'flow_grpo\[paddleocr\]'"):

@@ -47,6 +47,16 @@ def test_an_fp16_overflow_is_no_update_and_lowers_the_scale(files):
     assert all(row["grad_norm"] < float("inf") for row in rows)
 
 
+def test_in_fp16_too_a_non_finite_loss_is_a_fault_and_leaves_the_scale_alone(files):
+    argv = running.arguments(files, run_name="fp16nan", train__max_nonfinite_updates=1)
+    run = running.prepare(argv)
+    run.engine.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    running.break_losses(run, {1})
+    with pytest.raises(FloatingPointError, match="1 updates in a row"):
+        entry.execute(run)
+    assert (run.updater.num_updates, scaler.get_scale()) == (1, 2**8)
+
+
 def test_an_infinite_gradient_behind_a_finite_loss_is_skipped(files):
     run = running.prepare(running.arguments(files, run_name="inf"))
     _, param = next(iter(run.trained_parameters()))

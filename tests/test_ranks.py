@@ -1,10 +1,13 @@
 """Two ranks, each with half the rows, against one rank with all of them: the toy of toy.py."""
 
+import os
 from pathlib import Path
 
 import torch
 from forking import ON_CPU, on_ranks
-from toy import make_run, plan_of, roll_out, take_step, weigh
+from toy import make_run, plan_of, roll_out, weigh
+
+from flow_grpo.training import loop
 
 NUM_GROUPS, GROUP_SIZE = 3, 8  # the second group lies on both ranks
 MISSING = [1, 2, 3, 5, 20]  # rows without a score: the ranks' weights differ
@@ -12,15 +15,15 @@ MISSING = [1, 2, 3, 5, 20]  # rows without a score: the ranks' weights differ
 
 def one_update(folder):
     """Sample, score and update once with this rank's share of the rows; saves what came out."""
+    rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     run = make_run(
         folder,
-        plan_of(NUM_GROUPS, GROUP_SIZE),
+        plan_of(NUM_GROUPS, GROUP_SIZE, num_micro_batches=6 // num_ranks, world_size=num_ranks),
         torch.optim.SGD,
         sample__sde_window_size=2,
         train__learning_rate=1.0,
         train__max_grad_norm=0.0,
     )
-    rank, num_ranks = run.ranks.rank, run.ranks.num_ranks
     rollout = roll_out(run)  # of every row: its noise and window know no rank
     scores = -((rollout.final.double() - 1) ** 2).mean(1)
     scores[MISSING] = torch.nan
@@ -29,10 +32,8 @@ def one_update(folder):
     rollout_images = rollout.images
     rollout, scores = rollout.rows(mine), scores[mine]
     rollout.images = rollout_images[mine]
-    *_, metrics = weigh(run, rollout, scores)
-    size = 4
-    micros = [rollout.rows(slice(i, i + size)) for i in range(0, share, size)]
-    take_step(run, micros)
+    sampled, arranged, metrics = weigh(run, rollout, scores)
+    loop.update(run, sampled, arranged, epoch=0)
     shift = run.snapshots.values("policy").popitem()[1]
     found = {name: getattr(rollout, name) for name in ("advantages", "weights", "steps")}
     torch.save({**found, "shift": shift, "metrics": metrics}, Path(folder) / f"{rank}.pt")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import html
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import running
 from PIL import Image
 
 from flow_grpo.launch import provenance
+from flow_grpo.objectives.registry import OBJECTIVES
 from flow_grpo.report import charts, facts, output, page, pictures, plots, recorded
 from flow_grpo.report.__main__ import main
 from flow_grpo.report.sheets import contact_sheet, cut_sheet
@@ -35,10 +38,8 @@ PROBE = """<script>addEventListener("load", () => {
     drawings: all("figure", f => ({
       title: f.querySelector("b").textContent,
       width: f.querySelector("svg").getBoundingClientRect().width,
-      curves: Array.from(f.querySelectorAll("[id*=line2d] > path")).filter(
-        p => !p.closest("defs") && p.getTotalLength() > 20
-          && p.style.stroke.includes("--series") | p.style.stroke.includes("--ramp")
-        ).map(p => getComputedStyle(p).stroke),
+      curves: Array.from(f.querySelectorAll("path.line")).filter(p => p.getTotalLength() > 20)
+        .map(p => getComputedStyle(p).stroke),
     })),
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     loaded: performance.getEntriesByType("resource").map(e => e.name)
@@ -105,16 +106,16 @@ class References(HTMLParser):
 
 def test_a_run_leaves_a_page_that_is_small_and_loads_nothing(folder):
     text = (folder / "report.html").read_text()
-    assert len(text.encode()) < 5_000_000 and "<h1>seen &amp; done</h1>" in text
+    assert len(text.encode()) < 500_000 and "<h1>seen &amp; done</h1>" in text
     found = References()
     found.feed(text)
-    assert len(found.addresses) > 20 and {"img", "svg", "style"} <= found.tags
+    assert len(found.addresses) > 12 and {"img", "svg", "style"} <= found.tags
     assert [a for a in found.addresses if not a.startswith(("data:", "#"))] == []
     assert not found.tags & {"script", "iframe", "object", "embed", "base", "video", "audio"}
 
 
 @browser
-def test_a_browser_shows_the_curves_the_pictures_and_the_numbers(folder, tmp_path):
+def test_a_browser_shows_the_curves_the_images_and_the_numbers(folder, tmp_path):
     found = seen(folder / "report.html", tmp_path, 1200)
     assert found["loaded"] == [] and found["overflow"] == 0
     for side in ("before", "after"):
@@ -129,7 +130,7 @@ def test_a_browser_shows_the_curves_the_pictures_and_the_numbers(folder, tmp_pat
     cells = [[str(r["step"]), str(r["epoch"]), facts.number(r[score])] for r in evals]
     assert found["evaluations"] == [["step", "epoch", score], *cells]
     drawn = {drawing["title"]: drawing for drawing in found["drawings"]}
-    assert {score, "long", "short", "Mean reward", "Loss", "Seconds of an epoch"} <= set(drawn)
+    assert {score, "long", "short", "Mean reward", "Loss", "Seconds per epoch"} <= set(drawn)
     assert all(drawing["width"] > 150 for drawing in found["drawings"])
     curves = {title: drawing["curves"] for title, drawing in drawn.items()}
     assert curves[score] == curves["Loss"] == ["rgb(31, 111, 92)"]  # the page's --series-1
@@ -177,11 +178,85 @@ def test_every_launch_is_kept_with_what_it_takes_to_repeat_it(folder):
     assert second["command"] in text and f"torch {first['versions']['torch']}" in text
 
 
-def test_settings_that_differ_from_the_base_are_marked(folder):
+def test_settings_that_differ_from_the_defaults_are_marked(folder):
     found = {one.key: one for one in facts.settings(recorded.load(folder))}
     assert (found["sample.num_steps"].value, found["sample.num_steps"].default) == ("5", "10")
     assert found["sample.num_steps"].changed and found["reward_fn"].changed
     assert not found["seed"].changed and not found["run_name"].changed
+
+
+def test_a_run_that_did_not_record_its_defaults_shows_all_settings(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "old")
+    (tmp_path / "old" / "run.json").unlink()
+    run = recorded.load(tmp_path / "old")
+    shown = facts.settings(run)
+    assert {one.key for one in shown if one.changed} >= {"seed", "train.learning_rate"}
+    text = page.render(run, [])
+    assert "are not recorded in its folder" in text and "What differs" not in text
+
+
+def test_the_report_knows_nothing_of_the_code_that_ran():
+    for path in Path(page.__file__).parent.glob("*.py"):
+        modules = [
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+        ]
+        own = [name for name in modules if name.split(".")[0] in ("flow_grpo", "config")]
+        assert all(name.startswith(("flow_grpo.report", "flow_grpo.cli")) for name in own), path
+
+
+def chart_rows(tmp_path, updates: list[dict], about: dict | None = None) -> recorded.Recorded:
+    """A run of one evaluation with these updates."""
+    rows = [{"kind": "eval", "epoch": 0, "step": 0, "avg": 0.5}]
+    rows += [{"kind": "update", "epoch": 0, "step": n} | row for n, row in enumerate(updates, 1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "config.json").write_text(json.dumps({"reward_fn": {"avg": 1.0}}))
+    if about is not None:
+        written = {"statistics": about, "defaults": {}}
+        (tmp_path / "run.json").write_text(json.dumps(written))
+    return recorded.load(tmp_path)
+
+
+STEPS = {"gap": 2.5, "gap/0": 2.0, "gap/10": 3.0, "gap_std": 0.5, "gap/0_std": 0.25}
+
+
+def test_a_statistic_that_nobody_described_is_drawn_under_its_name(tmp_path):
+    run = chart_rows(tmp_path, [STEPS | {"loss": 1.0, "scale": 7.0}] * 2)
+    by_title = {chart.title: chart for chart in charts.denoising(run)}
+    assert list(by_title) == ["gap", "gap_std"]
+    assert [s.label for s in by_title["gap"].series] == ["step 0", "step 10"]
+    assert [s.y for s in by_title["gap"].series] == [[2.0, 2.0], [3.0, 3.0]]
+    assert [s.y for s in by_title["gap_std"].series] == [[0.25, 0.25]]
+    assert [chart.title for chart in charts.updates(run)] == ["Loss", "scale"]
+
+
+def test_a_statistic_has_the_title_the_note_and_the_origin_that_the_run_wrote(tmp_path):
+    about = {"gap_std": {"title": "Spread", "note": "of gaps", "origin": 0.0}}
+    about["gap"] = {"title": "Gap − 2", "note": "", "origin": 2.0}
+    spread, gap = charts.denoising(chart_rows(tmp_path, [STEPS], about))
+    assert (spread.title, spread.note, gap.title) == ("Spread", "of gaps", "Gap − 2")
+    assert [s.y for s in gap.series] == [[0.0], [1.0]]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objectives_page_has_a_described_chart_for_all_that_it_measures(name, files, tmp_path):
+    chosen = {"objective": name, "num_epochs": 1, "eval_freq": 1, "logdir": tmp_path}
+    if "train.beta" in OBJECTIVES[name].keys:
+        chosen["train__beta"] = 0.01
+    run = running.train(running.arguments(files, **chosen))
+    drawn = charts.denoising(recorded.load(run.folder))
+    described = [each.title for each in type(run.objective).statistics.values()]
+    assert [chart.title for chart in drawn] == described
+    text = (run.folder / "report.html").read_text()
+    assert "stochastic" not in text
+    assert ("in the unit of train.kl_mode" in text) == ("clip_range" in text.split("<h2>How")[0])
 
 
 def test_a_comparison_draws_the_other_run_over_this_one(folder, tmp_path, capsys):
@@ -232,6 +307,24 @@ def test_intervals_become_bands_and_are_no_scores_of_their_own(tmp_path):
     assert change.interval_after == "0.200 – 0.600"
 
 
+def test_the_strip_shows_prompts_before_and_after_with_their_scores(folder, tmp_path, monkeypatch):
+    out, script = tmp_path / "strip.png", Path(__file__).parent.parent / "scripts/testbed/strip.py"
+    score = "jpeg_incompressibility"
+    argv = [script, folder, "--out", out, "--num", "3", "--score", score]
+    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+    strip = runpy.run_path(str(script), run_name="strip")
+    strip["main"]()
+    pixels = np.asarray(Image.open(out))
+    first, *_, last = recorded.load(folder).evals
+    sheets = [pictures.read_sheet(pictures.sheet_path(folder, r["step"]))[1] for r in (first, last)]
+    pair = strip["stack"](sheets[0][0], sheets[1][0])
+    height, width, _ = pair.shape
+    assert (height, width) == (2 * 96 + 2, 96) and pixels.shape[1] == 3 * (width + 6) + 6
+    np.testing.assert_array_equal(pixels[6 : 6 + height, 6 : 6 + width], pair)
+    mean = sum(strip["scores"](folder, last["step"], score)) / len(running.PROMPTS)
+    assert mean == pytest.approx(last[score])
+
+
 @pytest.mark.parametrize("side", [32, 200])
 def test_cutting_a_sheet_gives_its_pictures_back(side):
     generator = np.random.default_rng(0)
@@ -261,4 +354,43 @@ def test_a_long_curve_is_thinned_to_means_and_gaps_stay_gaps():
     thinned = plots.thin([1.0, float("nan"), float("inf"), float("nan")], most=2)
     assert thinned[0] == 1.0 and np.isnan(thinned[1])
     series = plots.Series("loss", list(range(50_000)), [0.5] * 50_000, plots.colour(0))
-    assert len(plots.draw(plots.Chart("Loss", "", [series]), "x")) < 30_000
+    (curve,) = plots.draw(plots.Chart("Loss", "", [series])).curves
+    assert len(curve.line) < 5_000
+
+
+def test_a_gap_breaks_the_line_and_a_lone_value_is_a_dot():
+    series = plots.Series("loss", [0, 1, 2, 3], [1.0, 2.0, float("nan"), 3.0], "red")
+    (curve,) = plots.draw(plots.Chart("Loss", "", [series])).curves
+    assert curve.line.count("M") == 2 and len(curve.dots) == 1
+
+
+def test_a_drawing_puts_values_where_its_ticks_say():
+    series = plots.Series("x", [0, 10], [0.25, 0.75], "red", low=[0.2, 0.7], high=[0.3, 0.8])
+    chart = plots.Chart("X", "", [series], limits=(0.0, 1.0), markers=True)
+    drawing = plots.draw(chart)
+    (left, bottom), (right, top) = drawing.curves[0].dots
+    columns = {text: x for x, text in drawing.x_ticks}
+    rows = {text: y for y, text in drawing.y_ticks}
+    assert (columns["0"], columns["10"]) == (left, right)
+    assert list(rows) == ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]
+    assert rows["0.2"] > bottom > rows["0.4"] and rows["0.6"] > top > rows["0.8"]
+    assert rows["0.0"] == drawing.floor
+    assert f"{left},{rows['0.2']}" in drawing.curves[0].band
+
+
+@pytest.mark.parametrize(
+    "low, high, texts",
+    [
+        (0, 1, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (-1.2e-6, 2.1e-6, ["−1e-6", "0", "1e-6", "2e-6"]),
+        (7.6e-5, 8.4e-5, ["7.6e-5", "7.8e-5", "8.0e-5", "8.2e-5", "8.4e-5"]),
+        (0, 2_500_000, ["0", "5e5", "1.0e6", "1.5e6", "2.0e6", "2.5e6"]),
+        (0.98, 1.06, ["0.98", "1.00", "1.02", "1.04", "1.06"]),
+    ],
+)
+def test_ticks_are_round_and_no_two_read_alike(low, high, texts):
+    assert [text for _, text in plots.ticks(low, high, most=5)] == texts
+
+
+def test_steps_and_epochs_are_counted_in_whole_numbers():
+    assert [text for _, text in plots.ticks(-0.04, 2.04, most=6, whole=True)] == ["0", "1", "2"]

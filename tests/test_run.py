@@ -48,12 +48,12 @@ def test_the_log_ratio_before_the_first_update_is_exactly_zero(files, kind, use_
 def test_a_random_adapter_changes_the_velocity_and_disabling_it_restores_the_base(files):
     run = running.prepare(running.arguments(files, **running.lora(files)))
     base = running.prepare(running.arguments(files))
-    batch = run.prompt_batch(run.plan.train_prompts[:2], [(0, 0), (1, 0)], Guidance(1.0))
+    batch = run.evaluator.prompt_batch(run.plan.train_prompts[:2], [(0, 0), (1, 0)], Guidance(1.0))
 
     def final(which, name):
         with which.snapshots.using(name):
             return sample(
-                which.pipeline, which.model, batch, which.eval_schedule, Randomness(0, ())
+                which.pipeline, which.model, batch, which.evaluator.schedule, Randomness(0, ())
             ).final
 
     policy, reference = final(run, "policy"), final(run, "reference")
@@ -105,11 +105,11 @@ def test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline(files):
     )
     run = running.train(argv)
     prompts = run.plan.eval_prompts
-    batch = run.prompt_batch(prompts[:1], [(0, -1)], run.eval_guidance)
+    batch = run.evaluator.prompt_batch(prompts[:1], [(0, -1)], run.evaluator.guidance)
     randomness = Randomness(run.config.seed, ())
     with run.snapshots.using("ema"):
-        ours = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]
-    policy = sample(run.pipeline, run.model, batch, run.eval_schedule, randomness).images[0]
+        ours = sample(run.pipeline, run.model, batch, run.evaluator.schedule, randomness).images[0]
+    policy = sample(run.pipeline, run.model, batch, run.evaluator.schedule, randomness).images[0]
 
     stock = StableDiffusion3Pipeline.from_pretrained(files / "sd3")
 
@@ -122,7 +122,9 @@ def test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline(files):
                 num_inference_steps=3,
                 guidance_scale=3.0,
                 max_sequence_length=16,
-                latents=randomness.normal("init", [(0, -1)], run.pipeline.noise_shape(run.size)),
+                latents=randomness.normal(
+                    "init", [(0, -1)], run.pipeline.noise_shape(run.evaluator.size)
+                ),
             ).images[0]
         )
 
@@ -192,7 +194,7 @@ def test_the_reward_is_called_once_for_every_picture(files):
     training = 2 * 4 * 4  # epochs x batches x pictures
     assert sum(count for count, held_out in scored if not held_out) == training
     assert sum(count for count, held_out in scored if held_out) == 2 * 3  # 3 prompts, twice
-    assert run.conditioner.num_encoded == len(set(running.PROMPTS))
+    assert run.evaluator.conditioner.num_encoded == len(set(running.PROMPTS))
 
 
 def test_a_missing_score_takes_its_row_out_of_the_loss(files):

@@ -6,6 +6,7 @@ noise level; the trained weights are one number per step that is added to it.
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fixtures import blank_batch, clean_grid, sample
@@ -13,14 +14,15 @@ from torch import nn
 
 from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.ratio.grpo import GRPO
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.plan import Plan
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Size
+from flow_grpo.records import Arranged, Size
 from flow_grpo.sampling import Schedule
-from flow_grpo.training import collect, loop
+from flow_grpo.training import arrange, collect, loop
 from flow_grpo.training.optimizer import Updater
 from flow_grpo.training.run import Run
 from flow_grpo.training.snapshots import Snapshots
@@ -90,34 +92,37 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, e
         plan=plan,
         identity={},
         folder=folder,
-        ranks=engine.ranks,
-        pipeline=pipeline,
-        model=engine.model,
-        size=Size(1, 1),
+        evaluator=Evaluator(
+            config=config,
+            ranks=engine.ranks,
+            pipeline=pipeline,
+            model=engine.model,
+            size=Size(1, 1),
+            schedule=schedule,
+            guidance=pipeline.unguided,
+            conditioner=None,
+            scorer=None,
+            stop=None,
+        ),
         schedule=schedule,
         guidance=pipeline.unguided,
-        eval_schedule=schedule,
-        eval_guidance=pipeline.unguided,
         objective=objective,
         engine=engine,
         updater=Updater(engine, train, 1000),
         snapshots=Snapshots(engine, names, use_lora=False),
-        conditioner=None,
-        scorer=None,
         tracker=Tracker(engine.ranks, Path(folder)),
-        stop=None,
     )
     run.tracker.start(config)
     return run
 
 
-def plan_of(num_groups, group_size, num_micro_batches=1, num_updates=1):
+def plan_of(num_groups, group_size, num_micro_batches=1, num_updates=1, world_size=1):
     return Plan(
-        world_size=1,
+        world_size=world_size,
         num_groups=num_groups,
         group_size=group_size,
         num_micro_batches=num_micro_batches,
-        micro_batch_size=num_groups * group_size // num_micro_batches,
+        micro_batch_size=num_groups * group_size // world_size // num_micro_batches,
         num_updates=num_updates,
         num_inner_epochs=1,
         seed=42,
@@ -169,8 +174,9 @@ def micro_batch(run, rows):
 def an_update(run, parts):
     """Return what loop.take_step() wants of these rows: micro-batches, and the world's weight."""
     micros = [micro_batch(run, rows) for rows in parts]
-    weight = run.ranks.total(sum(rows.weights.double().sum() for rows in parts)).item()
-    return micros, weight * len(micros[0].points)
+    weights = run.ranks.gather(torch.cat([rows.weights.double() for rows in parts]))
+    world, all_rows = Arranged([], weights, weights), [[np.arange(len(weights))]]
+    return micros, arrange.total_weight(world, all_rows, len(micros[0].points))
 
 
 def take_step(run, parts):

@@ -1,11 +1,11 @@
-"""Make this format of the counting_edit set that Flow-GRPO's users have, split by picture.
+"""Convert the published counting_edit set to this format, split by image.
 
     python dataset/counting_edit/convert.py generated_images.zip ROWS.jsonl [ROWS.jsonl ...] \\
         --out FOLDER [--test 30]
 
 ROWS: the rows whose "image" is a path in the zip, such as the old train_metadata.jsonl and
-test_metadata.jsonl. They were split by row, so that every test picture was trained on as well; here
-the rows of all files are split anew.
+test_metadata.jsonl. They were split by row, so every test image was also trained on; here the
+rows of all files are split again.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Make pictures of 1 to 4 things, and prompts that ask for another number of them.
+"""Make images of 1 to 4 things, and prompts that ask for another number of them.
 
     python dataset/counting_edit/generate.py  # the small set in this folder, rendered
     python dataset/counting_edit/generate.py --model FOLDER --out OUT [--pictures 310]
         [--detector FOLDER] [--steps 28 --size 512 ...]
 
-With --model a text-to-image pipeline draws the pictures, and those stay in which the detector finds
-the number that was asked for. Further options go to scripts/demo/generate.py, which draws.
+With --model a text-to-image pipeline draws the images. Only those are kept in which the detector
+finds the number that was asked for. Further options go to scripts/demo/generate.py, which draws.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make test_metadata.jsonl of your copy of DrawBench, an evaluation set (arXiv:2205.11487).
+"""Make test_metadata.jsonl from your copy of DrawBench, an evaluation set (arXiv:2205.11487).
 
     python dataset/drawbench/convert.py DrawBench.csv [--copies 5] [--out FOLDER]
 

@@ -1,4 +1,4 @@
-"""Make train.txt and test.txt of the prompts in a table that you have, such as Pick-a-Pic.
+"""Make train.txt and test.txt from the prompts of a table that you have, such as Pick-a-Pic.
 
     python dataset/pickscore/convert.py DOWNLOAD [--test 2048] [--out FOLDER]
 

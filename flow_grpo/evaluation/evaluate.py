@@ -38,8 +38,8 @@ class Evaluator:
     pipeline: PatchedPipeline
     model: nn.Module  # the transformer as the engine wrapped it
     size: Size
-    eval_schedule: Schedule
-    eval_guidance: Guidance
+    schedule: Schedule
+    guidance: Guidance  # of evaluations, as the schedule is
     conditioner: Conditioner
     scorer: Scorer
     stop: Stop
@@ -109,7 +109,7 @@ def score_prompts(
     on_picture: called with each row and picture on the rank that drew it, now and then twice.
     Returns the scores (N,) by name, and the shown pictures by row, ascending.
     """
-    config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.eval_schedule
+    config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.schedule
     batches = eval_batches(prompts, config.sample.test_batch_size, ranks.rank, ranks.num_ranks)
     randomness, pictures = Randomness(config.seed, ()), {}
     scoring = evaluator.scorer.start(held_out=True)
@@ -118,7 +118,7 @@ def score_prompts(
         batch = evaluator.prompt_batch(
             [prompts[n] for n in numbers],
             [(n, -1) for n in numbers],  # member -1: no training row draws this noise
-            evaluator.eval_guidance,
+            evaluator.guidance,
         )
         segment = whole(np.empty((len(numbers), 0), dtype=np.int64), schedule.num_steps)
         part = denoise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from diffusers.models.attention_dispatch import (
     _check_attention_backend_requirements,
 )
 
+from config.base import base, with_objective
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.launch import encoders
 from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose
@@ -62,29 +65,40 @@ def build(
         plan=plan,
         identity=identity,
         folder=folder,
-        ranks=engine.ranks,
-        pipeline=pipeline,
-        model=engine.model,
-        size=size,
+        evaluator=Evaluator(
+            config=config,
+            ranks=engine.ranks,
+            pipeline=pipeline,
+            model=engine.model,
+            size=size,
+            schedule=eval_schedule,
+            guidance=eval_guidance,
+            conditioner=encoders.conditioner(config, pipeline),
+            scorer=scorer,
+            stop=Stop(engine.ranks),
+        ),
         schedule=schedule,
         guidance=guidance,
-        eval_schedule=eval_schedule,
-        eval_guidance=eval_guidance,
         objective=objective,
         engine=engine,
         updater=Updater(engine, config.train, total_updates),
         snapshots=Snapshots(engine, names, config.use_lora),
-        conditioner=encoders.conditioner(config, pipeline),
-        scorer=scorer,
         tracker=Tracker(engine.ranks, folder),
-        stop=Stop(engine.ranks),
     )
     if resume_from is None:
         run.tracker.cut(0)  # of a run that ended before its first checkpoint
     else:
         checkpoint.load(run, resume_from)
     run.tracker.start(config)
+    run.tracker.write("run.json", _about(config.objective))
     return run
+
+
+def _about(objective: str) -> dict:
+    """What the report must be told of a run, for it knows neither objectives nor their keys."""
+    statistics = {name: each._asdict() for name, each in find(objective).statistics.items()}
+    defaults = with_objective(base(), objective)
+    return {"statistics": statistics, "defaults": json.loads(defaults.to_json_best_effort())}
 
 
 def load(

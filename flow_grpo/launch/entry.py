@@ -83,7 +83,7 @@ def execute(run: Run) -> int:
             print(f"{stopped}; saved in {run.folder}, {remedy} continues it", file=sys.stderr)
         status = stopped.exit_status
     finally:
-        run.scorer.close()
+        run.evaluator.scorer.close()
         run.tracker.close()
     run.engine.leave()
     return status

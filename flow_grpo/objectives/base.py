@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import ml_collections
 from torch import Tensor
@@ -65,6 +65,14 @@ class Snapshots(Protocol):
         """Set the copy to decay x copy + (1 - decay) x policy."""
 
 
+class Statistic(NamedTuple):
+    """What the report calls a value of Loss.stats: it draws one line per denoising step."""
+
+    title: str
+    note: str = ""
+    origin: float = 0.0  # drawn as the difference from it
+
+
 class Objective:
     """One algorithm. The methods stand in the order in which the loop calls them."""
 
@@ -73,6 +81,8 @@ class Objective:
     draws_points: ClassVar[bool] = False  # points() gives others in each inner epoch
     selects: ClassVar[bool] = False  # arrange() chooses rows by their scores
     snapshots: tuple[str, ...] = ()  # names of the copies of the weights to hold
+    # For the report, by their names in metrics; one that is not here is drawn under its name.
+    statistics: ClassVar[dict[str, Statistic]] = {}
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> None:

@@ -56,6 +56,7 @@ class DeepSpeed(Engine):
         self._trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.model, _ = self._accelerator.prepare(module, optimizer)
         self._zero = self.model.optimizer
+        self._zero.check_grad_overflow = False  # norm() told, before step() is called
         self.optimizer = self._zero.optimizer
         self.looks_for_scale = self._zero.dynamic_loss_scale
 

@@ -73,8 +73,8 @@ class Ranks:
 class Engine(ABC):
     """One way to train a module on all ranks. The methods stand in the order of their calls.
 
-    No engine steps inside a backward pass: gradients are judged in between. All methods but
-    accumulate() and backward() must be called by all ranks.
+    No engine steps inside a backward pass: gradients are judged in between. All ranks must make
+    the same calls.
     """
 
     module: nn.Module  # what trains
@@ -174,7 +174,7 @@ class Engine(ABC):
                 for key, value in held.moments[name].items()
             }
         self._set_scale(held.scale)
-        return {name: part for name, part in held.weights.items() if name not in mine}
+        return {name: value for name, value in held.weights.items() if name not in mine}
 
     @abstractmethod
     def _layout(self) -> dict[str, dict]:

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
+from dataclasses import replace
 
-from flow_grpo.report.plots import Chart, Series, colour, ramp
+from flow_grpo.report.plots import Chart, Series, colour, padded, ramp
 from flow_grpo.report.recorded import Recorded, interval
 
-STEP_STATISTICS = {  # of an update: what is drawn, for each denoising step
-    "ratio_std": ("Ratio, standard deviation", "how far the policy moved since sampling"),
-    "ratio": ("Ratio, mean − 1", "exactly 0 before an epoch's first update"),
-    "clip_high": ("Clipped above", "share of ratios above 1 + clip_range"),
-    "clip_low": ("Clipped below", "share of ratios below 1 − clip_range"),
-    "approx_kl": ("Approximate KL", "mean of (log-ratio)² / 2"),
-    "kl": ("KL to the reference", "in the unit of train.kl_mode"),
-    "drift": ("Drift", "squared distance to the old policy's velocity"),
-    "positive_loss": ("Loss of the positive branch", "before its weight"),
-}
 UPDATE_VALUES = {
     "loss": ("Loss", "weighted mean over rows and trained steps"),
     "grad_norm": ("Gradient norm", "before clipping"),
@@ -27,7 +16,7 @@ PHASES = ("sample", "reward", "update", "eval", "save")
 
 
 def evaluation(run: Recorded, others: list[Recorded]) -> list[Chart]:
-    """A chart a score, with its interval; the runs compared with lie over it."""
+    """One chart per score, with its interval; the runs compared with lie over it."""
     charts = []
     for name in run.scores():
         series = [_evaluated(run, name, None, run.name, 0, bool(others))]
@@ -39,20 +28,19 @@ def evaluation(run: Recorded, others: list[Recorded]) -> list[Chart]:
 
 
 def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
-    """A chart a tag, all with one scale."""
+    """One chart per tag, all with one scale."""
     shown = run.scores() if _shares(run) and not others else run.scores()[:1]
-    charts = []
+    by_tag = {}
     for tag in run.tags():
         series = [_evaluated(run, name, tag, name, i) for i, name in enumerate(shown)]
         if others:
             runs = enumerate((run, *others))
             series = [_evaluated(one, shown[0], tag, one.name, i, True) for i, one in runs]
-        charts.append(([one for one in series if one.x], tag))
-    values = [v for series, _ in charts for one in series for v in _extent(one)]
-    limits = _padded(values)
+        by_tag[tag] = [one for one in series if one.x]
+    limits = padded([one for series in by_tag.values() for one in series])
     return [
         Chart(tag, "", series, limits=limits, markers=True, width="narrow")
-        for series, tag in charts
+        for tag, series in by_tag.items()
         if series
     ]
 
@@ -65,37 +53,38 @@ def rewards(run: Recorded) -> list[Chart]:
     means = [_over(rows, f"reward/{name}", name, colour(i)) for i, name in enumerate(names)]
     band = [_over(rows, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
     charts = [
-        Chart("Mean reward", "of an epoch's pictures", means, "epoch"),
-        Chart("Mean reward ± standard deviation", "over an epoch's pictures", band, "epoch"),
+        Chart("Mean reward", "of an epoch's images", means, "epoch"),
+        Chart("Mean reward ± standard deviation", "over an epoch's images", band, "epoch"),
         _single(rows, "reward/zero_std_fraction", "Groups of equal scores", "they teach nothing"),
     ]
     return _present(charts)
 
 
 def denoising(run: Recorded) -> list[Chart]:
-    """Statistics of the policy's steps over training, a line a denoising step."""
+    """What the objective measured at each denoising step, one line per step.
+
+    Titles and notes are those that the run wrote down; without them a chart has its key's name.
+    """
     charts = []
-    for name, (title, note) in STEP_STATISTICS.items():
+    for name in _statistics(run):
+        about = run.statistics.get(name, {"title": name, "note": "", "origin": 0.0})
         keys = _step_keys(run.updates, name)
         series = [
-            _over(
-                run.updates,
-                key,
-                f"step {step}",
-                ramp(n, len(keys)),
-                origin=1.0 if name == "ratio" else 0.0,
-            )
+            _over(run.updates, key, f"step {step}", ramp(n, len(keys)), origin=about["origin"])
             for n, (step, key) in enumerate(keys.items())
         ]
-        charts.append(Chart(title, note, series))
+        charts.append(Chart(about["title"], about["note"], series))
     return _present(charts)
 
 
 def updates(run: Recorded) -> list[Chart]:
-    """What the optimizer saw."""
+    """What the optimizer saw, and the statistics that belong to no denoising step."""
+    shown = UPDATE_VALUES | {
+        name: (name, "") for name in _statistics(run) if not _step_keys(run.updates, name)
+    }
     charts = [
         Chart(title, note, [_over(run.updates, key, key, colour(0))])
-        for key, (title, note) in UPDATE_VALUES.items()
+        for key, (title, note) in shown.items()
     ]
     return _present(charts)
 
@@ -103,24 +92,14 @@ def updates(run: Recorded) -> list[Chart]:
 def speed(run: Recorded) -> list[Chart]:
     """Where the time and the memory went."""
     rows = run.epochs
-    held = [phase for phase in PHASES if any(f"seconds/{phase}" in row for row in rows)]
-    phases = [
-        Series(
-            phase,
-            [row["epoch"] for row in rows],
-            [row.get(f"seconds/{phase}", 0.0) for row in rows],
-            colour(i),
-        )
-        for i, phase in enumerate(held)
-    ]
+    phases = [_over(rows, f"seconds/{phase}", phase, colour(i)) for i, phase in enumerate(PHASES)]
     memory = [
         _over(rows, f"memory/{place}_gib", place, colour(i))
         for i, place in enumerate(("device", "host"))
     ]
-    memory = [series for series in memory if series.x]
     charts = [
-        Chart("Seconds of an epoch", "on the main process", phases, "epoch", "stack"),
-        _single(rows, "images_per_second", "Pictures a second", "evaluation left out"),
+        Chart("Seconds per epoch", "in each phase, on the main process", phases, "epoch"),
+        _single(rows, "images_per_second", "Images per second", "evaluation left out"),
         Chart("Peak memory, GiB", "so far, of the main process", memory, "epoch"),
     ]
     return _present(charts)
@@ -170,31 +149,31 @@ def _single(rows: list[dict], key: str, title: str, note: str) -> Chart:
     return Chart(title, note, [_over(rows, key, title, colour(0))], "epoch")
 
 
+def _statistics(run: Recorded) -> list[str]:
+    """The updates' statistics: those that the run describes, in its order, then all others."""
+    names = {key: None for row in run.updates for key in row if "/" not in key}
+    others = [name for name in names if name not in {"kind", "epoch", "step", *UPDATE_VALUES}]
+    described = [name for name in run.statistics if name in others]
+    return described + [name for name in others if name not in described]
+
+
 def _step_keys(rows: list[dict], name: str) -> dict[int, str]:
-    """The denoising steps that have this statistic, and each one's key."""
-    base = name.removesuffix("_std")
-    pattern = re.compile(rf"{base}/(\d+){name[len(base) :]}")
-    keys = {key for row in rows for key in row}
-    return dict(sorted((int(found[1]), key) for key in keys if (found := pattern.fullmatch(key))))
+    """The denoising steps that have a statistic, each with its key: kl/3 of kl, ratio/3_std."""
+    keys = {}
+    for key in {key for row in rows for key in row}:
+        base, _, rest = key.partition("/")
+        step, _, suffix = rest.partition("_")
+        if step.isdigit() and name == "_".join(filter(None, (base, suffix))):
+            keys[int(step)] = key
+    return dict(sorted(keys.items()))
 
 
 def _present(charts: list[Chart]) -> list[Chart]:
-    return [chart for chart in charts if any(series.x for series in chart.series)]
+    """Leave out series without a value, and charts without a series."""
+    kept = [replace(chart, series=[s for s in chart.series if s.x]) for chart in charts]
+    return [chart for chart in kept if chart.series]
 
 
 def _shares(run: Recorded) -> bool:
     """Whether all scores are shares, so that they can lie in one chart."""
     return all(0 <= row[name] <= 1 for row in run.evals for name in run.scores() if name in row)
-
-
-def _extent(series: Series) -> list[float]:
-    return [v for values in (series.y, series.low or [], series.high or []) for v in values]
-
-
-def _padded(values: list[float]) -> tuple[float, float] | None:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return None
-    low, high = min(finite), max(finite)
-    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin

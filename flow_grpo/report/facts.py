@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from config.base import base
 from flow_grpo.report.recorded import Recorded, interval
 
 LEAVES = ("reward_fn", "reward_urls")  # a dict that is one setting
@@ -43,12 +42,12 @@ def number(value: float | None) -> str:
 
 
 def changes(run: Recorded) -> list[Change]:
-    """Compare the first evaluation with the last, for each score."""
-    found = []
+    """Compare the first evaluation with the last, score by score."""
+    rows = []
     for name in run.scores():
         before, after = run.evals[0].get(name), run.evals[-1].get(name)
         gain = "" if before is None or after is None else _signed(after - before)
-        found.append(
+        rows.append(
             Change(
                 name,
                 number(before),
@@ -59,7 +58,7 @@ def changes(run: Recorded) -> list[Change]:
                 _written(interval(run.evals[-1], name)),
             )
         )
-    return found
+    return rows
 
 
 def _signed(gain: float) -> str:
@@ -98,11 +97,11 @@ def duration(run: Recorded) -> str:
 def headline(run: Recorded) -> dict[str, str]:
     """What stands below the scores: how much was done, on what."""
     last, machines = run.evals[-1], {machine(launch) for launch in run.launches}
-    pictures = sum(round(row["images_per_second"] * _seconds(row, "eval")) for row in run.epochs)
+    images = sum(round(row["images_per_second"] * _seconds(row, "eval")) for row in run.epochs)
     return {
         "epochs": f"{len(run.epochs)} of {run.config['num_epochs']}",
         "optimizer steps": f"{last['step']:,}",
-        "pictures": f"{pictures:,}",
+        "images": f"{images:,}",
         "time": duration(run),
         "machine": "; ".join(sorted(machines)) or "not recorded",
     }
@@ -122,7 +121,7 @@ def machine(launch: dict) -> str:
 
 
 def compared(run: Recorded, others: list[Recorded]) -> dict[str, list[str]]:
-    """The scores of several runs before and after, a list a run; empty without others."""
+    """The scores of several runs before and after, one list per run; empty without others."""
     names = run.scores()
     return {
         one.name: [f"{number(one.evals[0].get(n))} → {number(one.evals[-1].get(n))}" for n in names]
@@ -131,16 +130,16 @@ def compared(run: Recorded, others: list[Recorded]) -> dict[str, list[str]]:
 
 
 def settings(run: Recorded) -> list[Setting]:
-    """Every key of the run beside its default in config/base.py, in that file's order."""
-    defaults, own = _flat(json.loads(base().to_json_best_effort())), _flat(run.config)
-    found = []
+    """Every key of the run beside its default, in the order of config/base.py."""
+    defaults, own = _flat(run.defaults), _flat(run.config)
+    rows = []
     for key in [*defaults, *(key for key in own if key not in defaults)]:
         if key not in own:
             continue  # the run is older than the key
         value, default = own[key], defaults.get(key)
         changed = key not in PER_RUN and (key not in defaults or value != default)
-        found.append(Setting(key, json.dumps(value), json.dumps(default), changed))
-    return found
+        rows.append(Setting(key, json.dumps(value), json.dumps(default), changed))
+    return rows
 
 
 def _flat(config: dict, prefix: str = "") -> dict:

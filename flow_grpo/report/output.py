@@ -1,4 +1,4 @@
-"""What a run achieved, for a person: a table, and report.html, a page of curves and pictures."""
+"""What a run achieved, for a person: a table, and report.html, a page of curves and images."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import traceback
 import warnings
 from pathlib import Path
 
-from flow_grpo.report import recorded
+from flow_grpo.report import page, recorded
 from flow_grpo.report.recorded import read_metrics, score_names, tag_names
 
 FILE = "report.html"
 
 
 def table(folder: Path) -> str:
-    """Compare a run's first evaluation with its last, a line a score and a column a tag."""
+    """Compare a run's first evaluation with its last: one line per score, one column per tag."""
     evaluations = read_metrics(folder, "eval")
     before, after = evaluations[0], evaluations[-1]
     tags = tag_names(after)
@@ -37,11 +37,9 @@ def write(folder: Path, others: list[Path] | None = None) -> Path:
     """Draw a run's report.html from what is in its folder, and return its path.
 
     others: runs whose evaluations are drawn over this one's.
-    Raises ValueError if a folder is none of a run.
+    Raises ValueError if a folder is not a run's.
     """
     run, compared = recorded.load(folder), [recorded.load(other) for other in others or []]
-    from flow_grpo.report import page  # matplotlib takes a second
-
     text, path = page.render(run, compared), folder / FILE
     aside = path.with_suffix(".tmp")
     aside.write_text(text, encoding="utf-8")

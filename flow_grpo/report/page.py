@@ -12,7 +12,7 @@ SPARE_BYTES = 100_000  # tags around the pictures
 
 
 def render(run: Recorded, others: list[Recorded]) -> str:
-    """Return the page, smaller than MOST_BYTES; pictures get what the rest leaves.
+    """Return the page, smaller than MOST_BYTES; images get what the rest leaves.
 
     others: runs whose evaluations are drawn over this one's.
     """
@@ -48,7 +48,9 @@ def _values(run: Recorded, others: list[Recorded]) -> dict:
         "changes": facts.changes(run),
         "headline": facts.headline(run),
         "compared": facts.compared(run, others),
-        "charts": {name: list(plots.drawn(some, name)) for name, some in drawings.items()},
+        "charts": {
+            name: [(chart, plots.draw(chart)) for chart in some] for name, some in drawings.items()
+        },
         "launch": launch,
         "versions": launch and ", ".join(f"{k} {v}" for k, v in launch["versions"].items()),
         "settings": facts.settings(run),

@@ -46,13 +46,13 @@ class Pictures:
 
 def before_and_after(run: Recorded, num_bytes: int) -> Pictures | None:
     """Return the first and the last evaluation's pictures in at most num_bytes; None: no two."""
-    found = [(row["step"], _sheet(run.folder, row["step"])) for row in run.evals]
-    found = [(step, path) for step, path in found if path.is_file()]
-    if len(found) < 2:
+    sheets = [(row["step"], sheet_path(run.folder, row["step"])) for row in run.evals]
+    sheets = [(step, path) for step, path in sheets if path.is_file()]
+    if len(sheets) < 2:
         return None
-    (first, path_before), (last, path_after) = found[0], found[-1]
-    prompts, before = _pictures(path_before)
-    _, after = _pictures(path_after)
+    (first, path_before), (last, path_after) = sheets[0], sheets[-1]
+    prompts, before = read_sheet(path_before)
+    _, after = read_sheet(path_after)
     sides = SIDES if prompts else tuple(4 * side for side in SIDES)
     return Pictures(
         pairs=_fitting(list(zip(prompts or [""], before, after, strict=True)), sides, num_bytes),
@@ -63,12 +63,13 @@ def before_and_after(run: Recorded, num_bytes: int) -> Pictures | None:
     )
 
 
-def _sheet(folder: Path, step: int) -> Path:
+def sheet_path(folder: Path, step: int) -> Path:
+    """Where a run keeps the images of its evaluation at this step."""
     return folder / "images" / f"eval-{step:06d}.png"
 
 
-def _pictures(path: Path) -> tuple[list[str], list[Image.Image]]:
-    """A sheet's prompts and pictures; no prompts and the sheet itself without its layout."""
+def read_sheet(path: Path) -> tuple[list[str], list[Image.Image]]:
+    """Return a sheet's prompts and images; without its layout no prompts and the sheet itself."""
     with Image.open(path) as opened:
         sheet = opened.convert("RGB")
     layout = path.with_name("eval.json")

@@ -1,24 +1,18 @@
-"""Draw a chart as SVG inside a page: it takes the page's colours, light or dark, and its font."""
+"""Lay a chart out: ticks, lines and bands, which chart.svg.j2 draws in the page's colours."""
 
 from __future__ import annotations
 
-import html
-import io
-import re
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-WIDTHS, HEIGHT = {"wide": 4.7, "narrow": 3.3}, 2.5  # inches; the page scales them
-FONT_SIZE = 9.5  # points
-MOST_POINTS, MOST_BARS = 240, 60
-NUM_COLOURS = 6  # --series-1 ... of the page
-PLACEHOLDERS = ("var(--ink-soft)", "var(--rule)")  # text, grid
+WIDTHS, HEIGHT = {"wide": 340, "narrow": 240}, 180  # of the drawing; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 48, 6, 10, 38  # what is left of that for the axes' numbers
+MOST_POINTS = 240
+NUM_COLOURS = 6  # --series-1 ... of page.css
 
 
 @dataclass(frozen=True)
@@ -34,16 +28,38 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """kind "lines": values over x. kind "stack": y is stacked up, a bar a stretch of x."""
-
     title: str
     note: str
     series: list[Series]
     x_label: str = "optimizer step"
-    kind: str = "lines"
     limits: tuple[float, float] | None = None  # of y
     markers: bool = False
     width: str = "wide"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A series in the drawing's coordinates; line and band are the "d" of an SVG path."""
+
+    colour: str
+    dashed: bool
+    line: str
+    band: str
+    dots: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What chart.svg.j2 draws; a tick is where it lies and what is written there."""
+
+    width: float
+    height: float
+    left: float  # the axes' ends
+    right: float
+    floor: float
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    curves: list[Curve]
 
 
 def colour(number: int) -> str:
@@ -57,100 +73,109 @@ def ramp(number: int, count: int) -> str:
     return f"color-mix(in oklab, var(--ramp-last) {share}%, var(--ramp-first))"
 
 
-def draw(chart: Chart, prefix: str) -> str:
-    """Return the chart as an <svg> element. prefix: of its ids, for no two on a page may be equal.
+class Frame:
+    """Maps x and y to places in the drawing."""
 
-    matplotlib knows no CSS: it draws with colours that stand for those of the page.
-    """
-    css = [*PLACEHOLDERS, *dict.fromkeys(series.colour for series in chart.series)]
-    stand_in = {name: f"#0000{number:02x}" for number, name in enumerate(css, start=1)}
-    width = WIDTHS[chart.width]
-    figure = Figure(figsize=(width, HEIGHT))
-    axes = figure.add_axes((0.62 / width, 0.19, 1 - 0.7 / width, 0.7))
-    if chart.kind == "stack":
-        _stack(axes, chart, stand_in)
+    def __init__(self, width: float, x_limits: tuple[float, float], y_limits: tuple[float, float]):
+        self._width, self._x_limits, self._y_limits = width, x_limits, y_limits
+
+    def x(self, value: float) -> float:
+        first, last = self._x_limits
+        return round(LEFT + (self._width - LEFT - RIGHT) * (value - first) / (last - first), 1)
+
+    def y(self, value: float) -> float:
+        low, high = self._y_limits
+        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low), 1)
+
+    def points(self, rows: Iterable[tuple[float, float]]) -> list[str]:
+        return [f"{self.x(x)},{self.y(y)}" for x, y in rows]
+
+
+def draw(chart: Chart) -> Drawing:
+    """Lay the chart out. Values that are not finite leave a gap."""
+    width, every_x = WIDTHS[chart.width], [x for series in chart.series for x in series.x]
+    margin = 0.02 * (max(every_x) - min(every_x)) or 0.5
+    x_limits = min(every_x) - margin, max(every_x) + margin
+    y_limits = chart.limits or padded(chart.series)
+    frame = Frame(width, x_limits, y_limits)
+    return Drawing(
+        width=width,
+        height=HEIGHT,
+        left=LEFT,
+        right=width - RIGHT,
+        floor=HEIGHT - BOTTOM,
+        x_ticks=[(frame.x(v), text) for v, text in ticks(*x_limits, most=6, whole=True)],
+        y_ticks=[(frame.y(v), text) for v, text in ticks(*y_limits, most=5)],
+        curves=[_curve(frame, series, chart.markers) for series in chart.series],
+    )
+
+
+def _curve(frame: Frame, series: Series, markers: bool) -> Curve:
+    x, line, band, dots = thin(series.x), "", "", []
+    for rows in finite(x, thin(series.y)):
+        points = frame.points(rows)
+        line += f"M{points[0]}L{' '.join(points)}"
+        if markers or len(rows) == 1:
+            dots += [(frame.x(a), frame.y(b)) for a, b in rows]
+    if series.low and series.high:
+        for rows in finite(x, thin(series.low), thin(series.high)):
+            there = frame.points((a, low) for a, low, _ in rows)
+            back = frame.points((a, high) for a, _, high in reversed(rows))
+            band += f"M{' '.join(there + back)}Z"
+    return Curve(series.colour, series.dashed, line, band, tuple(dots))
+
+
+def finite(*columns: np.ndarray) -> Iterator[list[tuple]]:
+    """Yield stretches of rows in which every value is finite."""
+    for good, rows in groupby(zip(*columns, strict=True), lambda row: all(map(math.isfinite, row))):
+        if good:
+            yield list(rows)
+
+
+def padded(series: list[Series]) -> tuple[float, float]:
+    """Return limits of y with a margin around everything finite."""
+    values = [v for s in series for part in (s.y, s.low or [], s.high or []) for v in part]
+    values = [value for value in values if math.isfinite(value)]
+    if not any(values):
+        return -0.02, 1.0  # all zero: a flat line at the bottom
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.05 * abs(high)
+    return low - margin, high + margin
+
+
+def ticks(low: float, high: float, most: int, whole: bool = False) -> list[tuple[float, str]]:
+    """Return up to most + 1 round values between low and high, with their texts."""
+    rough = (high - low) / most
+    power = math.floor(math.log10(rough))
+    step = next(part * 10.0**power for part in (1, 2, 5, 10) if part * 10.0**power >= rough)
+    step = max(step, 1.0) if whole else step
+    numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    return [(n * step, tick_text(n * step, step, max(abs(low), abs(high)))) for n in numbers]
+
+
+def tick_text(value: float, step: float, largest: float) -> str:
+    """Write a tick's value as exactly as its neighbours need it: 0.25, 120, −2e-5."""
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if decimals <= 4 and largest < 1e6:
+        text = f"{value:.{decimals}f}"
+    elif value == 0:
+        text = "0"
     else:
-        _lines(axes, chart, stand_in)
-    _dress(axes, chart, stand_in)
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
-    return _inline(buffer.getvalue(), stand_in, prefix, chart)
-
-
-def _lines(axes: Axes, chart: Chart, stand_in: dict[str, str]) -> None:
-    for series in chart.series:
-        x, y = thin(series.x), thin(series.y)
-        marker = "o" if chart.markers or len(x) == 1 else None
-        shade = stand_in[series.colour]
-        style = (0, (4, 2)) if series.dashed else "-"
-        axes.plot(x, y, color=shade, linewidth=1.6, linestyle=style, marker=marker, markersize=3.5)
-        if series.low and series.high:
-            low, high = thin(series.low), thin(series.high)
-            axes.fill_between(x, low, high, color=shade, alpha=0.16, linewidth=0)
-
-
-def _stack(axes: Axes, chart: Chart, stand_in: dict[str, str]) -> None:
-    below = None
-    for series in chart.series:
-        x, y = thin(series.x, MOST_BARS), thin(series.y, MOST_BARS)
-        below = np.zeros_like(y) if below is None else below
-        width = 0.82 * (x[1] - x[0] if len(x) > 1 else 1)
-        axes.bar(x, y, width, below, color=stand_in[series.colour], linewidth=0)
-        below = below + y
-
-
-def _dress(axes: Axes, chart: Chart, stand_in: dict[str, str]) -> None:
-    ink, rule = (stand_in[name] for name in PLACEHOLDERS)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(rule)
-    axes.grid(axis="y", color=rule, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=ink, labelsize=FONT_SIZE, length=0, pad=4)
-    axes.yaxis.offsetText.set(color=ink, fontsize=FONT_SIZE)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel(chart.x_label, color=ink, fontsize=FONT_SIZE, labelpad=3)
-    axes.margins(x=0.02)
-    if chart.limits:
-        axes.set_ylim(chart.limits)
-    elif chart.kind == "stack":
-        axes.set_ylim(bottom=0)
-    elif not any(value for series in chart.series for value in series.y):
-        axes.set_ylim(-0.02, 1)  # all zero: a flat line at the bottom
-
-
-def _inline(svg: str, stand_in: dict[str, str], prefix: str, chart: Chart) -> str:
-    """Keep only what a page needs of a file: no header, no font, no colour of its own."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r" font-family: [^;]*;", "", svg)
-    svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-    for css, hexadecimal in stand_in.items():
-        svg = svg.replace(hexadecimal, css)
-    box = f"0 0 {72 * WIDTHS[chart.width]:g} {72 * HEIGHT:g}"
-    tag = f'<svg role="img" aria-label="{html.escape(chart.title)}" viewBox="{box}">'
-    return tag + svg[svg.index(">") + 1 :]
+        digits = math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9)
+        number, power = f"{value:.{max(0, digits)}e}".split("e")
+        text = f"{number}e{int(power)}"
+    return text.replace("-", "−", 1) if value < 0 else text
 
 
 def thin(values: list[float], most: int = MOST_POINTS) -> np.ndarray:
     """Average runs of values so that at most `most` are left; what is not finite is left out."""
-    finite = np.array(values, dtype=float)
-    finite[~np.isfinite(finite)] = np.nan
-    if len(finite) <= most:
-        return finite
-    return np.array([_mean(part) for part in np.array_split(finite, most)])
+    kept = np.array(values, dtype=float)
+    kept[~np.isfinite(kept)] = np.nan
+    if len(kept) <= most:
+        return kept
+    return np.array([_mean(part) for part in np.array_split(kept, most)])
 
 
 def _mean(values: np.ndarray) -> float:
     present = values[~np.isnan(values)]
     return float(present.mean()) if len(present) else np.nan
-
-
-def drawn(charts: list[Chart], prefix: str) -> Iterator[tuple[Chart, str]]:
-    """Yield each chart with its drawing."""
-    for number, chart in enumerate(charts):
-        yield chart, draw(chart, f"{prefix}{number}")

@@ -26,8 +26,8 @@ def score_names(row: dict) -> list[str]:
 
 def tag_names(row: dict) -> list[str]:
     """Return the tags of an evaluation's row, sorted, and then their mean if there is one."""
-    found = {key.split("/", 1)[1] for key in row if "/" in key}
-    return sorted(found, key=lambda tag: (tag == MEAN_OF_TAGS, tag))
+    tags = {key.split("/", 1)[1] for key in row if "/" in key}
+    return sorted(tags, key=lambda tag: (tag == MEAN_OF_TAGS, tag))
 
 
 def interval(row: dict, name: str, tag: str | None = None) -> tuple[float, float] | None:
@@ -44,6 +44,8 @@ class Recorded:
     folder: Path
     config: dict
     launches: list[dict]  # see provenance.py; empty for a run that did not write them
+    defaults: dict  # of every key of config; empty for a run that did not write them
+    statistics: dict[str, dict]  # the objective's: name -> title, note, origin; likewise
     evals: list[dict]
     epochs: list[dict]
     updates: list[dict]
@@ -54,31 +56,36 @@ class Recorded:
 
     def scores(self) -> list[str]:
         """The evaluated scores, what was trained first; avg only where it is a sum of several."""
-        found = score_names(self.evals[-1])
+        names = score_names(self.evals[-1])
         trained = [name for name, weight in self.config["reward_fn"].items() if weight]
-        first = [name for name in trained if name in found]
-        if "avg" in found and len(trained) > 1:
+        first = [name for name in trained if name in names]
+        if "avg" in names and len(trained) > 1:
             first = ["avg", *first]
-        return first + [name for name in found if name not in first and name != "avg"] or found
+        return first + [name for name in names if name not in first and name != "avg"] or names
 
     def tags(self) -> list[str]:
         return tag_names(self.evals[-1])
 
 
 def load(folder: Path) -> Recorded:
-    """Read a run's folder. Raises ValueError if it is none, or has no evaluation yet."""
+    """Read a run's folder. Raises ValueError if it is not one, or has no evaluation yet."""
     missing = [n for n in ("config.json", "metrics.jsonl") if not (folder / n).is_file()]
     if missing or not read_metrics(folder, "eval"):
         raise ValueError(
             f"{str(folder)!r} has no {missing[0] if missing else 'evaluation in metrics.jsonl'}: "
             f"a run's folder, logs/<run_name>, is needed, after its first evaluation."
         )
-    launches = folder / "launches.json"
+    about = _read(folder / "run.json") or {"defaults": {}, "statistics": {}}
     return Recorded(
         folder=folder,
-        config=json.loads((folder / "config.json").read_text()),
-        launches=json.loads(launches.read_text()) if launches.is_file() else [],
+        config=_read(folder / "config.json"),
+        launches=_read(folder / "launches.json") or [],
+        **about,
         evals=read_metrics(folder, "eval"),
         epochs=read_metrics(folder, "epoch"),
         updates=read_metrics(folder, "update"),
     )
+
+
+def _read(path: Path):
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -43,7 +43,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
     calls = world[run.ranks.rank]
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
     done: list[Denoised] = []
-    images, gated, scoring = [], [], run.scorer.start()
+    images, gated, scoring = [], [], run.evaluator.scorer.start()
     num_steps = sum(call.segment.grid.shape[1] - 1 for call in calls)
     bar = progress(num_steps, "sample", shown=run.ranks.is_main)
     weights = objective.samples_with(epoch, run.updater.num_updates)
@@ -55,7 +55,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                 if checked and call.leaf:
                     keep.append("velocities")
                 prompts = [plan.train_prompts[slots[row.group]] for row in call.rows]
-                batch = run.prompt_batch(prompts, call.rows, run.guidance)
+                batch = run.evaluator.prompt_batch(prompts, call.rows, run.guidance)
                 part = denoise(
                     run.pipeline,
                     run.model,
@@ -85,7 +85,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                         )
                     )
                     images += decoded
-            run.stop.check()  # of as many calls as the rank with the most makes
+            run.evaluator.stop.check()  # of as many calls as the rank with the most makes
     bar.close()
     return Sampled(
         rollout=Rollout.cat([part.rollout for part in done]),
@@ -98,8 +98,8 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
 def score(run: Run, sampled: Sampled) -> dict[str, np.ndarray]:
     """Wait for the scores of this rank's leaves, (L,) each. Raises Stopped if too few have one."""
     with run.timer("reward"):
-        scores = run.scores(sampled.scoring)
-    run.check_masked(scores["avg"])
+        scores = run.evaluator.scores(sampled.scoring)
+    run.evaluator.check_masked(scores["avg"])
     return scores
 
 

@@ -25,13 +25,14 @@ def evaluate(run: Run) -> dict[str, float]:
     """
     prompts = run.plan.eval_prompts
     with run.timer("eval"), run.snapshots.using("ema" if run.config.train.ema else "policy"):
-        scores, images = score_prompts(run, prompts, spread(len(prompts)))
+        scores, images = score_prompts(run.evaluator, prompts, spread(len(prompts)))
     found = metrics(scores, prompts)
     fallen = _fallen(run, scores)
     run.log("eval", found | ({"hacking_alarm": len(fallen)} if run.config.eval_reward_fn else {}))
     name = f"eval-{run.updater.num_updates:06d}"
     run.tracker.save_images(name, list(images.values()), NUM_COLUMNS)
-    layout = {"num_columns": NUM_COLUMNS, "size": (run.size.height, run.size.width)}
+    size = run.evaluator.size
+    layout = {"num_columns": NUM_COLUMNS, "size": (size.height, size.width)}
     run.tracker.write("images/eval.json", layout | {"prompts": [prompts[n].text for n in images]})
     if fallen and run.config.hacking_alarm == "stop":
         raise Stopped(f"{_alarm(fallen)} (config.hacking_alarm=stop)")

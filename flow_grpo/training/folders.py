@@ -11,8 +11,8 @@ import ml_collections
 from flow_grpo.parallel.launched import shards_state
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
-REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
 FORMAT = 2  # of checkpoints; 1 was unpickled
+REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
 
 
 def run_name(config: ml_collections.ConfigDict, name: str) -> str:

@@ -55,7 +55,7 @@ def train(run: Run) -> None:
             finished = run.tracker.num_bytes
             if run.epoch % config.save_freq == 0 or run.epoch == config.num_epochs:
                 save(run, finished)
-            run.stop.check()
+            run.evaluator.stop.check()
             bar.update()
             if main_process:
                 tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")

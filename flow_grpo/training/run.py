@@ -7,15 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+import ml_collections
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from flow_grpo import rollouts
 from flow_grpo.conditioning import collate
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
-from flow_grpo.parallel.engine import Engine
+from flow_grpo.parallel.engine import Engine, Ranks
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Conditioning, Guidance, Point, Rollout
@@ -27,12 +29,14 @@ from flow_grpo.training.tracking import Timer, Tracker
 
 
 @dataclass
-class Run(Evaluator):
+class Run:
     """Built once (build.py); only the last fields change."""
 
+    config: ml_collections.ConfigDict
     plan: Plan
     identity: dict
     folder: Path
+    evaluator: Evaluator
     schedule: Schedule
     guidance: Guidance
     objective: Objective
@@ -43,6 +47,19 @@ class Run(Evaluator):
     epoch: int = 0  # finished epochs
     saved: tuple[int, int] | None = None  # epoch and update of the last checkpoint
     timer: Timer = field(default_factory=Timer)
+
+    @property
+    def ranks(self) -> Ranks:
+        return self.engine.ranks
+
+    @property
+    def pipeline(self) -> PatchedPipeline:
+        return self.evaluator.pipeline
+
+    @property
+    def model(self) -> nn.Module:
+        """The transformer as the engine wrapped it."""
+        return self.evaluator.model
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         named = self.pipeline.transformer.named_parameters()

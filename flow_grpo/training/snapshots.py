@@ -28,6 +28,7 @@ class Snapshots:
     def __init__(self, engine: Engine, names: Iterable[str], use_lora: bool):
         self._engine, self._use_lora = engine, use_lora
         self._held: dict[str, Parts] = {}
+        self._adapters: dict[str, dict[str, nn.Parameter]] = {}  # by the policy's weights' names
         self._in_use = False
         for name in names:
             if name != "reference" or not use_lora:
@@ -45,7 +46,7 @@ class Snapshots:
         self._show(name)
 
     def values(self, name: str) -> dict[str, Tensor]:
-        """Return the whole weights of `name` ("policy": its own), fp32 or finer, until it moves."""
+        """Return the whole weights of `name` ("policy": its own), until its next move."""
         masters = self._engine.masters()
         return dict(self._engine.full(masters if name == "policy" else self._held[name]))
 
@@ -70,6 +71,7 @@ class Snapshots:
             return self._swapped(name)
         if name == "reference" and name not in self._held:
             return no_adapter(self._engine.module)
+        assert name in self._held, f"no snapshot {name!r}"
         return _other_adapter(self._engine.module, name)
 
     @contextmanager
@@ -98,16 +100,19 @@ class Snapshots:
     def _hold(self, name: str, weights: Parts) -> None:
         self._held[name] = weights
         if self._use_lora:
-            _add_adapter(self._engine.module, name, blank=name == "reference")
+            blank = name == "reference"
+            self._adapters[name] = params = _add_adapter(self._engine.module, name, blank)
+            for key, value in weights.items():
+                if (params[key].shape, params[key].dtype) == (value.shape, value.dtype):
+                    params[key].data = value  # whole and as fine: once is enough
             self._show(name)
 
     @torch.no_grad()
     def _show(self, name: str) -> None:
         """Write a copy into its adapter."""
         if self._use_lora:
-            params = dict(self._engine.module.named_parameters())
             for key, value in self._engine.full(self._held[name]):
-                params[_of_adapter(key, name)].copy_(value)
+                self._adapters[name][key].copy_(value)
 
 
 @contextmanager
@@ -134,20 +139,24 @@ def _other_adapter(module: nn.Module, name: str) -> Iterator[None]:
             set_adapter(module, POLICY)
 
 
-def _add_adapter(module: nn.Module, name: str, blank: bool) -> None:
+def _add_adapter(module: nn.Module, name: str, blank: bool) -> dict[str, nn.Parameter]:
     """Give a module one more adapter, which does not train.
 
     It equals the policy's, also in what of that does not train; blank: it does nothing.
+    Returns its weights by the names of the policy's.
     """
     with _same_weights_train(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft: "This will lead to having multiple adapters"
         inject_adapter_in_model(deepcopy(module.peft_config[POLICY]), module, name)
         set_adapter(module, POLICY)
-        params = dict(module.named_parameters())
-        for key, param in params.items():
-            if f".{POLICY}" in key and "lora_" in key:
-                value = zeros_like(param) if blank and "lora_B" in key else param.detach().clone()
-                params[_of_adapter(key, name)].data = value
+    params, added = dict(module.named_parameters()), {}
+    for key, param in params.items():
+        head, found, tail = key.rpartition(f".{POLICY}")
+        if found and "lora_" in head:
+            added[key] = params[f"{head}.{name}{tail}"]
+            blanked = blank and "lora_B" in head
+            added[key].data = zeros_like(param) if blanked else param.detach().clone()
+    return added
 
 
 @contextmanager
@@ -159,12 +168,6 @@ def _same_weights_train(module: nn.Module) -> Iterator[None]:
     finally:
         for param in module.parameters():
             param.requires_grad_(id(param) in trained)
-
-
-def _of_adapter(key: str, name: str) -> str:
-    """Name the weight of an adapter that stands where the policy's weight `key` does."""
-    head, _, tail = key.rpartition(f".{POLICY}")
-    return f"{head}.{name}{tail}"
 
 
 def ema_decay(decay: float, num_updates: int) -> float:

@@ -1,8 +1,8 @@
-"""Measure an OCR engine as a reward: the score of pictures that show exactly what is asked.
+"""Measure an OCR engine as a reward: the score of images that show exactly what is asked.
 
 python scripts/benchmark/ocr.py [--engine rapidocr] [--side 384] [--write FOLDER]
 
-60 pictures of 512 x 512 from a fixed seed: 1 to 5 words in one of 8 fonts, 28 to 72 pixels high,
+60 images of 512 x 512 from a fixed seed: 1 to 5 words in one of 8 fonts, 28 to 72 pixels high,
 on plain, graded or noisy ground, some rotated by up to 8 degrees or blurred.
 """
 

@@ -1,11 +1,11 @@
-"""Draw pictures with a base and what was trained on it, by the stock diffusers pipeline alone.
+"""Draw images with a base and what was trained on it, by the stock diffusers pipeline alone.
 
     python scripts/demo/generate.py --model scripts/testbed/base --size 32 --steps 10 \\
         --guidance 1 --max_sequence_length 10 --prompt "three blue squares" --out pictures \\
         --transformer logs/NAME/checkpoints/checkpoint-320/transformer
 
-Any diffusers pipeline that draws from a prompt; give --image to one that edits. Picture i starts
-from --seed + i, so that another call with other weights draws the same rows from the same noise.
+Any diffusers pipeline that draws from a prompt works; for one that edits give --image. Image i
+starts from the noise of --seed + i, so other weights draw the same rows from the same noise.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 A state at noise level sigma should be (1 - sigma) x0 + sigma x1. A stochastic step keeps part of
 the old noise and adds fresh noise; the standard deviation of both together should be sigma_next. As
-in Figure 2 of Flow-CPS (arXiv:2509.05952), each step starts from a state that is on schedule and
-the model is taken to be right. Writes OUT.csv and OUT.png; docs/noise.md reads them.
+in Figure 2 of Flow-CPS (arXiv:2509.05952), each step starts from a state that is on schedule, and
+the model is assumed to be right. Writes OUT.csv and OUT.png; docs/noise.md reads them.
 """
 
 from __future__ import annotations

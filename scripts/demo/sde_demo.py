@@ -3,14 +3,17 @@
     python scripts/demo/sde_demo.py --model scripts/testbed/base --size 32 --guidance 1 \\
         --max_sequence_length 10 --prompt "three blue squares" --out sde_demo
 
-All steps but the last are stochastic, as in a full-trajectory run. OUT.png has a row a kernel, the
-deterministic picture first. Two figures stand below each picture and in OUT.csv:
-measured: the std of white noise in the final latents, in units of their own std, estimated from
-what a 3 x 3 filter leaves that is blind to planes (J. Immerkaer, 1996). Texture counts too, so
-compare it with the deterministic picture's.
-due: the noise that the last stochastic step leaves by the kernel's formula, and the noise level
-that the model expects there (scripts/demo/noise_level.py plots all steps). The final step, which is
-deterministic, hardly removes the excess; what a decoder makes of it is in the picture.
+All steps but the last are stochastic, as in a full-trajectory run. OUT.png has one row per kernel,
+the deterministic image first. Three figures stand below each image and in OUT.csv:
+
+measured  the std of white noise in the final latents, in units of their own std, estimated by a
+          3 x 3 filter that gives 0 on planes (J. Immerkaer, 1996). Texture counts too, so compare
+          it with that of the deterministic image.
+left      the noise after the last stochastic step, by the kernel's formula
+due       the noise level that the model expects there
+
+The final step, which is deterministic, hardly removes what is left beyond what is due.
+scripts/demo/noise_level.py plots all steps.
 """
 
 from __future__ import annotations
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> None:
 
 
 def draw(loaded: tools.Loaded) -> Iterator[Cell]:
-    """Draw a row a kernel: without noise, then at each of its levels."""
+    """Draw one row per kernel: without noise, then at each of its levels."""
     pipeline, task = loaded.pipeline, loaded.task
     batch, plain = task.batch(pipeline, [0]), task.schedule(pipeline)
     steps = np.arange(task.num_steps - 1)[None]

@@ -1,4 +1,4 @@
-"""Build the testbed's base: a whole Stable Diffusion 3 pipeline with 3 million parameters.
+"""Build the testbed's base: a complete Stable Diffusion 3 pipeline with 3 million parameters.
 
 Every part is the real class (two CLIP text encoders, T5, SD3 transformer, KL autoencoder, their
 tokenizers), so that what loads and trains the base is what loads and trains stable-diffusion-3.5.

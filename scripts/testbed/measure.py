@@ -1,4 +1,4 @@
-"""Measure a base's accuracy with the stock pipeline call, per task.
+"""Measure a pipeline's accuracy per task, with the stock pipeline call.
 
 python scripts/testbed/measure.py scripts/testbed/base --split test
 """

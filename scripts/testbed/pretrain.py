@@ -4,8 +4,8 @@
     python scripts/testbed/pretrain.py flow --minutes 40 --out /tmp/base
 
 Both see scenes of dataset/shapes' training prompts only. The flow stage takes the autoencoder from
-OUT/vae and writes a whole fp16 pipeline, of averaged (EMA) weights, to OUT/base every
---save_minutes and at its end. Minutes are of CPU time; --steps instead fixes the run's length.
+OUT/vae and writes a complete fp16 pipeline, with averaged (EMA) weights, to OUT/base every
+--save_minutes and at its end. Minutes are of CPU time; --steps fixes the number of steps instead.
 """
 
 import argparse

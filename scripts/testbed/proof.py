@@ -10,7 +10,7 @@ supervised  the base's pretraining continued for the CPU time of that seed's run
 
 Then the test rows are drawn with every result and with the base, from the same noise, by
 scripts/evaluate.py. Writes testbed.csv (all evaluations), testbed_changes.csv and testbed.png to
---out, and prints the changes as a table. A job that is done is not done again.
+--out, and prints the changes as a table. A job that has finished is not repeated.
 """
 
 import argparse

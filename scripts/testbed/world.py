@@ -1,4 +1,4 @@
-"""The world of shapes as pictures: a random scene for a row of dataset/shapes, and its rendering.
+"""The world of shapes as images: a random scene for a row of dataset/shapes, and its rendering.
 
 Colours and shapes are defined beside the checker, in flow_grpo/rewards/rules/shapes.py.
 """

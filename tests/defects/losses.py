@@ -5,29 +5,29 @@ from defects.defect import SLIP, Defect
 ADVANTAGES = "flow_grpo/advantages.py"
 BASE = "flow_grpo/objectives/base.py"
 GRPO = "flow_grpo/objectives/ratio/grpo.py"
+TERMS = "flow_grpo/objectives/ratio/terms.py"
 NFT = "flow_grpo/objectives/forward/nft.py"
 LOOP = "flow_grpo/training/loop.py"
-SCORING = "flow_grpo/training/scoring.py"
+COLLECT = "flow_grpo/training/collect.py"
 COMBINE = "flow_grpo/rewards/combine.py"
 
 DEFECTS = [
     Defect(
         "group-is-its-text",
         "two groups of one prompt become one: Flow-Factory 7058407",
-        SCORING,
-        "group = gather(rollout.batch.group.to(device)).cpu()",
-        "texts = rollout.batch.prompts\n"
-        "    group = gather(torch.tensor([texts.index(text) for text in texts]))",
+        COLLECT,
+        '"group": rollout.batch.group,',
+        '"group": torch.tensor([*map(rollout.batch.prompts.index, rollout.batch.prompts)]),',
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
     ),
     Defect(
         "advantages-of-the-rank",
         "global std of a micro-batch: mm_grpo db2426b",
-        SCORING,
-        "advantage, weight = run.objective.targets(",
-        "targets, size = run.objective.targets, len(rollout)\n"
-        "    of_ranks = lambda *all: map(targets, *(value.split(size) for value in all))\n"
-        "    advantage, weight = (lambda *all: map(torch.cat, zip(*of_ranks(*all))))(",
+        BASE,
+        "        advantages[leaf], weights[leaf] = self.targets(scores[leaf], rows.group[leaf])\n",
+        "        for rank in range(plan.world_size):\n"
+        "            on = leaf & (rows.rank == rank)\n"
+        "            advantages[on], weights[on] = self.targets(scores[on], rows.group[on])\n",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
@@ -82,7 +82,7 @@ DEFECTS = [
     Defect(
         "ratio-not-exponentiated",
         SLIP,
-        GRPO,
+        TERMS,
         "ratio = log_ratio.exp()",
         "ratio = log_ratio",
         "test_grpo.py::test_the_surrogate_of_four_rows_has_these_losses_and_gradients",
@@ -90,7 +90,7 @@ DEFECTS = [
     Defect(
         "clip-at-the-wrong-side",
         "min for max, as the loss is the negative surrogate",
-        GRPO,
+        TERMS,
         "value = torch.maximum(",
         "value = torch.minimum(",
         "test_grpo.py::test_a_ratio_beyond_the_clip_range_keeps_only_the_gradient_that_leads_back",
@@ -98,7 +98,7 @@ DEFECTS = [
     Defect(
         "clip-without-one",
         "clamp(ratio, -c, c): Flow-Factory 37005df",
-        GRPO,
+        TERMS,
         "ratio.clamp(1 - clip_range, 1 + clip_range)",
         "ratio.clamp(-clip_range, clip_range)",
         "test_grpo.py::test_the_surrogate_of_four_rows_has_these_losses_and_gradients",
@@ -114,27 +114,26 @@ DEFECTS = [
     Defect(
         "kl-without-dt",
         "two published trainers of one method disagree",
-        GRPO,
-        "kl = kl * (point.sigma - self.schedule.sigmas[point.step + 1])",
-        "pass",
+        TERMS,
+        "divergence * (point.sigma - schedule.sigmas[rows.next_steps[:, point.column]])",
+        "divergence",
         "test_grpo.py::test_the_kl_to_the_reference_has_this_value_and_gradient",
     ),
     Defect(
         "dt-of-the-batch",
         "GRPO-Guard's scale averaged over rows of unlike steps",
-        GRPO,
-        "(point.sigma - self.schedule.sigmas[point.step + 1])",
-        "(point.sigma - self.schedule.sigmas[point.step + 1]).mean()",
+        TERMS,
+        "(point.sigma - schedule.sigmas[rows.next_steps[:, point.column]])",
+        "(point.sigma - schedule.sigmas[rows.next_steps[:, point.column]]).mean()",
         "test_grpo.py::test_rows_at_different_steps_have_the_loss_that_they_have_alone",
     ),
     Defect(
         "old-log-probs-after-the-update",
         "replayed for every update: the ratio is always 1",
         LOOP,
-        "predict, points = run.predictor(micro), objective.points(micro, randomness)",
-        "predict, points = run.predictor(micro), objective.points(micro, randomness)\n"
-        "        with torch.no_grad():\n"
-        "            objective.prepare(micro, predict)",
+        "            for of_ranks in updates:\n",
+        "            for of_ranks in updates:\n"
+        "                known = prepare(objective, arranged, rank, micro_batch, run.predict)\n",
         "test_toy.py::test_the_first_update_of_an_epoch_sees_ratio_one_and_the_second_does_not",
     ),
     Defect(

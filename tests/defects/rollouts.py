@@ -4,7 +4,7 @@ from defects.defect import SLIP, Defect
 
 SAMPLING = "flow_grpo/sampling.py"
 NFT = "flow_grpo/objectives/forward/nft.py"
-LOOP = "flow_grpo/training/loop.py"
+COLLECT = "flow_grpo/training/collect.py"
 QUEUE = "flow_grpo/rewards/queue.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 RUN = "flow_grpo/training/run.py"
@@ -24,7 +24,7 @@ DEFECTS = [
         "replay-at-another-sigma",
         "the column of the window taken for the step",
         SAMPLING,
-        "schedule.sigmas[steps + 1],",
+        "schedule.sigmas[rollout.next_steps[:, column]],",
         "schedule.sigmas[column + 1],",
         "test_sampling.py::test_replaying_a_rollout_gives_log_ratio_zero[sd3-1.0-sde-windows]",
     ),
@@ -32,32 +32,32 @@ DEFECTS = [
         "noise-of-the-group",
         "one generator a group: its members take the same steps",
         SAMPLING,
-        "[(*owners[row], i) for row in rows]",
-        "[(owners[row][0], 0, i) for row in rows]",
+        "[(row.group, row.member, i, *row.branch)",
+        "[(row.group, 0, i, *row.branch)",
         "test_toy.py::test_every_step_of_every_row_draws_its_own_standard_normal_noise",
     ),
     Defect(
         "noise-of-the-first-step",
         "a generator seeded anew at every step",
         SAMPLING,
-        "[(*owners[row], i) for row in rows]",
-        "[(*owners[row], 0) for row in rows]",
+        "[(row.group, row.member, i, *row.branch)",
+        "[(row.group, row.member, 0, *row.branch)",
         "test_toy.py::test_every_step_of_every_row_draws_its_own_standard_normal_noise",
     ),
     Defect(
         "same-latent-of-each-member",
         SLIP,
         SAMPLING,
-        "firsts = [(group, 0) for group, _ in owners]",
-        "firsts = [*owners]",
+        "0 if schedule.same_latent else row.member",
+        "row.member",
         "test_sampling.py::test_rows_share_the_initial_noise_of_their_group_only_with_same_latent",
     ),
     Defect(
         "prompts-lag",
         "the data loader prefetches: flow_grpo issue 215",
-        LOOP,
-        "plan.num_groups, config.seed, run.epoch)",
-        "plan.num_groups, config.seed, max(run.epoch - 1, 0))",
+        COLLECT,
+        "plan.num_groups, config.seed, epoch)",
+        "plan.num_groups, config.seed, max(epoch - 1, 0))",
         "test_collect.py::test_every_lap_through_the_prompts_holds_each_line_once",
     ),
     Defect(
@@ -71,10 +71,9 @@ DEFECTS = [
     Defect(
         "rewards-of-the-epoch-before",
         "asynchronous rewards, one epoch late",
-        LOOP,
-        "    rollout = Rollout.cat(parts)\n",
-        "    rollout = Rollout.cat(parts)\n"
-        '    scores, run.late = getattr(run, "late", scores), scores\n',
+        COLLECT,
+        "    rows, world = table_of(",
+        '    scores, run.late = getattr(run, "late", scores), scores\n    rows, world = table_of(',
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
     ),
     Defect(
@@ -91,8 +90,8 @@ DEFECTS = [
         "nft-samples-with-the-policy",
         SLIP,
         NFT,
-        'samples_with = "old"',
-        'samples_with = "policy"',
+        'return "old"',
+        'return "policy"',
         "test_collect.py::test_nft_samples_with_its_old_policy",
     ),
     Defect(

@@ -3,8 +3,7 @@
 from defects.defect import SHIPPED, SLIP, Defect
 
 SDE = "flow_grpo/sde.py"
-WINDOW = "flow_grpo/rollouts.py"
-LOOP = "flow_grpo/training/loop.py"
+ROLLOUTS = "flow_grpo/rollouts.py"
 RUN = "flow_grpo/training/run.py"
 
 DEFECTS = [
@@ -68,30 +67,30 @@ DEFECTS = [
         "window-frozen",
         "random.seed(rank) before every draw, in a published trainer",
         RUN,
-        "epoch=self.epoch,",
+        "epoch=epoch,",
         "epoch=0,",
         "test_collect.py::test_a_group_has_one_window_and_groups_and_epochs_have_others",
     ),
     Defect(
         "window-of-each-row",
         "verl-omni: inside one group it inflates the reward's std",
-        LOOP,
-        "steps=run.trained_steps([group for group, _ in rows]),",
-        "steps=run.trained_steps(range(len(rows))),",
+        ROLLOUTS,
+        "whole(steps_of(g for g, _ in rows), num_steps)",
+        "whole(steps_of(range(len(rows))), num_steps)",
         "test_collect.py::test_a_group_has_one_window_and_groups_and_epochs_have_others",
     ),
     Defect(
         "window-of-the-rank",
         SHIPPED,
         RUN,
-        "epoch=self.epoch,",
-        "epoch=self.epoch + self.ranks.rank,",
+        "epoch=epoch,",
+        "epoch=epoch + self.ranks.rank,",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
         "last-step-trained",
         "its log-prob has no precision",
-        WINDOW,
+        ROLLOUTS,
         "range(num_steps - 1), dtype",
         "range(num_steps), dtype",
         "test_rollouts.py::test_size_zero_trains_every_step_but_the_last",

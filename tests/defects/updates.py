@@ -2,6 +2,7 @@
 
 from defects.defect import SLIP, Defect
 
+ARRANGE = "flow_grpo/training/arrange.py"
 LOOP = "flow_grpo/training/loop.py"
 ENGINE = "flow_grpo/parallel/engine.py"
 PLAIN = "flow_grpo/parallel/plain.py"
@@ -14,24 +15,24 @@ DEFECTS = [
         "mean-of-means",
         "each micro-batch divided by its own rows",
         LOOP,
-        "/ (total * len(points))",
-        "/ (micro.weights.sum().clamp(min=1e-8) * len(micros) * len(points))",
+        "(loss.value * weights).sum() / total",
+        "(loss.value * weights).mean() / len(micros) / len(micro.points)",
         "test_accumulation.py::test_the_update_is_the_weighted_mean_of_unequal_micro_batches",
     ),
     Defect(
         "steps-not-counted-in-the-accumulation",
         "Flow-Factory 45ef14d",
-        LOOP,
-        "/ (total * len(points))",
-        "/ total",
+        ARRANGE,
+        "(num_points if weights.ndim == 1 else 1)",
+        "1",
         "test_accumulation.py::test_training_the_same_steps_twice_leaves_the_update_unchanged",
     ),
     Defect(
         "mean-of-the-ranks-means",
         "ranks with fewer rows weigh them more",
         LOOP,
-        "total = ranks.total(sum(micro.weights.sum() for micro in micros)).clamp(min=1e-8)",
-        "total = sum(m.weights.sum() for m in micros) * ranks.num_ranks",
+        "arrange.total_weight(arranged, of_ranks, num_points)",
+        "arrange.total_weight(arranged, [of_ranks[rank]], num_points) * run.ranks.num_ranks",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
@@ -59,21 +60,12 @@ DEFECTS = [
         "test_accumulation.py::test_a_non_finite_loss_leaves_no_trace_in_the_next_update",
     ),
     Defect(
-        "skipped-gradient-leaks-under-zero",
-        "DeepSpeed has no call that forgets what earlier backward passes summed up",
+        "masters-put-in-place-alone",
+        SLIP,
         DEEPSPEED,
-        "sums.update(dict.fromkeys(sums))",
+        "self._zero.update_lp_params()",
         "pass",
-        "test_engines.py::"
-        "test_an_abandoned_update_leaves_the_weights_bits_alone_and_no_trace_in_the_next[zero2]",
-    ),
-    Defect(
-        "step-inside-the-backward-pass",
-        "accelerate's DeepSpeed wrapper: too late to judge the gradient",
-        DEEPSPEED,
-        "self.model.backward(loss * self.ranks.num_ranks)",
-        "self._accelerator.backward(loss * self.ranks.num_ranks)",
-        "test_engines.py::test_nothing_steps_inside_a_backward_pass[zero2]",
+        "test_engines.py::test_masters_are_put_in_place_and_the_weights_follow[zero2]",
     ),
     Defect(
         "adapters-that-train",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo.keys import Key
-from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Values
+from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
@@ -22,6 +22,11 @@ class NFT(Objective):
     """
 
     draws_points = True
+    statistics = {
+        "drift": Statistic("Drift", "mean squared difference from the old policy's velocity"),
+        "kl": Statistic("KL to the reference", "mean squared difference of the velocities"),
+        "positive_loss": Statistic("Loss of the positive branch", "before its weight"),
+    }
     keys = {
         "nft.beta": Key(
             1.0, "how far the implicit policies lie from the old one", above=0, most=1000

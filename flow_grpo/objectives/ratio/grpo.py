@@ -25,6 +25,7 @@ class GRPO(Objective):
 
     keys = KEYS
     keeps = ("states", "log_probs")
+    statistics = terms.STATISTICS
 
     @classmethod
     def check(cls, config, family: type[PatchedPipeline]) -> None:

@@ -6,10 +6,20 @@ import torch
 from torch import Tensor
 
 from flow_grpo import sde
+from flow_grpo.objectives.base import Statistic
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule, replay
 
 KL_MODES = ("kl_dt", "kl_true", "x", "v")
+STATISTICS = {
+    "ratio_std": Statistic("Ratio, standard deviation", "how far the policy has moved"),
+    "ratio": Statistic("Ratio, mean − 1", "0 before an epoch's first update", origin=1.0),
+    "clip_high": Statistic("Clipped above", "share of ratios above 1 + clip_range"),
+    "clip_low": Statistic("Clipped below", "share of ratios below 1 − clip_range"),
+    "approx_kl": Statistic("Approximate KL", "mean of (log-ratio)² / 2"),
+    "kl": Statistic("KL to the reference", "in the unit of train.kl_mode"),
+    "policy_loss": Statistic("Policy loss", "the clipped surrogate, without the KL"),
+}
 
 
 def kept_points(rows: Rollout, schedule: Schedule) -> list[Point]:
