@@ -3,6 +3,8 @@
 import os
 from multiprocessing import get_context
 
+from waiting import HANG_S
+
 LIBRARIES = [
     "accelerate",
     "diffusers.pipelines.flux.pipeline_flux",
@@ -12,7 +14,6 @@ LIBRARIES = [
 ]
 FORKED = get_context("forkserver")
 FORKED.set_forkserver_preload(LIBRARIES)
-HANG_S = 600  # a rank that waits for ever must fail, not block
 
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 

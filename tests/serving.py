@@ -19,6 +19,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import uvicorn
+from waiting import HANG_S
 
 from flow_grpo.reward_server.app import Limits, create_app
 from flow_grpo.reward_server.batcher import Batcher
@@ -27,7 +28,6 @@ from flow_grpo.rewards.remote.client import RemoteReward
 from flow_grpo.rewards.remote.servers import Servers
 
 ROOT = Path(__file__).parent.parent
-HANG_S = 600.0  # of a test that hangs; nothing else takes so long
 HTTP = httpx.Client(verify=False, timeout=HANG_S)  # one: each loads certificates, a slow thing
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -14,6 +13,7 @@ import pytest
 import running
 import serving
 import torch
+from waiting import wait_until
 
 from flow_grpo.report.output import read_metrics
 from tests.test_clip_rewards import folder as clip_folder  # noqa: F401
@@ -61,9 +61,11 @@ def test_the_testbed_trains_with_its_checker_behind_a_server(tmp_path):
 def wait_for(text: str, folder: Path, process: subprocess.Popen) -> None:
     """Wait until a run's metrics have a text."""
     metrics = folder / "metrics.jsonl"
-    while not (metrics.exists() and text in metrics.read_text()):
+
+    def alive() -> None:
         assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
+
+    wait_until(lambda: metrics.exists() and text in metrics.read_text(), alive)
 
 
 def test_a_run_outlives_a_server_that_is_killed_and_comes_back_and_stops_if_it_does_not(tmp_path):

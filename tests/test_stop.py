@@ -4,8 +4,9 @@ import os
 import signal
 
 import pytest
-from accelerate import Accelerator
+import torch
 
+from flow_grpo.parallel.engine import Ranks
 from flow_grpo.parallel.stop import PATIENCE_S, Stop, Stopped
 
 
@@ -34,7 +35,7 @@ def launched(handlers, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     exits, clock = [], Clock()
     monkeypatch.setattr(os, "_exit", exits.append)
-    return Stop(Accelerator(cpu=True), clock), clock, exits
+    return Stop(Ranks(torch.device("cpu")), clock), clock, exits
 
 
 def test_without_a_signal_a_run_goes_on(launched):
@@ -75,6 +76,6 @@ def test_the_death_of_the_launcher_is_a_signal_too(launched, monkeypatch):
 def test_a_run_that_nothing_launched_outlives_its_shell(handlers, monkeypatch):
     for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
-    stop = Stop(Accelerator(cpu=True))
+    stop = Stop(Ranks(torch.device("cpu")))
     monkeypatch.setattr(os, "getppid", lambda: 1)
     stop.check()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from scripts.benchmark.gpu_parts import PARTS, Part, Setting
 
-PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "deepspeed")
+ROOT = Path(__file__).parents[2]
 END_S = 5.0  # less than this is too little for another part
 
 
@@ -74,8 +74,10 @@ def run_part(part: Part, setting: Setting, out: Path) -> None:
 
 
 def versions() -> dict[str, dict[str, str]]:
+    """Return the version here of each package that constraints.txt names; "none" without it."""
     numbers = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    for name in (pin.split("==")[0] for pin in pins if "==" in pin):
         try:
             numbers[name] = version(name)
         except PackageNotFoundError:

@@ -22,7 +22,7 @@ wheels() {
     mkdir -p "$folder"
     rm -f "$folder"/*.whl # two versions of a package can't be installed together
     # shellcheck disable=SC2046
-    fetch --no-deps $(pinned 'diffusers|peft|ml_collections') hjson importlib_metadata zipp
+    fetch --no-deps $(pinned 'diffusers|peft|ml_collections|tenacity') hjson importlib_metadata zipp
     fetch pydantic
     DS_BUILD_OPS=0 "$python" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder" "$(pinned deepspeed)"
     echo "$(find "$folder" -name '*.whl' | wc -l) wheels in $folder, $(du -sh "$folder" | cut -f1)"

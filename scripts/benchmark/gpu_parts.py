@@ -167,7 +167,8 @@ def figures(folder: Path) -> dict[str, float]:
     values["grad_norm"] = read_metrics(folder, "update")[0]["grad_norm"]
     epoch = read_metrics(folder, "epoch")[-1]
     values |= {key: epoch[key] for key in ("images_per_second", "skipped_updates")}
-    gate = json.loads((folder / "gate.json").read_text())
+    file = folder / "gate.json"  # which a run has that has log-probs
+    gate = json.loads(file.read_text()) if file.exists() else {}
     steps = {name: found for name, found in gate.items() if isinstance(found, dict) and found}
     return values | {f"gate {name}": max(found.values()) for name, found in steps.items()}
 
