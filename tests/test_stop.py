@@ -38,6 +38,12 @@ def launched(handlers, monkeypatch):
     return Stop(Ranks(torch.device("cpu")), clock), clock, exits
 
 
+def adopt(monkeypatch):
+    """Give this process another parent; in a container the first one may be 1."""
+    other = os.getppid() + 1
+    monkeypatch.setattr(os, "getppid", lambda: other)
+
+
 def test_without_a_signal_a_run_goes_on(launched):
     stop, clock, exits = launched
     clock.seconds += 1e9
@@ -68,7 +74,7 @@ def test_a_repeated_signal_ends_the_process_only_after_some_patience(launched):
 
 def test_the_death_of_the_launcher_is_a_signal_too(launched, monkeypatch):
     stop, _, _ = launched
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    adopt(monkeypatch)
     with pytest.raises(Stopped, match="SIGTERM"):
         stop.check()
 
@@ -77,5 +83,5 @@ def test_a_run_that_nothing_launched_outlives_its_shell(handlers, monkeypatch):
     for name in [n for n in os.environ if n.startswith(("ACCELERATE_", "TORCHELASTIC_"))]:
         monkeypatch.delenv(name)
     stop = Stop(Ranks(torch.device("cpu")))
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    adopt(monkeypatch)
     stop.check()
