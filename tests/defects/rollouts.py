@@ -109,7 +109,7 @@ DEFECTS = [
         "if guided and not self.config.train.cfg else self.guidance",
         "if guided else self.guidance",
         "test_run.py::test_the_log_ratio_before_the_first_update_is_exactly_zero[2-True-sde]",
-        error="RuntimeError: before the first update the largest |log-ratio|",
+        error="RuntimeError: before the first update the largest log_ratio",
     ),
     Defect(
         "unconditional-pass-without-a-gradient",

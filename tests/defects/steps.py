@@ -27,8 +27,8 @@ DEFECTS = [
         "dance-without-its-score-correction",
         "noise added to the ODE's mean",
         SDE,
-        "return sigma_next - diffusion**2 * dt / (2 * sigma),",
-        'return sigma_next - (kind == "sde") * diffusion**2 * dt / (2 * sigma),',
+        "return _diffuse(sigma, sigma_next, noise_level)\n",
+        "return sigma_next, _diffuse(sigma, sigma_next, noise_level)[1]\n",
         "test_gaussian.py::test_the_variance_along_ten_steps_is_this",
     ),
     Defect(
