@@ -5,7 +5,7 @@ setup(
     version="0.1.0",
     description="Online reinforcement learning for flow-matching image models",
     license="MIT",
-    python_requires=">=3.11,<3.14",  # what the tests ran on: constraints.txt,
+    python_requires=">=3.11,<3.14",  # those that the tests ran on
     packages=find_packages(include=["flow_grpo*", "config*", "dataset"]),
     package_data={
         "flow_grpo.rewards.judges": ["templates/*.txt"],
