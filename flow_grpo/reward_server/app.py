@@ -46,16 +46,15 @@ class Service:
         self.compares = compares  # the images of a group, so that a request needs whole groups
         self.num_bytes = self.num_requests = 0  # taken in and not yet answered
         self.statuses: Counter[int] = Counter()
-        self._running: dict[str, Future] = {}  # by idempotency key
-        self._finished: OrderedDict[str, dict] = OrderedDict()
+        self._jobs: OrderedDict[str, Future] = OrderedDict()  # by idempotency key
         self._decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
 
     async def health(self) -> JSONResponse:
         """Say which reward this is, and whether it still scores: 503 once a call is stuck."""
-        found = {"reward": self.reward, "compares": self.compares, "waiting": self.num_requests}
+        state = {"reward": self.reward, "compares": self.compares, "waiting": self.num_requests}
         if self._stuck():
-            return JSONResponse(found | {"detail": STUCK}, 503)
-        return JSONResponse(found)
+            return JSONResponse(state | {"detail": STUCK}, 503)
+        return JSONResponse(state)
 
     async def metrics(self) -> PlainTextResponse:
         """Count, in Prometheus' text format."""
@@ -86,11 +85,11 @@ class Service:
             del body
             self.num_bytes += (decoded := batch.num_bytes()) - taken
             taken = decoded
-            if key in self._finished:
-                return JSONResponse(self._finished[key])
-            if self.num_bytes > max(self.limits.queue_bytes, taken):
+            job = self._jobs.get(key)
+            scored = job is not None and job.done()
+            if not scored and self.num_bytes > max(self.limits.queue_bytes, taken):
                 raise _busy("its images do not fit beside those that wait")
-            job = self._running.get(key) or self._submit(key, batch)
+            job = job or self._submit(key, batch)
             waiting = asyncio.shield(asyncio.wrap_future(job))
             return JSONResponse(await asyncio.wait_for(waiting, self.limits.timeout_s))
         except TimeoutError:
@@ -134,8 +133,7 @@ class Service:
         return int(length)
 
     async def _decode(self, body: bytes) -> Batch:
-        limits = self.limits
-        loop = asyncio.get_running_loop()
+        limits, loop = self.limits, asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(
                 self._decoders, wire.decode, body, limits.items, limits.pixels
@@ -149,31 +147,30 @@ class Service:
         """Queue a request, and remember its answer for those who ask for it again."""
         job, loop = self.batcher.submit(batch), asyncio.get_running_loop()
         if key:
-            self._running[key] = job
-            job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._finish, key, job))
+            self._jobs[key] = job
+            job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._forget, key, job))
         return job
 
-    def _finish(self, key: str, job: Future) -> None:
-        self._running.pop(key, None)
-        if job.exception() is None:
-            self._finished[key] = job.result()
-            while len(self._finished) > NUM_REMEMBERED:
-                self._finished.popitem(last=False)
+    def _forget(self, key: str, job: Future) -> None:
+        """Drop what failed, and may be tried anew, or the oldest where there are too many."""
+        if job.exception():
+            self._jobs.pop(key, None)
+        elif len(self._jobs) > NUM_REMEMBERED:
+            self._jobs.popitem(last=False)
 
 
-class Counted:
+def counted(app: ASGIApp, statuses: Counter[int]) -> ASGIApp:
     """Count the answers by status. FastAPI's own kind of middleware would copy every body."""
 
-    def __init__(self, app: ASGIApp, statuses: Counter[int]):
-        self._app, self._statuses = app, statuses
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._statuses[message["status"]] += 1
+                statuses[message["status"]] += 1
             await send(message)
 
-        await self._app(scope, receive, counting)
+        await app(scope, receive, counting)
+
+    return serve
 
 
 def create_app(
@@ -209,7 +206,7 @@ def create_app(
     app.get("/metrics")(service.metrics)
     app.post("/score", openapi_extra={"requestBody": body})(service.score)
 
-    app.add_middleware(Counted, statuses=service.statuses)
+    app.add_middleware(counted, statuses=service.statuses)
     return app
 
 

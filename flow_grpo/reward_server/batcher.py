@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flow_grpo.rewards.batch import Batch, scatter
-from flow_grpo.rewards.remote.wire import encode_answer
+from flow_grpo.rewards.remote.wire import cut, encode_answer
 
 # What a scorer raises for an input that it can't take; anything else is its own failure.
 OF_INPUT = (ValueError, TypeError, LookupError, AttributeError)
@@ -111,41 +111,35 @@ class Batcher:
 
     def _serve(self, jobs: list[_Job]) -> None:
         """Score the requests together; if that fails, each by itself, then its rows."""
-        if len(jobs) > 1:
-            merged = _merge([job.batch for job in jobs])
-            try:
-                scores, errors = self._rows(merged)
-            except Exception:
+        try:
+            scores, errors = self._rows(_merge([job.batch for job in jobs]))
+        except Exception as error:
+            if len(jobs) > 1:
                 for job in jobs:
                     self._serve([job])
-                return
-            start = 0
-            for job in jobs:
-                rows = slice(start, start + len(job.batch))
-                part = {name: values[rows] for name, values in scores.items()}
-                self._answer(job, part, errors[rows])
-                start = rows.stop
+            elif isinstance(error, OF_INPUT):
+                self._take_apart(jobs[0], error)
+            else:
+                logging.getLogger(__name__).exception("the scorer failed")
+                jobs[0].answer.set_exception(error)
             return
-        (job,) = jobs
-        try:
-            self._answer(job, *self._rows(job.batch))
-        except OF_INPUT as error:
-            self._take_apart(job, error)
-        except Exception as error:
-            logging.getLogger(__name__).exception("the scorer failed")
-            job.answer.set_exception(error)
+        start = 0
+        for job in jobs:
+            rows = slice(start, start + len(job.batch))
+            part = {name: values[rows] for name, values in scores.items()}
+            self._answer(job, part, errors[rows])
+            start = rows.stop
 
     def _take_apart(self, job: _Job, error: Exception) -> None:
         """Score a request row by row (or group by group), so that only the guilty go without."""
         errors: list[str | None] = [None] * len(job.batch)
-        units, num_failed, parts = job.batch.units(), 0, []
+        units, parts = job.batch.units(), []
         for unit in units:
             try:
                 if len(units) == 1:
                     raise error
                 scores, unit_errors = self._rows(job.batch.rows(unit))
             except OF_INPUT as reason:
-                num_failed += 1
                 scores, unit_errors = {}, [f"{type(reason).__name__}: {reason}"[:500]] * len(unit)
             except Exception as reason:
                 job.answer.set_exception(reason)
@@ -153,10 +147,10 @@ class Batcher:
             parts.append((unit, scores))
             for row, unit_error in zip(unit, unit_errors, strict=True):
                 errors[row] = unit_error
-        if num_failed == len(units):
-            job.answer.set_exception(Unscorable(errors[0]))
-        else:
+        if any(scores for _, scores in parts):
             self._answer(job, scatter(parts, len(job.batch)), errors)
+        else:
+            job.answer.set_exception(Unscorable(errors[0]))
 
     def _rows(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str | None]]:
         """Score what can be read, in calls of at most max_rows where groups allow it."""
@@ -166,12 +160,7 @@ class Batcher:
         if not rows:
             raise ValueError(errors[0])
         readable, parts = batch.rows(rows), []
-        calls: list[list[int]] = [[]]
-        for unit in readable.units():
-            if calls[-1] and len(calls[-1]) + len(unit) > self._max_rows:
-                calls.append([])
-            calls[-1] += unit
-        for call in calls:
+        for call in cut(readable, self._max_rows):
             parts.append(([rows[n] for n in call], self._score(readable.rows(call))))
             self.num_calls += 1
         return scatter(parts, len(batch)), errors
@@ -184,7 +173,9 @@ class Batcher:
 
 
 def _merge(batches: list[Batch]) -> Batch:
-    """Put requests of one kind together; their groups are numbered anew, and stay apart."""
+    """Put requests of one kind together; groups of several are numbered anew, and stay apart."""
+    if len(batches) == 1:
+        return batches[0]
     groups: list[np.ndarray] = []
     for batch in batches:
         if batch.group is not None:

@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -91,20 +90,21 @@ class RemoteReward(Reward):
         self._clock, self._sleep = clock, sleep
         self._endpoints = [_Endpoint(url) for url in servers.urls[name]]
         self._open_until, self._last_error = 0.0, ""  # 0: the circuit is closed
-        self._loop: asyncio.AbstractEventLoop | None = None  # from the first call on
-        self._client: httpx.AsyncClient | None = None
-        self._starting, self._closed = threading.Lock(), False
         self._slots = asyncio.Semaphore(SLOTS * len(self._endpoints))
+        self._client, self._loop = connect(servers), asyncio.new_event_loop()
+        self._closed = False
+        threading.Thread(target=self._work, name="reward-http", daemon=True).start()
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Raises Refused, Unavailable or SomeFailed, at the latest at the deadline."""
+        if self._closed:
+            raise Refused(f"{self._endpoints[0].url}: the run is ending")
         rows = self._split(batch)
         parts = [self._part(batch.rows(r)) for r in rows]
-        self._start()
         future = asyncio.run_coroutine_threadsafe(self._score(parts), self._loop)
         try:
             answers = future.result(self.servers.timeout_s + 2 * health.HEALTH_S)
-        except FutureTimeout:
+        except TimeoutError:
             future.cancel()
             raise Unavailable(
                 f"{self._endpoints[0].url}: {len(batch)} images still wait for their turn after "
@@ -122,10 +122,9 @@ class RemoteReward(Reward):
         return scores
 
     def close(self) -> None:
-        with self._starting:
-            ended, self._closed = self._closed or self._loop is None, True
-        if ended:
+        if self._closed:
             return
+        self._closed = True
 
         async def end() -> None:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -134,35 +133,19 @@ class RemoteReward(Reward):
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._client.aclose()
 
-        with suppress(FutureTimeout):
+        with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(end(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _start(self) -> None:
-        with self._starting:
-            if self._closed:
-                raise Refused(f"{self._endpoints[0].url}: the run is ending")
-            if self._loop is not None:
-                return
-            self._client, loop = connect(self.servers), asyncio.new_event_loop()
-
-            def work() -> None:
-                loop.run_forever()
-                loop.close()
-
-            threading.Thread(target=work, name="reward-http", daemon=True).start()
-            self._loop = loop
+    def _work(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     def _split(self, batch: Batch) -> list[list[int]]:
         """Rows of each request: whole groups, and at least a request for each URL if possible."""
         num_rows = min(PART_ROWS, -(-len(batch) // len(self._endpoints)))
-        num_rows = max(1, min(num_rows, PART_BYTES * len(batch) // max(1, batch.num_bytes())))
-        parts: list[list[int]] = [[]]
-        for unit in batch.units():
-            if parts[-1] and len(parts[-1]) + len(unit) > num_rows:
-                parts.append([])
-            parts[-1] += unit
-        return parts
+        num_rows = min(num_rows, PART_BYTES * len(batch) // max(1, batch.num_bytes()))
+        return wire.cut(batch, num_rows)
 
     def _part(self, batch: Batch) -> _Part:
         headers = {"content-type": wire.CONTENT_TYPE, "idempotency-key": uuid.uuid4().hex}
@@ -190,7 +173,7 @@ class RemoteReward(Reward):
         if self._clock() < self._open_until:
             raise Unavailable(f"{self._last_error} (not tried again within {COOL_DOWN_S:g} s)")
         answers = await asyncio.to_thread(health.ask, self.servers, [self.name])
-        problems = [answer.problem for answer in answers[self.name]]
+        problems = [answer.problem for answer in answers.values()]
         if all(problems):
             self._open_until = self._clock() + COOL_DOWN_S
             raise Unavailable(problems[0])
