@@ -28,7 +28,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation import tables
 from flow_grpo.evaluation.evaluate import score_prompts, spread
 from flow_grpo.launch import entry, model_files, preflight, provenance, settings, weights
-from flow_grpo.launch.evaluator import build_evaluator
+from flow_grpo.launch.build import build_evaluator
 from flow_grpo.launch.weights import Weights
 from flow_grpo.parallel import launched
 from flow_grpo.parallel.stop import Stopped

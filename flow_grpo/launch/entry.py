@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from flow_grpo.cli import user_errors
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.launch import model_files, preflight, settings
-from flow_grpo.training import folders
-
-if TYPE_CHECKING:
-    from flow_grpo.training.run import Run
+from flow_grpo.launch import model_files, preflight, provenance, settings
+from flow_grpo.launch.build import build
+from flow_grpo.parallel.stop import Stopped
+from flow_grpo.report import output
+from flow_grpo.training import folders, loop
+from flow_grpo.training.run import Run
 
 
 def main(family: type[PatchedPipeline], default_config: str) -> None:
@@ -48,11 +48,7 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
         print(*filter(None, notes), sep="\n", flush=True)
     identity = folders.identity(config, family.__name__, world_size)
     resume_from = folders.resume_point(config, identity)
-
-    from flow_grpo.launch import provenance
-    from flow_grpo.launch.build import build
-
-    run = build(config, name, plan, family)
+    run = build(config, name, plan, family, identity, resume_from)
     if run.ranks.is_main:
         provenance.record(run.folder, argv, world_size, resume_from)
     return run
@@ -60,10 +56,6 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
 
 def execute(run: Run) -> int:
     """Train, say what came of it, and return the exit status."""
-    from flow_grpo.parallel.stop import Stopped
-    from flow_grpo.report import output
-    from flow_grpo.training import loop
-
     main_process = run.ranks.is_main
     if main_process:
         passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import httpx
 import numpy as np
 from tenacity import (
     AsyncRetrying,

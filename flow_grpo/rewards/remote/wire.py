@@ -198,7 +198,9 @@ def _image(sent: np.ndarray | list[np.ndarray], budget: _Budget) -> np.ndarray:
     if sent.dtype == np.uint8 and sent.ndim == 1:
         return _decoded(sent.tobytes(), budget)
     if sent.dtype != np.uint8 or sent.ndim not in (3, 4) or sent.shape[-1] != 3:
-        raise ValueError(f"uint8 (H, W, 3) or (F, H, W, 3) is needed, not {sent.dtype} {sent.shape}")
+        raise ValueError(
+            f"uint8 (H, W, 3) or (F, H, W, 3) is needed, not {sent.dtype} {sent.shape}"
+        )
     budget.take(sent.size // 3)
     if not sent.size:
         raise ValueError("the image is empty")
