@@ -55,20 +55,16 @@ def load(
     An editing model without a --reference is given a drawn one. Raises ValueError naming an option.
     """
     family = _settle(args, config)
-    _quieten()
+    for each in (diffusers_logging, transformers_logging):
+        each.set_verbosity_error()
     dtype = encoders.DTYPES[config.mixed_precision]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = family.variant(args.model, args.revision)
     chosen.check_num_frames(args.num_frames)
     pipeline = chosen.from_pretrained(
-        args.model, dtype=dtype, device=_device(args.device), revision=args.revision
+        args.model, dtype=dtype, device=device, revision=args.revision
     )
     return Loaded(family, dtype, pipeline, _task(args, prompts, config, pipeline))
-
-
-def _quieten() -> None:
-    """Let transformers and diffusers speak of errors alone."""
-    for each in (diffusers_logging, transformers_logging):
-        each.set_verbosity_error()
 
 
 def _script(family: type[PatchedPipeline]) -> str:
@@ -99,10 +95,6 @@ def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> type
             f"or change the model."
         )
     return family
-
-
-def _device(name: str | None) -> str:
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _task(
