@@ -17,39 +17,35 @@ PHASES = ("sample", "reward", "update", "eval", "save")
 
 def evaluation(run: Recorded, others: list[Recorded]) -> list[Chart]:
     """One chart per score, with its interval; the runs compared with lie over it."""
+    runs = list(enumerate((run, *others)))
     charts = []
     for name in run.scores():
-        series = [_evaluated(run, name, None, run.name, 0, bool(others))]
-        for number, other in enumerate(others, start=1):
-            series.append(_evaluated(other, name, None, other.name, number, True))
-        series = [one for one in series if one.x]
+        series = [_evaluated(one, name, None, one.name, i, one is not run) for i, one in runs]
         charts.append(Chart(name, "", series, markers=True))
-    return charts
+    return _present(charts)
 
 
 def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
     """One chart per tag, all with one scale."""
-    shown = run.scores() if _shares(run) and not others else run.scores()[:1]
-    by_tag = {}
+    names = run.scores() if _shares(run) and not others else run.scores()[:1]
+    shown = [(run, name, name) for name in names]
+    if others:
+        shown = [(one, names[0], one.name) for one in (run, *others)]
+    charts = []
     for tag in run.tags():
-        series = [_evaluated(run, name, tag, name, i) for i, name in enumerate(shown)]
-        if others:
-            runs = enumerate((run, *others))
-            series = [_evaluated(one, shown[0], tag, one.name, i, True) for i, one in runs]
-        by_tag[tag] = [one for one in series if one.x]
-    limits = padded([one for series in by_tag.values() for one in series])
-    return [
-        Chart(tag, "", series, limits=limits, markers=True, width="narrow")
-        for tag, series in by_tag.items()
-        if series
-    ]
+        series = [
+            _evaluated(one, name, tag, label, i, one is not run)
+            for i, (one, name, label) in enumerate(shown)
+        ]
+        charts.append(Chart(tag, "", series, markers=True, width="narrow"))
+    limits = padded([one for chart in charts for one in chart.series])
+    return [replace(chart, limits=limits) for chart in _present(charts)]
 
 
 def rewards(run: Recorded) -> list[Chart]:
     """The training reward, its spread, and what teaches nothing."""
     rows = run.epochs
-    trained = [name for name, weight in run.config["reward_fn"].items() if weight]
-    names = ["avg", *trained] if len(trained) > 1 else ["avg"]
+    names = ["avg", *run.trained] if len(run.trained) > 1 else ["avg"]
     means = [_over(rows, f"reward/{name}", name, colour(i)) for i, name in enumerate(names)]
     band = [_over(rows, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
     charts = [
@@ -106,43 +102,32 @@ def speed(run: Recorded) -> list[Chart]:
 
 
 def _evaluated(
-    run: Recorded, name: str, tag: str | None, label: str, number: int, several: bool = False
+    run: Recorded, name: str, tag: str | None, label: str, number: int, dashed: bool
 ) -> Series:
-    """A score over the evaluations; of several runs all but the first are dashed."""
+    """A score over the evaluations."""
     key = f"{name}/{tag}" if tag else name
     rows = [row for row in run.evals if key in row]
     ends = [interval(row, name, tag) for row in rows]
-    low, high = zip(*ends, strict=True) if rows and None not in ends else (None, None)
-    return Series(
-        label,
-        [row["step"] for row in rows],
-        [row[key] for row in rows],
-        colour(number),
-        low and list(low),
-        high and list(high),
-        dashed=several and number > 0,
-    )
+    low, high = map(list, zip(*ends, strict=True)) if rows and None not in ends else (None, None)
+    x, y = [row["step"] for row in rows], [row[key] for row in rows]
+    return Series(label, x, y, colour(number), low, high, dashed)
 
 
 def _over(
-    rows: list[dict],
-    key: str,
-    label: str,
-    shade: str,
-    spread: str | None = None,
-    origin: float = 0.0,
+    rows: list[dict], key: str, label: str, shade: str, spread: str = "", origin: float = 0.0
 ) -> Series:
     """A key of updates over the optimizer steps, or of epochs over the epochs.
 
-    spread: the key of the band's half width. origin: is taken off every value.
+    spread: the key of a band's half width. origin: is taken off the line's values.
     """
     held = [row for row in rows if key in row]
     x = [row["step" if row["kind"] == "update" else "epoch"] for row in held]
     y = [row[key] - origin for row in held]
-    if spread is None:
+    if not spread:
         return Series(label, x, y, shade)
-    ends = [(v - row[spread], v + row[spread]) for v, row in zip(y, held, strict=True)]
-    return Series(label, x, y, shade, [low for low, _ in ends], [high for _, high in ends])
+    low = [row[key] - row[spread] for row in held]
+    high = [row[key] + row[spread] for row in held]
+    return Series(label, x, y, shade, low, high)
 
 
 def _single(rows: list[dict], key: str, title: str, note: str) -> Chart:

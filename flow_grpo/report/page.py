@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from flow_grpo.report import charts, facts, pictures, plots
+from flow_grpo.report import charts, facts, images, plots
 from flow_grpo.report.recorded import Recorded
 
 MOST_BYTES = 5_000_000
@@ -22,16 +22,6 @@ def render(run: Recorded, others: list[Recorded]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     ).get_template("page.html.j2")
-    values = _values(run, others)
-    size = len(page.render(values, pictures=None).encode())
-    shown = pictures.before_and_after(run, MOST_BYTES - size - SPARE_BYTES)
-    text = page.render(values, pictures=shown)
-    assert len(text.encode()) < MOST_BYTES, len(text.encode())
-    return text
-
-
-def _values(run: Recorded, others: list[Recorded]) -> dict:
-    """What the template names, without the images."""
     drawings = {
         "evaluation": charts.evaluation(run, others),
         "tags": charts.tags(run, others),
@@ -40,20 +30,21 @@ def _values(run: Recorded, others: list[Recorded]) -> dict:
         "updates": charts.updates(run),
         "speed": charts.speed(run),
     }
-    launch = run.launches[-1] if run.launches else None
-    return {
+    values = {
         "run": run,
         "what": facts.what(run),
-        "num_epochs": len(run.epochs),
         "changes": facts.changes(run),
         "headline": facts.headline(run),
         "compared": facts.compared(run, others),
         "charts": {
             name: [(chart, plots.draw(chart)) for chart in some] for name, some in drawings.items()
         },
-        "launch": launch,
-        "versions": launch and ", ".join(f"{k} {v}" for k, v in launch["versions"].items()),
         "settings": facts.settings(run),
         "number": facts.number,
         "machine": facts.machine,
     }
+    size = len(page.render(values, images=None).encode())
+    shown = images.before_and_after(run, MOST_BYTES - size - SPARE_BYTES)
+    text = page.render(values, images=shown)
+    assert len(text.encode()) < MOST_BYTES, len(text.encode())
+    return text

@@ -54,12 +54,16 @@ class Recorded:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    @property
+    def trained(self) -> list[str]:
+        """The rewards of non-zero weight."""
+        return [name for name, weight in self.config["reward_fn"].items() if weight]
+
     def scores(self) -> list[str]:
         """The evaluated scores, what was trained first; avg only where it is a sum of several."""
         names = score_names(self.evals[-1])
-        trained = [name for name, weight in self.config["reward_fn"].items() if weight]
-        first = [name for name in trained if name in names]
-        if "avg" in names and len(trained) > 1:
+        first = [name for name in self.trained if name in names]
+        if "avg" in names and len(self.trained) > 1:
             first = ["avg", *first]
         return first + [name for name in names if name not in first and name != "avg"] or names
 
