@@ -6,6 +6,7 @@ Every wait ends: a call has one deadline for its connections, uploads, answers a
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 import uuid
@@ -14,13 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    RetryError,
-    retry_if_exception_type,
-    wait_random_exponential,
-)
 
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.batch import Batch, scatter
@@ -34,20 +28,12 @@ SLOTS = 32  # requests of a process at a time to each URL
 MAX_SCORER_FAILURES = 3  # answers of 500, which say that the scorer itself failed
 COOL_DOWN_S = 30.0  # after a call in vain, calls fail at once for so long
 CLOSE_S = 5.0
+Part = tuple[int, bytes]  # of a call: how many rows, and a request's body
+Answer = tuple[dict[str, np.ndarray], list[str | None]]  # scores, and each row's error
 
 
 class Unavailable(Refused):
     """No server answered before the deadline."""
-
-
-@dataclass(eq=False)
-class _Part:
-    """One request."""
-
-    num_rows: int
-    body: bytes
-    headers: dict[str, str]
-    num_scorer_failures: int = 0
 
 
 @dataclass(eq=False)
@@ -62,8 +48,8 @@ class _Endpoint:
     def failed(self, error: Retry, now: float) -> None:
         if error.status != 429:  # that is a healthy server's
             self.num_failures += 1
-        pause = min(BACKOFF_S * 2**self.num_failures, COOL_DOWN_S)
-        self.avoid_until = now + max(pause, error.after_s)
+        pause_s = min(BACKOFF_S * 2 ** min(self.num_failures, 7), COOL_DOWN_S)
+        self.avoid_until = now + max(pause_s, error.after_s)
 
     def answered(self) -> None:
         self.num_failures, self.avoid_until = 0, 0.0
@@ -99,7 +85,7 @@ class RemoteReward(Reward):
         if self._closed:
             raise Refused(f"{self._endpoints[0].url}: the run is ending")
         rows = self._split(batch)
-        parts = [self._part(batch.rows(r)) for r in rows]
+        parts = [(len(r), wire.encode(batch.rows(r), self.servers.encoding)) for r in rows]
         future = asyncio.run_coroutine_threadsafe(self._score(parts), self._loop)
         try:
             answers = future.result(self.servers.timeout_s + 2 * health.HEALTH_S)
@@ -146,11 +132,7 @@ class RemoteReward(Reward):
         num_rows = min(num_rows, PART_BYTES * len(batch) // max(1, batch.num_bytes()))
         return wire.cut(batch, num_rows)
 
-    def _part(self, batch: Batch) -> _Part:
-        headers = {"content-type": wire.CONTENT_TYPE, "idempotency-key": uuid.uuid4().hex}
-        return _Part(len(batch), wire.encode(batch, self.servers.encoding), headers)
-
-    async def _score(self, parts: list[_Part]) -> list[tuple[dict, list]]:
+    async def _score(self, parts: list[Part]) -> list[Answer]:
         """Send all parts at once; the first one in vain ends the others."""
         deadline = self._clock() + self.servers.timeout_s
         if self._open_until:
@@ -177,26 +159,32 @@ class RemoteReward(Reward):
             self._open_until = self._clock() + COOL_DOWN_S
             raise Unavailable(problems[0])
 
-    async def _send(self, part: _Part, deadline: float) -> tuple[dict, list]:
+    async def _send(self, part: Part, deadline: float) -> Answer:
         """Send a part until it is answered, with growing, random pauses."""
+        headers = {"content-type": wire.CONTENT_TYPE, "idempotency-key": uuid.uuid4().hex}
+        num_attempts = num_scorer_failures = 0
+        longest_s = 2 * BACKOFF_S
+        while True:
+            try:
+                return await self._attempt(part, headers, deadline)
+            except Retry as error:
+                last = error
+            num_attempts += 1
+            num_scorer_failures += last.status == 500
+            if num_scorer_failures == MAX_SCORER_FAILURES:
+                raise Refused(f"{last.url}: {last}")
+            pause_s = max(random.uniform(BACKOFF_S, longest_s), last.after_s)
+            if pause_s > 0.7 * (deadline - self._clock()):  # too late for one more
+                raise Unavailable(
+                    f"{last.url}: no scores after {num_attempts} attempt(s) within "
+                    f"config.reward_timeout={self.servers.timeout_s:g} s; the last: {last}"
+                )
+            longest_s = min(2 * longest_s, MAX_BACKOFF_S)
+            await self._sleep(pause_s)
 
-        def too_late(state: RetryCallState) -> bool:  # for one more
-            return state.upcoming_sleep > 0.7 * (deadline - self._clock())
-
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Retry), wait=_pause, stop=too_late, sleep=self._sleep
-        )
-        try:
-            return await retrying(self._attempt, part, deadline)
-        except RetryError as error:
-            last = error.last_attempt
-            raise Unavailable(
-                f"{last.exception().url}: no scores after {last.attempt_number} attempt(s) within "
-                f"config.reward_timeout={self.servers.timeout_s:g} s; the last: {last.exception()}"
-            ) from None
-
-    async def _attempt(self, part: _Part, deadline: float) -> tuple[dict, list]:
+    async def _attempt(self, part: Part, headers: dict[str, str], deadline: float) -> Answer:
         """Send a part to the URL that failed least recently and has least to do."""
+        num_rows, body = part
         async with self._slots:
             now = self._clock()
             endpoint = min(
@@ -206,27 +194,17 @@ class RemoteReward(Reward):
             patience_s = (deadline - now) / 2
             endpoint.num_in_flight += 1
             try:
-                answer = await send(self._client, endpoint.url, part.body, part.headers, patience_s)
+                answer = await send(self._client, endpoint.url, body, headers, patience_s)
             except Retry as error:
                 endpoint.failed(error, self._clock())
-                part.num_scorer_failures += error.status == 500
-                if part.num_scorer_failures == MAX_SCORER_FAILURES:
-                    raise Refused(f"{endpoint.url}: {error}") from None
                 raise
             except Unscorable as error:  # each row has an error
                 endpoint.answered()
-                return {self.name: np.full(part.num_rows, np.nan)}, [str(error)] * part.num_rows
+                return {self.name: np.full(num_rows, np.nan)}, [str(error)] * num_rows
             finally:
                 endpoint.num_in_flight -= 1
         endpoint.answered()
         try:
-            return wire.decode_answer(answer, self.name, part.num_rows)
+            return wire.decode_answer(answer, self.name, num_rows)
         except wire.Malformed as error:
             raise Refused(f"{endpoint.url}: {error}: {answer[:80]!r}") from None
-
-
-_BACKOFF = wait_random_exponential(2 * BACKOFF_S, MAX_BACKOFF_S, min=BACKOFF_S)
-
-
-def _pause(state: RetryCallState) -> float:
-    return max(_BACKOFF(state), state.outcome.exception().after_s)

@@ -50,8 +50,7 @@ def of(config: ml_collections.ConfigDict) -> Servers:
                 f"monitor it, or remove the URL."
             )
     if urls:
-        for package in ("httpx", "tenacity"):
-            check_package(package, "rewards")
+        check_package("httpx", "rewards")
     token_file = config.reward_token_file
     token = read_token(token_file, "config.reward_token_file") if token_file and urls else ""
     return Servers(urls, config.reward_timeout, token, config.reward_encoding)
