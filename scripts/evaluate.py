@@ -166,12 +166,7 @@ def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) ->
     summaries = tables.summarise(result.scores, tags, texts)
     print(tables.table(summaries))
     tables.write_csv(folder / "table.csv", summaries)
-    rows = [
-        {"row": n, "prompt": prompt.text, "tag": prompt.tag}
-        | {name: values[n].item() for name, values in result.scores.items()}
-        for n, prompt in enumerate(job.prompts)
-    ]
-    tables.write_rows(folder / "scores.csv", rows)
+    tables.write_scores(folder / "scores.csv", result.scores, job.prompts)
     name = shown_score(job)
     captions = [f"{texts[n]}\n{name} {result.scores[name][n]:.3f}" for n in result.images]
     captioned_sheet(list(result.images.values()), captions, 8).save(folder / "sheet.png")
