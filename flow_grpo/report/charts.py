@@ -44,14 +44,14 @@ def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
 
 def rewards(run: Recorded) -> list[Chart]:
     """The training reward, its spread, and what teaches nothing."""
-    rows = run.epochs
     names = ["avg", *run.trained] if len(run.trained) > 1 else ["avg"]
-    means = [_over(rows, f"reward/{name}", name, colour(i)) for i, name in enumerate(names)]
-    band = [_over(rows, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
+    means = {f"reward/{name}": name for name in names}
+    band = [_over(run.epochs, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
+    equal = {"reward/zero_std_fraction": ""}
     charts = [
-        Chart("Mean reward", "of an epoch's images", means, "epoch"),
+        _of_epochs(run, "Mean reward", "of an epoch's images", means),
         Chart("Mean reward ± standard deviation", "over an epoch's images", band, "epoch"),
-        _single(rows, "reward/zero_std_fraction", "Groups of equal scores", "they teach nothing"),
+        _of_epochs(run, "Groups of equal scores", "they teach nothing", equal),
     ]
     return _present(charts)
 
@@ -87,16 +87,13 @@ def updates(run: Recorded) -> list[Chart]:
 
 def speed(run: Recorded) -> list[Chart]:
     """Where the time and the memory went."""
-    rows = run.epochs
-    phases = [_over(rows, f"seconds/{phase}", phase, colour(i)) for i, phase in enumerate(PHASES)]
-    memory = [
-        _over(rows, f"memory/{place}_gib", place, colour(i))
-        for i, place in enumerate(("device", "host"))
-    ]
+    seconds = {f"seconds/{phase}": phase for phase in PHASES}
+    memory = {f"memory/{place}_gib": place for place in ("device", "host")}
+    rate = {"images_per_second": ""}
     charts = [
-        Chart("Seconds per epoch", "in each phase, on the main process", phases, "epoch"),
-        _single(rows, "images_per_second", "Images per second", "evaluation left out"),
-        Chart("Peak memory, GiB", "so far, of the main process", memory, "epoch"),
+        _of_epochs(run, "Seconds per epoch", "in each phase, on the main process", seconds),
+        _of_epochs(run, "Images per second", "evaluation left out", rate),
+        _of_epochs(run, "Peak memory, GiB", "so far, of the main process", memory),
     ]
     return _present(charts)
 
@@ -104,7 +101,6 @@ def speed(run: Recorded) -> list[Chart]:
 def _evaluated(
     run: Recorded, name: str, tag: str | None, label: str, number: int, dashed: bool
 ) -> Series:
-    """A score over the evaluations."""
     key = f"{name}/{tag}" if tag else name
     rows = [row for row in run.evals if key in row]
     ends = [interval(row, name, tag) for row in rows]
@@ -130,8 +126,11 @@ def _over(
     return Series(label, x, y, shade, low, high)
 
 
-def _single(rows: list[dict], key: str, title: str, note: str) -> Chart:
-    return Chart(title, note, [_over(rows, key, title, colour(0))], "epoch")
+def _of_epochs(run: Recorded, title: str, note: str, keys: dict[str, str]) -> Chart:
+    """keys: what the chart shows, each with its label."""
+    lines = enumerate(keys.items())
+    series = [_over(run.epochs, key, label, colour(i)) for i, (key, label) in lines]
+    return Chart(title, note, series, "epoch")
 
 
 def _statistics(run: Recorded) -> list[str]:

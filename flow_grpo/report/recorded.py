@@ -79,17 +79,15 @@ def load(folder: Path) -> Recorded:
             f"{str(folder)!r} has no {missing[0] if missing else 'evaluation in metrics.jsonl'}: "
             f"a run's folder, logs/<run_name>, is needed, after its first evaluation."
         )
-    about = _read(folder / "run.json") or {"defaults": {}, "statistics": {}}
+    files = [folder / name for name in ("config.json", "launches.json", "run.json")]
+    config, launches, about = (json.loads(f.read_text()) if f.is_file() else {} for f in files)
     return Recorded(
         folder=folder,
-        config=_read(folder / "config.json"),
-        launches=_read(folder / "launches.json") or [],
-        **about,
+        config=config,
+        launches=launches or [],
+        defaults=about.get("defaults", {}),
+        statistics=about.get("statistics", {}),
         evals=read_metrics(folder, "eval"),
         epochs=read_metrics(folder, "epoch"),
         updates=read_metrics(folder, "update"),
     )
-
-
-def _read(path: Path):
-    return json.loads(path.read_text()) if path.is_file() else None
