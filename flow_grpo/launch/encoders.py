@@ -32,9 +32,8 @@ def load_pipeline(
         return _load(config, family, ranks.device)
     held, items = store(config, family), _items(config, family, prompts)
     mine = list(items)[ranks.rank :: ranks.num_ranks]
-    missing = [item for item in mine if not held.holds(item)]
-    count = torch.tensor([len(missing)], device=ranks.device)
-    if not ranks.total(count).item():
+    missing = {item: items[item] for item in mine if not held.holds(item)}
+    if not any(ranks.gather_objects(len(missing))):
         return _load(config, family, ranks.device, encoders=False)
     pipeline = _load(config, family, torch.device("cpu"))
     pipeline.move_vae(ranks.device)
@@ -43,7 +42,7 @@ def load_pipeline(
         damaged = held.path(item)
         if damaged.exists():
             print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
-    _precompute(pipeline, held, {item: items[item] for item in missing}, config, ranks)
+    _precompute(pipeline, held, missing, config, ranks)
     pipeline.drop_encoders()
     pipeline.move(ranks.device)
     ranks.barrier()

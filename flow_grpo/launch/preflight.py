@@ -54,24 +54,7 @@ def _check_rewards(config: ml_collections.ConfigDict) -> None:
             f"config.reward_fn={dict(config.reward_fn)}: a reward of non-zero weight is needed, "
             f"for example --config.reward_fn=\"{{'jpeg_compressibility': 1.0}}\"."
         )
-    _check_held_out(config)
-    _check_names(config)
-
-
-def _check_names(config: ml_collections.ConfigDict) -> None:
-    where = servers.of(config)
-    both = {"reward_fn": dict(config.reward_fn), "eval_reward_fn": tuple(config.eval_reward_fn)}
-    for key, given in both.items():
-        for name in given:
-            try:
-                compares = not where.alone_knows(name) and loading.needs_groups(name)
-            except ValueError as error:
-                raise ValueError(f"config.{key}={given}: {error}") from error
-            _check_comparing(config, {name} if compares else ())
-
-
-def _check_held_out(config: ml_collections.ConfigDict) -> None:
-    held_out = tuple(config.eval_reward_fn)
+    held_out, where = tuple(config.eval_reward_fn), servers.of(config)
     for name in held_out:
         if config.reward_fn.get(name, 0):
             raise ValueError(
@@ -83,6 +66,13 @@ def _check_held_out(config: ml_collections.ConfigDict) -> None:
             f"config.hacking_alarm={config.hacking_alarm}: it watches the held-out rewards, and "
             f"there are none. Name some, as --config.eval_reward_fn=\"('clipscore',)\"."
         )
+    for key, given in {"reward_fn": dict(config.reward_fn), "eval_reward_fn": held_out}.items():
+        for name in given:
+            try:
+                compares = not where.alone_knows(name) and loading.needs_groups(name)
+            except ValueError as error:
+                raise ValueError(f"config.{key}={given}: {error}") from error
+            _check_comparing(config, {name} if compares else ())
 
 
 def _check_comparing(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
@@ -108,15 +98,11 @@ def _check_comparing(config: ml_collections.ConfigDict, names: Collection[str]) 
 
 
 def _check_prompts(config: ml_collections.ConfigDict, prompts: list[Prompt]) -> None:
-    """Refuse prompts that a reward can't score."""
     settings = loading.settings(config)
-    local = [
-        name
-        for name in (*config.reward_fn, *config.eval_reward_fn)
-        if name not in config.reward_urls
-    ]
-    for name in local:
-        loading.check(name, settings, [p.text for p in prompts], [p.metadata for p in prompts])
+    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+    for name in (*config.reward_fn, *config.eval_reward_fn):
+        if name not in config.reward_urls:
+            loading.check(name, settings, texts, metadata)
 
 
 def _check_folder(config: ml_collections.ConfigDict) -> None:
