@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,17 +24,12 @@ Images = tuple[list[Tensor], list[np.ndarray]]  # latents, of which the last cou
 
 @dataclass(frozen=True)
 class Task:
-    """What is drawn."""
-
     prompts: tuple[str, ...]
     images: tuple[np.ndarray, ...]  # the reference images, uint8 (H, W, 3), of every prompt
     size: Size
     num_steps: int
     guidance: Guidance
     max_length: int  # tokens
-
-    def unguided(self, pipeline: PatchedPipeline) -> Task:
-        return replace(self, guidance=pipeline.unguided)
 
     def schedule(self, pipeline: PatchedPipeline, kind: str = "ode", pad_to: int = 0) -> Schedule:
         sigmas = pipeline.sigmas(self.num_steps, self.size).to(pipeline.device)

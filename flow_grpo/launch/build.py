@@ -118,7 +118,7 @@ def _evaluator(
     pipeline: PatchedPipeline,
     size: Size,
 ) -> Evaluator:
-    """Put together what draws and scores images. model: the transformer, wrapped."""
+    """model: the transformer, wrapped."""
     sigmas = pipeline.sigmas(config.sample.eval_num_steps, size).to(pipeline.device)
     return Evaluator(
         config=config,

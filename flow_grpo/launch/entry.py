@@ -16,9 +16,8 @@ from flow_grpo.training.run import Run
 
 
 def main(family: type[PatchedPipeline], default_config: str) -> None:
-    """Run a training script.
+    """Run a training script. default_config: FILE.py:RUN.
 
-    family: the model's pipeline patch. default_config: FILE.py:RUN.
     Exits with 1 and one message where the config, the data or the checkpoint is at fault, and with
     128 + the signal's number after SIGTERM or SIGINT.
     """

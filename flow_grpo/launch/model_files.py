@@ -14,10 +14,7 @@ from flow_grpo.diffusers_patch.registry import FAMILIES
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-    """Refuse a model that is not there, an image size it can't draw, a LoRA that is none.
-
-    Raises ValueError naming the key, the value, what is needed and the remedy.
-    """
+    """Refuse a model that is not there, an image size it can't draw, a LoRA that is none."""
     path = config.pretrained.model
     if not path:
         raise ValueError(
@@ -80,7 +77,6 @@ def family(config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
 
 
 def _check_size(config: ml_collections.ConfigDict) -> None:
-    """Compare the image's size with what the autoencoder and the transformer state."""
     vae, transformer = (_read(config, part) for part in ("vae", "transformer"))
     if vae.get("_class_name") != "AutoencoderKL" or "patch_size" not in transformer:
         return  # other models are asked once they are loaded
@@ -119,7 +115,6 @@ def _read(config: ml_collections.ConfigDict, part: str) -> dict:
 
 
 def _file(config: ml_collections.ConfigDict, name: str) -> Path | None:
-    """Find a model's file in its folder or in the hub's cache."""
     path, revision = config.pretrained.model, config.pretrained.revision
     if os.path.isdir(path):
         found = Path(path) / name

@@ -17,10 +17,7 @@ from flow_grpo.rewards.remote import health, servers
 
 
 def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
-    """Check all that needs no model and return the epoch's arithmetic.
-
-    Raises ValueError naming the key, the value, what is needed and the remedy.
-    """
+    """Check all that needs no model and return the epoch's arithmetic. Raises ValueError."""
     keys.check(config, keys_of(config))
     rollouts.check(
         config.sample.num_steps,

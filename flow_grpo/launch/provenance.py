@@ -21,10 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | None) -> None:
-    """Add a launch to the run's launches.json; a run that starts anew forgets earlier ones.
-
-    Only the main process may call it. resume_from: the checkpoint, or None.
-    """
+    """Add a launch to the run's launches.json; a run that starts anew forgets earlier ones."""
     path, earlier = folder / FILE, []
     own = resume_from and resume_from.resolve().parent.parent == folder.resolve()
     if own and path.exists():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -60,7 +61,8 @@ def verify(
 
     task: two prompts or more. config: a run's, of which the LoRA's settings count.
     """
-    yield from stock_checks(pipeline, task.unguided(pipeline), "unguided")
+    unguided = replace(task, guidance=pipeline.unguided)
+    yield from stock_checks(pipeline, unguided, "unguided")
     if pipeline.may_need_negative(task.guidance):
         yield from stock_checks(pipeline, task, "guided")
     base = velocity_of(pipeline, task)

@@ -27,7 +27,10 @@ def evaluation(run: Recorded, others: list[Recorded]) -> list[Chart]:
 
 def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
     """One chart per tag, all with one scale."""
-    names = run.scores() if _shares(run) and not others else run.scores()[:1]
+    names = run.scores()
+    values = [row[name] for row in run.evals for name in names if name in row]
+    if others or not all(0 <= value <= 1 for value in values):  # shares have one scale
+        names = names[:1]
     shown = [(run, name, name) for name in names]
     if others:
         shown = [(one, names[0], one.name) for one in (run, *others)]
@@ -57,10 +60,7 @@ def rewards(run: Recorded) -> list[Chart]:
 
 
 def denoising(run: Recorded) -> list[Chart]:
-    """What the objective measured at each denoising step, one line per step.
-
-    Titles and notes are those that the run wrote down; without them a chart has its key's name.
-    """
+    """What the objective measured at each denoising step, under the titles that the run wrote."""
     charts = []
     for name in _statistics(run):
         about = run.statistics.get(name, {"title": name, "note": "", "origin": 0.0})
@@ -112,10 +112,7 @@ def _evaluated(
 def _over(
     rows: list[dict], key: str, label: str, shade: str, spread: str = "", origin: float = 0.0
 ) -> Series:
-    """A key of updates over the optimizer steps, or of epochs over the epochs.
-
-    spread: the key of a band's half width. origin: is taken off the line's values.
-    """
+    """spread: the key of a band's half width. origin: is taken off the line's values."""
     held = [row for row in rows if key in row]
     x = [row["step" if row["kind"] == "update" else "epoch"] for row in held]
     y = [row[key] - origin for row in held]
@@ -156,8 +153,3 @@ def _present(charts: list[Chart]) -> list[Chart]:
     """Leave out series without a value, and charts without a series."""
     kept = [replace(chart, series=[s for s in chart.series if s.x]) for chart in charts]
     return [chart for chart in kept if chart.series]
-
-
-def _shares(run: Recorded) -> bool:
-    """Whether all scores are shares, so that they can lie in one chart."""
-    return all(0 <= row[name] <= 1 for row in run.evals for name in run.scores() if name in row)

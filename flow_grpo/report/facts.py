@@ -96,25 +96,14 @@ def headline(run: Recorded) -> dict[str, str]:
 
 
 def _seconds(row: dict, *without: str) -> float:
-    """The seconds of an epoch's phases but for some."""
     skipped = {f"seconds/{phase}" for phase in without}
     return sum(v for k, v in row.items() if k.startswith("seconds/") and k not in skipped)
 
 
 def machine(launch: dict) -> str:
-    """A launch's machine, in words."""
     held = launch["machine"]
     cpu = f"{held['cores']} cores of {held['cpu']}, {held['memory_gib']:.0f} GiB"
     return ", ".join([*held["gpus"], cpu])
-
-
-def compared(run: Recorded, others: list[Recorded]) -> dict[str, list[str]]:
-    """The scores of several runs before and after, one list per run; empty without others."""
-    names = run.scores()
-    return {
-        one.name: [f"{number(one.evals[0].get(n))} → {number(one.evals[-1].get(n))}" for n in names]
-        for one in ((run, *others) if others else ())
-    }
 
 
 def settings(run: Recorded) -> list[Setting]:

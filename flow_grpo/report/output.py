@@ -58,7 +58,7 @@ def render(run: Recorded, others: list[Recorded]) -> str:
         "what": facts.what(run),
         "changes": facts.changes(run),
         "headline": facts.headline(run),
-        "compared": facts.compared(run, others),
+        "others": others,
         "charts": {
             name: [(chart, plots.draw(chart)) for chart in some] for name, some in drawings.items()
         },
@@ -74,9 +74,8 @@ def render(run: Recorded, others: list[Recorded]) -> str:
 
 
 def write(folder: Path, others: list[Path] | None = None) -> Path:
-    """Draw a run's report.html from what is in its folder, and return its path.
+    """Draw a run's report.html, with others' evaluations over its own, and return its path.
 
-    others: runs whose evaluations are drawn over this one's.
     Raises ValueError if a folder is not a run's.
     """
     run, compared = recorded.load(folder), [recorded.load(other) for other in others or []]

@@ -23,7 +23,6 @@ RETRY_AFTER_S = 1
 NUM_DECODERS = 2  # threads
 MAX_KEY = 128  # characters of an idempotency key
 STUCK = "a call of the scorer takes longer than a request may: it is stuck"
-BODY = {"schema": {"type": "string", "format": "binary"}}
 
 
 @dataclass(frozen=True)
@@ -176,10 +175,7 @@ def counted(app: ASGIApp, statuses: Counter[int]) -> ASGIApp:
 def create_app(
     reward: str, batcher: Batcher, limits: Limits, token: str = "", compares: bool = False
 ) -> FastAPI:
-    """Return the application.
-
-    token: what every request must bring; "": nothing. compares: the reward needs whole groups.
-    """
+    """Return the application. token: what a request must bring; "": none. compares: groups."""
     service = Service(reward, batcher, limits, compares)
 
     async def authorise(request: Request) -> None:
@@ -201,7 +197,8 @@ def create_app(
         lifespan=lifespan,
         dependencies=[Depends(authorise)],
     )
-    body = {"content": {wire.CONTENT_TYPE: BODY}, "required": True}
+    file = {"schema": {"type": "string", "format": "binary"}}
+    body = {"content": {wire.CONTENT_TYPE: file}, "required": True}
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
     app.post("/score", openapi_extra={"requestBody": body})(service.score)

@@ -18,6 +18,7 @@ from flow_grpo.rewards.remote.wire import cut, encode_answer
 # What a scorer raises for an input that it can't take; anything else is its own failure.
 OF_INPUT = (ValueError, TypeError, LookupError, AttributeError)
 Score = Callable[[Batch], dict[str, np.ndarray]]  # (B,) columns; raises what the scorer raises
+Scored = tuple[dict[str, np.ndarray], list[str | None]]  # (B,) columns and each row's error
 
 
 class Unscorable(Exception):
@@ -36,9 +37,9 @@ class _Job:
 
 
 class Batcher:
-    """Scores requests in the order of arrival, up to max_rows images a call.
+    """Scores requests in the order of arrival, up to max_rows images a call, or a whole group.
 
-    Rows of equal group stay in one call. linger_s: how long a call that is not full waits for more.
+    linger_s: how long a call that is not full waits for more.
     """
 
     def __init__(
@@ -69,11 +70,10 @@ class Batcher:
         since = self._busy_since
         return 0.0 if since is None else self._clock() - since
 
-    def close(self, patience_s: float) -> bool:
-        """Finish what is queued. Returns False if that takes longer."""
+    def close(self, patience_s: float) -> None:
+        """Finish what is queued, unless that takes longer."""
         self._queue.put(None)
         self._thread.join(patience_s)
-        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while jobs := self._gather():
@@ -110,15 +110,16 @@ class Batcher:
         return jobs
 
     def _serve(self, jobs: list[_Job]) -> None:
-        """Score the requests together; if that fails, each by itself, then its rows."""
+        """Score the requests together; if that fails, each by itself."""
         try:
-            scores, errors = self._rows(_merge([job.batch for job in jobs]))
+            if len(jobs) > 1:
+                scores, errors = self._rows(_merge([job.batch for job in jobs]))
+            else:
+                scores, errors = self._apart(jobs[0].batch)
         except Exception as error:
             if len(jobs) > 1:
                 for job in jobs:
                     self._serve([job])
-            elif isinstance(error, OF_INPUT):
-                self._take_apart(jobs[0], error)
             else:
                 logging.getLogger(__name__).exception("the scorer failed")
                 jobs[0].answer.set_exception(error)
@@ -130,29 +131,23 @@ class Batcher:
             self._answer(job, part, errors[rows])
             start = rows.stop
 
-    def _take_apart(self, job: _Job, error: Exception) -> None:
-        """Score a request row by row (or group by group), so that only the guilty go without."""
-        errors: list[str | None] = [None] * len(job.batch)
-        units, parts = job.batch.units(), []
+    def _apart(self, batch: Batch) -> Scored:
+        """Score rows; if that fails, by row or group, so that only the guilty go without."""
+        try:
+            return self._rows(batch)
+        except OF_INPUT as error:
+            units = batch.units()
+            if len(units) == 1:
+                return {}, [f"{type(error).__name__}: {error}"[:500]] * len(batch)
+        parts, errors = [], [None] * len(batch)
         for unit in units:
-            try:
-                if len(units) == 1:
-                    raise error
-                scores, unit_errors = self._rows(job.batch.rows(unit))
-            except OF_INPUT as reason:
-                scores, unit_errors = {}, [f"{type(reason).__name__}: {reason}"[:500]] * len(unit)
-            except Exception as reason:
-                job.answer.set_exception(reason)
-                return
+            scores, unit_errors = self._apart(batch.rows(unit))
             parts.append((unit, scores))
-            for row, unit_error in zip(unit, unit_errors, strict=True):
-                errors[row] = unit_error
-        if any(scores for _, scores in parts):
-            self._answer(job, scatter(parts, len(job.batch)), errors)
-        else:
-            job.answer.set_exception(Unscorable(errors[0]))
+            for row, error in zip(unit, unit_errors, strict=True):
+                errors[row] = error
+        return scatter(parts, len(batch)), errors
 
-    def _rows(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str | None]]:
+    def _rows(self, batch: Batch) -> Scored:
         """Score what can be read, in calls of at most max_rows where groups allow it."""
         unreadable = batch.errors or {}
         errors = [unreadable.get(row) for row in range(len(batch))]
@@ -166,6 +161,9 @@ class Batcher:
         return scatter(parts, len(batch)), errors
 
     def _answer(self, job: _Job, scores: dict[str, np.ndarray], errors: list) -> None:
+        if not scores:
+            job.answer.set_exception(Unscorable(errors[0]))
+            return
         num_errors = sum(error is not None for error in errors)
         self.num_scored += len(errors) - num_errors
         self.num_row_errors += num_errors

@@ -38,8 +38,6 @@ class Unavailable(Refused):
 
 @dataclass(eq=False)
 class _Endpoint:
-    """What is known of one URL."""
-
     url: str
     num_in_flight: int = 0
     num_failures: int = 0  # since it last answered

@@ -18,8 +18,6 @@ MIN_TOKEN = 16  # characters
 
 @dataclass(frozen=True)
 class Servers:
-    """config.reward_urls and what belongs to them."""
-
     urls: Mapping[str, list[str]] = field(default_factory=dict)  # by reward
     timeout_s: float = 600.0  # of a call, its retries included
     token: str = field(default="", repr=False)

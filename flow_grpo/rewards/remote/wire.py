@@ -119,8 +119,6 @@ def decode_answer(
 
 
 class _Budget:
-    """Pixels that a request may still take."""
-
     def __init__(self, max_pixels: int):
         self._max, self._left = max_pixels, max_pixels
 
@@ -221,7 +219,6 @@ def _decoded(file: bytes, budget: _Budget) -> np.ndarray:
 
 
 def _jpeg(image: np.ndarray) -> np.ndarray:
-    """Return a JPEG file's bytes, (N,) uint8."""
     file = BytesIO()
     Image.fromarray(image).save(file, **JPEG)
     return np.frombuffer(file.getvalue(), np.uint8)
