@@ -112,6 +112,7 @@ def score_prompts(
     Returns the scores (N,) by name, and the shown images by row, ascending.
     """
     config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.schedule
+    pipeline, model = evaluator.pipeline, evaluator.model
     batches = eval_batches(prompts, config.sample.test_batch_size, ranks.rank, ranks.num_ranks)
     randomness, images = Randomness(config.seed, ()), {}
     scoring = evaluator.scorer.start(held_out=True)
@@ -123,16 +124,8 @@ def score_prompts(
             evaluator.guidance,
         )
         segment = whole(np.empty((len(numbers), 0), dtype=np.int64), schedule.num_steps)
-        part = denoise(
-            evaluator.pipeline,
-            evaluator.model,
-            batch,
-            schedule,
-            randomness,
-            segment,
-            on_step=bar.update,
-        )
-        drawn = decode(evaluator.pipeline, part.rollout)
+        part = denoise(pipeline, model, batch, schedule, randomness, segment, on_step=bar.update)
+        drawn = decode(pipeline, part.rollout)
         scoring.add(Batch(drawn, batch.prompts, batch.metadata, batch.references))
         for number, image in zip(numbers, drawn, strict=True):
             on_image(number, image)

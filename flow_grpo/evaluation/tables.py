@@ -78,16 +78,8 @@ def compare(
             ours, theirs = first[name][rows], second[name][rows]
             change = theirs - ours
             outcomes = [int(each.sum()) for each in (change > 0, change == 0, change < 0)]
-            comparisons.append(
-                Comparison(
-                    name,
-                    tag,
-                    sum(outcomes),
-                    mean(change, strata),
-                    *paired_interval(ours, theirs, texts, strata),
-                    *outcomes,
-                )
-            )
+            centre, ends = mean(change, strata), paired_interval(ours, theirs, texts, strata)
+            comparisons.append(Comparison(name, tag, sum(outcomes), centre, *ends, *outcomes))
     return comparisons
 
 

@@ -144,10 +144,7 @@ def _about(objective: str) -> dict:
 def load(
     config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
 ) -> tuple[Engine, PatchedPipeline, Size]:
-    """Load the model, as yet without anything that trains; first check that it suits the prompts.
-
-    Raises ValueError if it does not, or can't draw what the config asks for.
-    """
+    """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     family.check_prompts(prompts)
     family.check_num_frames(config.num_frames)

@@ -27,9 +27,11 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     if own and path.exists():
         earlier = json.loads(path.read_text())
     aside = path.with_suffix(".tmp")
+    # Of accelerate's launcher only the number of processes is known.
+    launcher = "python" if num_ranks == 1 else f"accelerate launch --num_processes {num_ranks}"
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command(argv, num_ranks),
+        "command": f"{launcher} {shlex.join(argv)}",
         "resumed_from": resume_from and (resume_from.name if own else str(resume_from)),
         "revision": revision(),
         "machine": machine(),
@@ -37,12 +39,6 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     }
     aside.write_text(json.dumps([*earlier, launch], indent=2) + "\n")
     os.replace(aside, path)
-
-
-def command(argv: list[str], num_ranks: int) -> str:
-    """Return the command line; of accelerate's launcher only the number of processes is known."""
-    launcher = "python" if num_ranks == 1 else f"accelerate launch --num_processes {num_ranks}"
-    return f"{launcher} {shlex.join(argv)}"
 
 
 def revision() -> str | None:

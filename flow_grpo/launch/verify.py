@@ -1,7 +1,4 @@
-"""What must hold for a model before it is trained, checked against the stock diffusers pipeline.
-
-scripts/verify_model.py runs all of it on a checkpoint; docs/add_a_model.md says what each is for.
-"""
+"""What must hold for a model before it is trained; docs/add_a_model.md says what each is for."""
 
 from __future__ import annotations
 

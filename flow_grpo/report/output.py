@@ -74,10 +74,7 @@ def render(run: Recorded, others: list[Recorded]) -> str:
 
 
 def write(folder: Path, others: list[Path] | None = None) -> Path:
-    """Draw a run's report.html, with others' evaluations over its own, and return its path.
-
-    Raises ValueError if a folder is not a run's.
-    """
+    """Draw a run's report.html, with others over it. Raises ValueError if a folder is no run's."""
     run, compared = recorded.load(folder), [recorded.load(other) for other in others or []]
     text, path = render(run, compared), folder / FILE
     aside = path.with_suffix(".tmp")

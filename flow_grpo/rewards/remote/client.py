@@ -19,7 +19,7 @@ import numpy as np
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.remote import health, wire
-from flow_grpo.rewards.remote.exchange import Refused, Retry, Unscorable, connect, send
+from flow_grpo.rewards.remote.exchange import Refused, Retry, connect, detail, send
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
 PART_ROWS, PART_BYTES = 64, 2**26  # of a request, unless a group is larger
@@ -54,12 +54,10 @@ class _Endpoint:
 
 
 class RemoteReward(Reward):
-    """Scores by HTTP. Calls are split at group boundaries, and the parts spread over the URLs.
+    """Scores by HTTP: groups stay whole, and the parts of a call are spread over the URLs.
 
-    A part is retried, always under one id, after refused connections, timeouts and answers that say
-    that a server is busy until the deadline, after 500 MAX_SCORER_FAILURES times, and after nothing
-    else. Once a deadline has passed the circuit is open: calls fail at once for COOL_DOWN_S, then a
-    URL has to be healthy before anything is sent.
+    Once a deadline has passed in vain the circuit is open: calls fail at once for COOL_DOWN_S, then
+    a URL has to be healthy before anything is sent.
     """
 
     def __init__(
@@ -158,7 +156,10 @@ class RemoteReward(Reward):
             raise Unavailable(problems[0])
 
     async def _send(self, part: Part, deadline: float) -> Answer:
-        """Send a part until it is answered, with growing, random pauses."""
+        """Send a part until it is answered, always under one id, with growing, random pauses.
+
+        Another try is worth it after a Retry alone: see send().
+        """
         headers = {"content-type": wire.CONTENT_TYPE, "idempotency-key": uuid.uuid4().hex}
         num_attempts = num_scorer_failures = 0
         longest_s = 2 * BACKOFF_S
@@ -192,16 +193,15 @@ class RemoteReward(Reward):
             patience_s = (deadline - now) / 2
             endpoint.num_in_flight += 1
             try:
-                answer = await send(self._client, endpoint.url, body, headers, patience_s)
+                status, answer = await send(self._client, endpoint.url, body, headers, patience_s)
             except Retry as error:
                 endpoint.failed(error, self._clock())
                 raise
-            except Unscorable as error:  # each row has an error
-                endpoint.answered()
-                return {self.name: np.full(num_rows, np.nan)}, [str(error)] * num_rows
             finally:
                 endpoint.num_in_flight -= 1
         endpoint.answered()
+        if status == 422:
+            return {self.name: np.full(num_rows, np.nan)}, [detail(answer)] * num_rows
         try:
             return wire.decode_answer(answer, self.name, num_rows)
         except wire.Malformed as error:
