@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-import ml_collections
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 from torch import nn
 
 from flow_grpo.cli import progress
@@ -33,7 +33,7 @@ PATIENCE_S = 60.0  # for a reward's call, beyond config.reward_timeout
 class Evaluator:
     """What drawing and scoring images takes, with or without a training around it."""
 
-    config: ml_collections.ConfigDict
+    config: ConfigDict
     ranks: Ranks
     pipeline: PatchedPipeline
     model: nn.Module  # the transformer as the engine wrapped it

@@ -6,12 +6,12 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-import ml_collections
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _check_attention_backend_requirements,
 )
+from ml_collections import ConfigDict
 from torch import nn
 
 from config.base import base, with_objective
@@ -37,7 +37,7 @@ from flow_grpo.training.tracking import Tracker
 
 
 def build(
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     name: str,
     plan: Plan,
     family: type[PatchedPipeline],
@@ -92,10 +92,7 @@ def build(
 
 
 def build_evaluator(
-    config: ml_collections.ConfigDict,
-    family: type[PatchedPipeline],
-    weights: Weights,
-    prompts: list[Prompt],
+    config: ConfigDict, family: type[PatchedPipeline], weights: Weights, prompts: list[Prompt]
 ) -> Evaluator:
     """Load a model and what was trained, in the precision that config.use_lora trains it in.
 
@@ -112,11 +109,7 @@ def build_evaluator(
 
 
 def _evaluator(
-    config: ml_collections.ConfigDict,
-    engine: Engine,
-    model: nn.Module,
-    pipeline: PatchedPipeline,
-    size: Size,
+    config: ConfigDict, engine: Engine, model: nn.Module, pipeline: PatchedPipeline, size: Size
 ) -> Evaluator:
     """model: the transformer, wrapped."""
     sigmas = pipeline.sigmas(config.sample.eval_num_steps, size).to(pipeline.device)
@@ -142,7 +135,7 @@ def _about(objective: str) -> dict:
 
 
 def load(
-    config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
+    config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
 ) -> tuple[Engine, PatchedPipeline, Size]:
     """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
@@ -163,7 +156,7 @@ def load(
     return engine, pipeline, size
 
 
-def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+def add_trained_weights(pipeline: PatchedPipeline, config: ConfigDict) -> None:
     """Add a LoRA, or let the whole transformer train; in fp32, unless the engine casts it."""
     transformer, train = pipeline.transformer, config.train
     if config.activation_checkpointing:
@@ -182,7 +175,7 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.Config
         param.requires_grad_("lora_" in name and pipeline.trains(name))
 
 
-def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+def _load_lora(pipeline: PatchedPipeline, config: ConfigDict) -> None:
     """Start from a LoRA. Raises ValueError if the config says otherwise than its file."""
     path = config.train.lora_path
     pipeline.load_lora(path)
@@ -213,7 +206,7 @@ def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:
         raise ValueError(f"config.attention_backend={name!r} can't be used here: {error}") from None
 
 
-def _start(config: ml_collections.ConfigDict) -> Engine:
+def _start(config: ConfigDict) -> Engine:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError(

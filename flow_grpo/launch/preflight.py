@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from config.base import keys_of
 from flow_grpo import keys, plan, rollouts
@@ -16,7 +16,7 @@ from flow_grpo.rewards import loading
 from flow_grpo.rewards.remote import health, servers
 
 
-def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
+def check(config: ConfigDict, world_size: int) -> plan.Plan:
     """Check all that needs no model and return the epoch's arithmetic. Raises ValueError."""
     keys.check(config, keys_of(config))
     rollouts.check(
@@ -34,7 +34,7 @@ def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
     return found
 
 
-def check_evaluation(config: ml_collections.ConfigDict) -> list[Prompt]:
+def check_evaluation(config: ConfigDict) -> list[Prompt]:
     """Check what an evaluation alone needs and return its prompts. Raises ValueError."""
     keys.check(config, keys_of(config))
     _check_rewards(config)
@@ -45,7 +45,7 @@ def check_evaluation(config: ml_collections.ConfigDict) -> list[Prompt]:
     return found
 
 
-def _check_rewards(config: ml_collections.ConfigDict) -> None:
+def _check_rewards(config: ConfigDict) -> None:
     if not any(config.reward_fn.values()):
         raise ValueError(
             f"config.reward_fn={dict(config.reward_fn)}: a reward of non-zero weight is needed, "
@@ -72,7 +72,7 @@ def _check_rewards(config: ml_collections.ConfigDict) -> None:
             _check_comparing(config, {name} if compares else ())
 
 
-def _check_comparing(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
+def _check_comparing(config: ConfigDict, names: Collection[str]) -> None:
     """Refuse rewards that compare a group's images where they would not get whole groups."""
     sample, held_out = config.sample, tuple(config.eval_reward_fn)
     rows = sample.train_batch_size * sample.num_batches_per_epoch
@@ -94,7 +94,7 @@ def _check_comparing(config: ml_collections.ConfigDict, names: Collection[str]) 
             )
 
 
-def _check_prompts(config: ml_collections.ConfigDict, prompts: list[Prompt]) -> None:
+def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
     settings = loading.settings(config)
     texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
     for name in (*config.reward_fn, *config.eval_reward_fn):
@@ -102,7 +102,7 @@ def _check_prompts(config: ml_collections.ConfigDict, prompts: list[Prompt]) -> 
             loading.check(name, settings, texts, metadata)
 
 
-def _check_folder(config: ml_collections.ConfigDict) -> None:
+def _check_folder(config: ConfigDict) -> None:
     folder = Path(config.logdir) / config.run_name
     if config.run_name and not config.resume_from and (folder / "metrics.jsonl").exists():
         raise ValueError(

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
+from ml_collections import ConfigDict
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
@@ -47,9 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(
-    args: argparse.Namespace, prompts: tuple[str, ...], config: ml_collections.ConfigDict
-) -> Loaded:
+def load(args: argparse.Namespace, prompts: tuple[str, ...], config: ConfigDict) -> Loaded:
     """Check the options, write them into the config, and load the model.
 
     An editing model without a --reference is given a drawn one. Raises ValueError naming an option.
@@ -72,7 +70,7 @@ def _script(family: type[PatchedPipeline]) -> str:
     return family.__module__.rpartition(".")[2]
 
 
-def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
+def _settle(args: argparse.Namespace, config: ConfigDict) -> type[PatchedPipeline]:
     """Write the options into the config; return the model's family."""
     config.pretrained.model, config.pretrained.revision = args.model, args.revision
     config.mixed_precision = PRECISION[args.dtype]
@@ -100,7 +98,7 @@ def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> type
 def _task(
     args: argparse.Namespace,
     prompts: tuple[str, ...],
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     pipeline: PatchedPipeline,
 ) -> Task:
     size = Size(config.height, config.width, config.num_frames)

@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from flow_grpo import sde
@@ -51,9 +51,7 @@ class Check(NamedTuple):
         return f"{'PASS' if self.passed else 'FAIL'}  {self.name:<40} {self.figures}"
 
 
-def verify(
-    pipeline: PatchedPipeline, task: Task, config: ml_collections.ConfigDict
-) -> Iterator[Check]:
+def verify(pipeline: PatchedPipeline, task: Task, config: ConfigDict) -> Iterator[Check]:
     """Check a model as it was loaded; a LoRA is added to it on the way.
 
     task: two prompts or more. config: a run's, of which the LoRA's settings count.

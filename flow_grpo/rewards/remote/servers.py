@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from flow_grpo.rewards.base import check_package
 from flow_grpo.rewards.registry import REWARDS
@@ -36,7 +36,7 @@ class SomeFailed(RuntimeError):
         self.scores = scores
 
 
-def of(config: ml_collections.ConfigDict) -> Servers:
+def of(config: ConfigDict) -> Servers:
     """Read the keys. Raises ValueError naming the one at fault."""
     urls = {name: _urls(name, value) for name, value in config.reward_urls.items()}
     wanted = (*config.reward_fn, *config.eval_reward_fn)
