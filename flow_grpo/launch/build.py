@@ -44,10 +44,7 @@ def build(
     identity: dict,
     resume_from: Path | None,
 ) -> Run:
-    """Load the model and put a run together; nothing is written before all of it has worked.
-
-    name: the config's, for a run without one. identity: that of folders. resume_from: a checkpoint.
-    """
+    """Load the model and put a run together; nothing is written before all of it has worked."""
     objective_class = find(config.objective)
     objective_class.check(config, family)
     engine, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)

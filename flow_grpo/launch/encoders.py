@@ -39,7 +39,7 @@ def load_pipeline(
         damaged = held.path(item)
         if damaged.exists():
             print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
-    _precompute(pipeline, held, missing, config, ranks)
+    _precompute(pipeline, held, missing, config.max_sequence_length, ranks.is_main)
     pipeline.drop_encoders()
     pipeline.move(ranks.device)
     ranks.barrier()
@@ -117,14 +117,10 @@ def _items(
 
 @torch.no_grad()
 def _precompute(
-    pipeline: PatchedPipeline,
-    held: Store,
-    items: dict[Item, Prompt],
-    config: ConfigDict,
-    ranks: Ranks,
+    pipeline: PatchedPipeline, held: Store, items: dict[Item, Prompt], max_length: int, shown: bool
 ) -> None:
-    encoder = Conditioner(pipeline, config.max_sequence_length, cache_bytes=0)
-    bar = progress(len(items), "encode prompts", shown=ranks.is_main)
+    encoder = Conditioner(pipeline, max_length, cache_bytes=0)
+    bar = progress(len(items), "encode prompts", shown=shown)
     for item, prompt in items.items():
         images = prompt.load_images()
         cond = (

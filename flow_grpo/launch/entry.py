@@ -39,11 +39,8 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = preflight.check(config, world_size)
     if os.environ.get("RANK", "0") == "0":
-        notes = (
-            plan,
-            plan.beside_published(config.sample.num_batches_per_epoch),
-            model_files.to_download(config),
-        )
+        published = plan.beside_published(config.sample.num_batches_per_epoch)
+        notes = (plan, published, model_files.to_download(config))
         print(*filter(None, notes), sep="\n", flush=True)
     identity = folders.identity(config, family.__name__, world_size)
     resume_from = folders.resume_point(config, identity)
@@ -63,11 +60,8 @@ def execute(run: Run) -> int:
     try:
         loop.train(run)
         if main_process:
-            print(
-                f"\n{output.table(run.folder)}\n\nEverything is in {run.folder}; "
-                f"report.html shows it.",
-                flush=True,
-            )
+            table = output.table(run.folder)
+            print(f"\n{table}\n\nEverything is in {run.folder}; report.html shows it.", flush=True)
     except Stopped as stopped:
         if main_process:
             remedy = f"--config.run_name={run.folder.name} --config.resume_from=latest"

@@ -19,12 +19,9 @@ from flow_grpo.rewards.remote import health, servers
 def check(config: ConfigDict, world_size: int) -> plan.Plan:
     """Check all that needs no model and return the epoch's arithmetic. Raises ValueError."""
     keys.check(config, keys_of(config))
-    rollouts.check(
-        config.sample.num_steps,
-        config.sample.sde_window_size,
-        tuple(config.sample.sde_window_range),
-        tuple(config.sample.sde_steps),
-    )
+    sample = config.sample
+    span, steps = tuple(sample.sde_window_range), tuple(sample.sde_steps)
+    rollouts.check(sample.num_steps, sample.sde_window_size, span, steps)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)

@@ -24,7 +24,6 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 class Loaded(NamedTuple):
     family: type[PatchedPipeline]
-    dtype: torch.dtype
     pipeline: PatchedPipeline
     task: Task
 
@@ -43,15 +42,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--max_sequence_length", type=int, default=128, help="tokens")
     parser.add_argument(
-        "--reference", action="append", type=Path, help="an editing model's image; may repeat"
+        "--reference",
+        action="append",
+        type=Path,
+        help="an editing model's image; may repeat; default: a drawn one",
     )
 
 
 def load(args: argparse.Namespace, prompts: tuple[str, ...], config: ConfigDict) -> Loaded:
-    """Check the options, write them into the config, and load the model.
-
-    An editing model without a --reference is given a drawn one. Raises ValueError naming an option.
-    """
+    """Check the options, write them into the config, and load the model. Raises ValueError."""
     family = _settle(args, config)
     for each in (diffusers_logging, transformers_logging):
         each.set_verbosity_error()
@@ -62,7 +61,7 @@ def load(args: argparse.Namespace, prompts: tuple[str, ...], config: ConfigDict)
     pipeline = chosen.from_pretrained(
         args.model, dtype=dtype, device=device, revision=args.revision
     )
-    return Loaded(family, dtype, pipeline, _task(args, prompts, config, pipeline))
+    return Loaded(family, pipeline, _task(args, prompts, config, pipeline))
 
 
 def _script(family: type[PatchedPipeline]) -> str:

@@ -52,10 +52,7 @@ class Check(NamedTuple):
 
 
 def verify(pipeline: PatchedPipeline, task: Task, config: ConfigDict) -> Iterator[Check]:
-    """Check a model as it was loaded; a LoRA is added to it on the way.
-
-    task: two prompts or more. config: a run's, of which the LoRA's settings count.
-    """
+    """Check a model as it was loaded; config's LoRA is added to it. task: two prompts or more."""
     unguided = replace(task, guidance=pipeline.unguided)
     yield from stock_checks(pipeline, unguided, "unguided")
     if pipeline.may_need_negative(task.guidance):

@@ -81,13 +81,6 @@ def load(folder: Path) -> Recorded:
         )
     files = [folder / name for name in ("config.json", "launches.json", "run.json")]
     config, launches, about = (json.loads(f.read_text()) if f.is_file() else {} for f in files)
-    return Recorded(
-        folder=folder,
-        config=config,
-        launches=launches or [],
-        defaults=about.get("defaults", {}),
-        statistics=about.get("statistics", {}),
-        evals=read_metrics(folder, "eval"),
-        epochs=read_metrics(folder, "epoch"),
-        updates=read_metrics(folder, "update"),
-    )
+    defaults, statistics = about.get("defaults", {}), about.get("statistics", {})
+    rows = [read_metrics(folder, kind) for kind in ("eval", "epoch", "update")]
+    return Recorded(folder, config, launches or [], defaults, statistics, *rows)

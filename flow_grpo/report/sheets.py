@@ -37,8 +37,8 @@ def cut_sheet(
 def captioned_sheet(images: list[np.ndarray], captions: list[str], num_columns: int) -> Image.Image:
     """Lay images of one size out in rows, each with its caption.
 
-    images: uint8 (H, W, 3), or (F, H, W, 3) of which the middle frame is shown. captions: one
-    each; a long one is cut to MAX_LINES.
+    images: uint8 (H, W, 3), or (F, H, W, 3) of which the middle frame is shown. A long caption is
+    cut to MAX_LINES.
     """
     tiles = [_tile(image) for image in images]
     width, height = tiles[0].size

@@ -46,7 +46,7 @@ class Service:
         self.num_bytes = self.num_requests = 0  # taken in and not yet answered
         self.statuses: Counter[int] = Counter()
         self._jobs: OrderedDict[str, Future] = OrderedDict()  # by idempotency key
-        self._decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
+        self.decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
 
     async def health(self) -> JSONResponse:
         """Say which reward this is, and whether it still scores: 503 once a call is stuck."""
@@ -103,9 +103,6 @@ class Service:
             self.num_requests -= 1
             self.num_bytes -= taken
 
-    def close(self) -> None:
-        self._decoders.shutdown(wait=False)
-
     def _stuck(self) -> bool:
         return self.batcher.busy_s() > self.limits.timeout_s
 
@@ -135,7 +132,7 @@ class Service:
         limits, loop = self.limits, asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(
-                self._decoders, wire.decode, body, limits.items, limits.pixels
+                self.decoders, wire.decode, body, limits.items, limits.pixels
             )
         except wire.Malformed as error:
             raise HTTPException(400, str(error)) from None
@@ -187,7 +184,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.get_running_loop().run_in_executor(None, batcher.close, limits.timeout_s)
-        service.close()
+        service.decoders.shutdown(wait=False)
 
     # The pages /docs and /redoc would load scripts from elsewhere.
     app = FastAPI(

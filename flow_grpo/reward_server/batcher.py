@@ -171,9 +171,7 @@ class Batcher:
 
 
 def _merge(batches: list[Batch]) -> Batch:
-    """Put requests of one kind together; groups of several are numbered anew, and stay apart."""
-    if len(batches) == 1:
-        return batches[0]
+    """Put requests of one kind together; their groups are numbered anew, and stay apart."""
     groups: list[np.ndarray] = []
     for batch in batches:
         if batch.group is not None:
