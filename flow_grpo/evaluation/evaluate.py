@@ -47,6 +47,7 @@ class Evaluator:
     def prompt_batch(
         self, prompts: list[Prompt], rows: list[Row], guidance: Guidance
     ) -> PromptBatch:
+        """Encode a call's prompts."""
         distinct = list(dict.fromkeys(prompts))
         images = {prompt: prompt.load_images() for prompt in distinct}
         encoded = [(p.text, p.images, images[p]) for p in distinct]

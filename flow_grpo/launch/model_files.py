@@ -14,7 +14,7 @@ from flow_grpo.diffusers_patch.registry import FAMILIES
 
 
 def check(config: ConfigDict) -> None:
-    """Refuse a model that is not there, an image size it can't draw, a LoRA that is none."""
+    """Raise ValueError for a model that is not there, a size it can't draw, a LoRA that is none."""
     path = config.pretrained.model
     if not path:
         raise ValueError(

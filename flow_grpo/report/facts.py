@@ -101,6 +101,7 @@ def _seconds(row: dict, without: str = "") -> float:
 
 
 def machine(launch: dict) -> str:
+    """A launch's machine, in words."""
     held = launch["machine"]
     cpu = f"{held['cores']} cores of {held['cpu']}, {held['memory_gib']:.0f} GiB"
     return ", ".join([*held["gpus"], cpu])

@@ -53,10 +53,12 @@ def before_and_after(run: Recorded, num_bytes: int) -> Images | None:
 
 
 def sheet_path(folder: Path, step: int) -> Path:
+    """Where a run keeps the images of its evaluation at this step."""
     return folder / "images" / f"eval-{step:06d}.png"
 
 
 def read_sheet(path: Path) -> tuple[list[str], list[Image.Image]]:
+    """Return a sheet's prompts and images."""
     layout = json.loads(path.with_name("eval.json").read_text())
     prompts = layout["prompts"]
     with Image.open(path) as opened:
