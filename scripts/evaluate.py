@@ -28,7 +28,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation import tables
 from flow_grpo.evaluation.evaluate import score_prompts, spread
 from flow_grpo.launch import entry, model_files, preflight, provenance, settings, weights
-from flow_grpo.launch.evaluator import build_evaluator
+from flow_grpo.launch.build import build_evaluator
 from flow_grpo.launch.weights import Weights
 from flow_grpo.parallel import launched
 from flow_grpo.parallel.stop import Stopped
@@ -166,12 +166,7 @@ def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) ->
     summaries = tables.summarise(result.scores, tags, texts)
     print(tables.table(summaries))
     tables.write_csv(folder / "table.csv", summaries)
-    rows = [
-        {"row": n, "prompt": prompt.text, "tag": prompt.tag}
-        | {name: values[n].item() for name, values in result.scores.items()}
-        for n, prompt in enumerate(job.prompts)
-    ]
-    tables.write_rows(folder / "scores.csv", rows)
+    tables.write_scores(folder / "scores.csv", result.scores, job.prompts)
     name = shown_score(job)
     captions = [f"{texts[n]}\n{name} {result.scores[name][n]:.3f}" for n in result.images]
     captioned_sheet(list(result.images.values()), captions, 8).save(folder / "sheet.png")

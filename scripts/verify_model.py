@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--prompt={args.prompt[0]!r}: two prompts are needed, or none.")
         loaded = tools.load(args, tuple(args.prompt or PROMPTS), config)
     pipeline = loaded.pipeline
-    where = f"{loaded.dtype} on {pipeline.device}, {loaded.task.size}"
+    where = f"{pipeline.input_dtype} on {pipeline.device}, {loaded.task.size}"
     print(f"{args.model}: {loaded.family.__name__}, {where}", flush=True)
     failed = 0
     for check in verify.verify(pipeline, loaded.task, config):

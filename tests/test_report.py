@@ -20,7 +20,7 @@ from PIL import Image
 
 from flow_grpo.launch import provenance
 from flow_grpo.objectives.registry import OBJECTIVES
-from flow_grpo.report import charts, facts, output, page, pictures, plots, recorded
+from flow_grpo.report import charts, facts, images, output, plots, recorded
 from flow_grpo.report.__main__ import main
 from flow_grpo.report.sheets import contact_sheet, cut_sheet
 
@@ -191,12 +191,12 @@ def test_a_run_that_did_not_record_its_defaults_shows_all_settings(folder, tmp_p
     run = recorded.load(tmp_path / "old")
     shown = facts.settings(run)
     assert {one.key for one in shown if one.changed} >= {"seed", "train.learning_rate"}
-    text = page.render(run, [])
+    text = output.render(run, [])
     assert "are not recorded in its folder" in text and "What differs" not in text
 
 
 def test_the_report_knows_nothing_of_the_code_that_ran():
-    for path in Path(page.__file__).parent.glob("*.py"):
+    for path in Path(output.__file__).parent.glob("*.py"):
         modules = [
             name
             for node in ast.walk(ast.parse(path.read_text()))
@@ -316,7 +316,7 @@ def test_the_strip_shows_prompts_before_and_after_with_their_scores(folder, tmp_
     strip["main"]()
     pixels = np.asarray(Image.open(out))
     first, *_, last = recorded.load(folder).evals
-    sheets = [pictures.read_sheet(pictures.sheet_path(folder, r["step"]))[1] for r in (first, last)]
+    sheets = [images.read_sheet(images.sheet_path(folder, r["step"]))[1] for r in (first, last)]
     pair = strip["stack"](sheets[0][0], sheets[1][0])
     height, width, _ = pair.shape
     assert (height, width) == (2 * 96 + 2, 96) and pixels.shape[1] == 3 * (width + 6) + 6
@@ -328,9 +328,9 @@ def test_the_strip_shows_prompts_before_and_after_with_their_scores(folder, tmp_
 @pytest.mark.parametrize("side", [32, 200])
 def test_cutting_a_sheet_gives_its_pictures_back(side):
     generator = np.random.default_rng(0)
-    images = list(generator.integers(0, 256, (7, side // 2, side, 3), dtype=np.uint8))
-    cut = cut_sheet(contact_sheet(images, num_columns=3), 7, (side // 2, side), num_columns=3)
-    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in cut]), images)
+    tiles = list(generator.integers(0, 256, (7, side // 2, side, 3), dtype=np.uint8))
+    cut = cut_sheet(contact_sheet(tiles, num_columns=3), 7, (side // 2, side), num_columns=3)
+    np.testing.assert_array_equal(np.stack([np.asarray(image) for image in cut]), tiles)
 
 
 def test_many_large_pictures_are_made_small_enough(folder, tmp_path):
@@ -343,9 +343,9 @@ def test_many_large_pictures_are_made_small_enough(folder, tmp_path):
         sheet.save(run.folder / "images" / f"eval-{row['step']:06d}.png", compress_level=0)
     layout = {"num_columns": 12, "size": (256, 256), "prompts": ["noise"] * 48}
     (run.folder / "images" / "eval.json").write_text(json.dumps(layout))
-    text = page.render(run, [])
-    assert 2_000_000 < len(text.encode()) < page.MOST_BYTES
-    assert pictures.encode(Image.fromarray(noise[0]), 256).startswith("data:image/jpeg")
+    text = output.render(run, [])
+    assert 2_000_000 < len(text.encode()) < output.MOST_BYTES
+    assert images.encode(Image.fromarray(noise[0]), 256).startswith("data:image/jpeg")
     assert text.count("data:image/jpeg") == 2 * 48
 
 

@@ -59,6 +59,15 @@ def test_a_dead_server_is_given_up_at_the_deadline_and_then_not_asked_for_a_whil
         assert len(pauses) == num_pauses  # it failed at once
 
 
+def test_a_server_may_be_dead_for_hours_before_it_is_given_up():
+    """More than 1,024 failures in a row: what doubles with each must stay a number."""
+    url, clock = f"http://127.0.0.1:{serving.free_port()}", Clock()
+    with client(url, timeout_s=10_000, clock=clock) as reward:
+        with pytest.raises(Unavailable, match="no scores after"):
+            call(reward)
+    assert len(clock.slept) > 1100
+
+
 def test_the_circuit_closes_once_the_server_is_healthy_again():
     state, clock = {"up": False}, Clock()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from flow_grpo.evaluation.intervals import paired_interval
-from flow_grpo.evaluation.tables import write_rows
+from flow_grpo.evaluation.tables import write_scores
 from flow_grpo.prompts import Prompt
 
 SPAN = 2  # evaluations that lie between the two compared: this one and the second before it
@@ -18,14 +18,9 @@ def write(
     folder: Path, num_updates: int, scores: dict[str, np.ndarray], prompts: list[Prompt]
 ) -> None:
     """Keep an evaluation's scores, a line a prompt, in evaluations/<step>.csv."""
-    rows = [
-        {"row": n, "prompt": prompt.text, "tag": prompt.tag}
-        | {name: values[n].item() for name, values in scores.items()}
-        for n, prompt in enumerate(prompts)
-    ]
     path = _path(folder, num_updates)
     path.parent.mkdir(exist_ok=True)
-    write_rows(path, rows)
+    write_scores(path, scores, prompts)
 
 
 def fallen(
@@ -57,9 +52,7 @@ def fallen(
     if not change("avg")[0] > 0:
         return []
     changes = {name: change(name) for name in held_out}
-    return [
-        f"{name} [{low:+.3g}, {high:+.3g}]" for name, (low, high) in changes.items() if high < 0
-    ]
+    return [f"{n} [{low:+.3g}, {high:+.3g}]" for n, (low, high) in changes.items() if high < 0]
 
 
 def _path(folder: Path, num_updates: int) -> Path:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Collection
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,21 +19,17 @@ from flow_grpo.rollouts import Row, whole
 from flow_grpo.sampling import Schedule, decode, denoise
 
 RANDOMNESS = Randomness(seed=7, coordinates=(3,))
+Images = tuple[list[Tensor], list[np.ndarray]]  # latents, of which the last count, and uint8 images
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is drawn."""
-
     prompts: tuple[str, ...]
     images: tuple[np.ndarray, ...]  # the reference images, uint8 (H, W, 3), of every prompt
     size: Size
     num_steps: int
     guidance: Guidance
     max_length: int  # tokens
-
-    def unguided(self, pipeline: PatchedPipeline) -> Task:
-        return replace(self, guidance=pipeline.unguided)
 
     def schedule(self, pipeline: PatchedPipeline, kind: str = "ode", pad_to: int = 0) -> Schedule:
         sigmas = pipeline.sigmas(self.num_steps, self.size).to(pipeline.device)
@@ -62,7 +58,7 @@ def initial_noise(pipeline: PatchedPipeline, size: Size, rows: list[int]) -> Ten
 
 def call_stock(
     pipeline: PatchedPipeline, task: Task, noise: Tensor, decode: bool = True, **given
-) -> tuple[list[Tensor], list[np.ndarray]]:
+) -> Images:
     """Do a task by the stock pipeline, from `noise`; see stock.call()."""
     return stock.call(
         pipeline,
@@ -77,17 +73,19 @@ def call_stock(
     )
 
 
-class Drawn(NamedTuple):
-    rollout: Rollout
-    images: list[np.ndarray]
+def draw(
+    pipeline: PatchedPipeline, batch: PromptBatch, schedule: Schedule, keep: Collection[str] = ()
+) -> Rollout:
+    """Draw from RANDOMNESS; all steps but the last are stochastic, of the schedule's kind."""
+    segment = whole(np.tile(np.arange(schedule.num_steps - 1), (len(batch), 1)), schedule.num_steps)
+    model = pipeline.transformer
+    return denoise(pipeline, model, batch, schedule, RANDOMNESS, segment, keep=keep).rollout
 
 
-def generate(pipeline: PatchedPipeline, task: Task, row: int) -> Drawn:
+def generate(pipeline: PatchedPipeline, task: Task, row: int) -> Images:
     """Draw a prompt alone, without noise on the way and without padding, as a stock call does."""
-    batch, schedule = task.batch(pipeline, [row]), task.schedule(pipeline)
-    segment = whole(np.empty((1, 0), dtype=np.int64), task.num_steps)
-    part = denoise(pipeline, pipeline.transformer, batch, schedule, RANDOMNESS, segment)
-    return Drawn(part.rollout, decode(pipeline, part.rollout))
+    rollout = draw(pipeline, task.batch(pipeline, [row]), task.schedule(pipeline))
+    return [rollout.final], decode(pipeline, rollout)
 
 
 @torch.no_grad()

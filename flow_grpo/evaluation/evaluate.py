@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
-import ml_collections
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 from torch import nn
 
 from flow_grpo.cli import progress
@@ -20,7 +20,7 @@ from flow_grpo.parallel.stop import Stop, Stopped
 from flow_grpo.prompts import Prompt, eval_batches
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Guidance, PromptBatch, Size
-from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.combine import Scorer, Scoring
 from flow_grpo.rollouts import Row, whole
 from flow_grpo.sampling import Schedule, decode, denoise
@@ -33,7 +33,7 @@ PATIENCE_S = 60.0  # for a reward's call, beyond config.reward_timeout
 class Evaluator:
     """What drawing and scoring images takes, with or without a training around it."""
 
-    config: ml_collections.ConfigDict
+    config: ConfigDict
     ranks: Ranks
     pipeline: PatchedPipeline
     model: nn.Module  # the transformer as the engine wrapped it
@@ -77,7 +77,10 @@ class Evaluator:
         world = self.ranks.gather_objects((failure, list(scores)))
         if failures := [each for each, _ in world if each]:
             raise Stopped(failures[0])
-        return _complete(scores, dict.fromkeys(name for _, names in world for name in names))
+        # A reward that failed on this rank alone may have left columns out.
+        missing = np.full(len(scores["avg"]), np.nan)
+        names = dict.fromkeys(name for _, names in world for name in names)
+        return {name: scores.get(name, missing) for name in names}
 
     def check_masked(self, average: np.ndarray) -> None:
         """Stop where too few of an epoch's images have a score. average: (N,) of this rank."""
@@ -110,8 +113,9 @@ def score_prompts(
     Returns the scores (N,) by name, and the shown images by row, ascending.
     """
     config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.schedule
+    pipeline, model = evaluator.pipeline, evaluator.model
     batches = eval_batches(prompts, config.sample.test_batch_size, ranks.rank, ranks.num_ranks)
-    randomness, pictures = Randomness(config.seed, ()), {}
+    randomness, images = Randomness(config.seed, ()), {}
     scoring = evaluator.scorer.start(held_out=True)
     bar = progress(len(batches) * schedule.num_steps, "evaluate", shown=ranks.is_main)
     for numbers in batches:
@@ -121,30 +125,18 @@ def score_prompts(
             evaluator.guidance,
         )
         segment = whole(np.empty((len(numbers), 0), dtype=np.int64), schedule.num_steps)
-        part = denoise(
-            evaluator.pipeline,
-            evaluator.model,
-            batch,
-            schedule,
-            randomness,
-            segment,
-            on_step=bar.update,
-        )
-        drawn = decode(evaluator.pipeline, part.rollout)
+        part = denoise(pipeline, model, batch, schedule, randomness, segment, on_step=bar.update)
+        drawn = decode(pipeline, part.rollout)
         scoring.add(Batch(drawn, batch.prompts, batch.metadata, batch.references))
         for number, image in zip(numbers, drawn, strict=True):
             on_image(number, image)
             if number in shown:
-                pictures[number] = image
+                images[number] = image
         evaluator.stop.check()
     bar.close()
-    table: dict[int, dict[str, float]] = {}
-    scores = evaluator.scores(scoring)
-    for i, number in enumerate(number for numbers in batches for number in numbers):
-        table[number] = {name: float(values[i]) for name, values in scores.items()}
-    rows = {k: v for part in ranks.gather_objects(table) for k, v in part.items()}
-    images = {k: v for part in ranks.gather_objects(pictures) for k, v in part.items()}
-    columns = {name: np.array([rows[n][name] for n in range(len(prompts))]) for name in rows[0]}
+    world = ranks.gather_objects((sum(batches, []), evaluator.scores(scoring), images))
+    columns = scatter(((rows, scores) for rows, scores, _ in world), len(prompts))
+    images = {number: image for *_, part in world for number, image in part.items()}
     return columns, dict(sorted(images.items()))
 
 
@@ -161,16 +153,7 @@ def metrics(scores: dict[str, np.ndarray], prompts: list[Prompt]) -> dict[str, f
         suffix = f"/{row.tag}" if row.tag else ""
         if row.num_missing and not row.tag:
             found[f"{row.score}_missing"] = row.num_missing
-        values = {"": row.mean, "_low": row.low, "_high": row.high}
-        found |= {
-            f"{row.score}{end}{suffix}": value
-            for end, value in values.items()
-            if not math.isnan(value)
-        }
+        for end, value in {"": row.mean, "_low": row.low, "_high": row.high}.items():
+            if not math.isnan(value):
+                found[f"{row.score}{end}{suffix}"] = value
     return found
-
-
-def _complete(scores: dict[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Add the columns that a reward left out when it failed."""
-    missing = np.full(len(scores["avg"]), np.nan)
-    return {name: scores.get(name, missing) for name in names}

@@ -49,10 +49,7 @@ def paired_interval(
     clusters: Sequence[str],
     strata: Sequence[str] | None = None,
 ) -> tuple[float, float]:
-    """Return the interval of the mean of second - first, (N,) each, on the same rows and noise.
-
-    A row that lacks either is left out; else as interval().
-    """
+    """Return the interval() of the mean of second - first, (N,) each; a row needs both."""
     difference = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
     return interval(difference, clusters, strata)
 
@@ -65,7 +62,7 @@ def mean(values: np.ndarray, strata: Sequence[str] | None = None) -> float:
 
 
 def _rows_of(present: np.ndarray, strata: Sequence[str] | None) -> list[np.ndarray]:
-    """Return the present rows' numbers: of all, or of each stratum."""
+    """The present rows' numbers: of all, or of each stratum."""
     if strata is None:
         return [np.flatnonzero(present)]
     names = np.asarray(strata, dtype=object)

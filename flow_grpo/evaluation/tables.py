@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flow_grpo.evaluation.intervals import interval, mean, paired_interval
+from flow_grpo.prompts import Prompt
 from flow_grpo.report.recorded import MEAN_OF_TAGS
 
 
@@ -56,21 +57,11 @@ def summarise(
     """
     summaries = []
     for name, values in scores.items():
-        for tag, rows, strata in _by_tag(tags):
-            chosen, texts = values[rows], [prompts[row] for row in rows]
-            present = ~np.isnan(chosen)
-            num_rows = int(present.sum())
-            summaries.append(
-                Summary(
-                    name,
-                    tag,
-                    num_rows,
-                    len(rows) - num_rows,
-                    len({text for text, kept in zip(texts, present, strict=True) if kept}),
-                    mean(chosen, strata),
-                    *interval(chosen, texts, strata),
-                )
-            )
+        for tag, rows, texts, strata in _by_tag(tags, prompts):
+            chosen, present = values[rows], ~np.isnan(values[rows])
+            counts = int(present.sum()), int((~present).sum()), len(set(texts[present]))
+            ends = interval(chosen, texts, strata)
+            summaries.append(Summary(name, tag, *counts, mean(chosen, strata), *ends))
     return summaries
 
 
@@ -83,22 +74,12 @@ def compare(
     """Compare row by row the scores that both have; arguments as summarise()."""
     comparisons = []
     for name in (name for name in first if name in second):
-        for tag, rows, strata in _by_tag(tags):
+        for tag, rows, texts, strata in _by_tag(tags, prompts):
             ours, theirs = first[name][rows], second[name][rows]
-            difference = theirs - ours
-            present = difference[~np.isnan(difference)]
-            comparisons.append(
-                Comparison(
-                    name,
-                    tag,
-                    len(present),
-                    mean(difference, strata),
-                    *paired_interval(ours, theirs, [prompts[row] for row in rows], strata),
-                    int((present > 0).sum()),
-                    int((present == 0).sum()),
-                    int((present < 0).sum()),
-                )
-            )
+            change = theirs - ours
+            outcomes = [int(each.sum()) for each in (change > 0, change == 0, change < 0)]
+            centre, ends = mean(change, strata), paired_interval(ours, theirs, texts, strata)
+            comparisons.append(Comparison(name, tag, sum(outcomes), centre, *ends, *outcomes))
     return comparisons
 
 
@@ -129,6 +110,16 @@ def write_csv(path: Path, rows: Sequence[Summary] | Sequence[Comparison]) -> Non
     write_rows(path, [row._asdict() for row in rows])
 
 
+def write_scores(path: Path, scores: dict[str, np.ndarray], prompts: Sequence[Prompt]) -> None:
+    """Write scores {name: (N,)}, a line a prompt."""
+    rows = [
+        {"row": n, "prompt": prompt.text, "tag": prompt.tag}
+        | {name: values[n].item() for name, values in scores.items()}
+        for n, prompt in enumerate(prompts)
+    ]
+    write_rows(path, rows)
+
+
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
     """Write dicts of equal keys as csv."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -137,19 +128,21 @@ def write_rows(path: Path, rows: Sequence[dict]) -> None:
         writer.writerows(rows)
 
 
-def _by_tag(tags: Sequence[str]) -> Iterator[tuple[str, np.ndarray, list[str] | None]]:
-    """Yield "" with all row numbers, each tag with its own, and from two tags on their mean.
+def _by_tag(
+    tags: Sequence[str], prompts: Sequence[str]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Yield "" with which rows are meant, all; each tag; and from two tags on their mean.
 
-    The third is each row's stratum, of which every one counts alike, or None.
+    Then these rows' prompts, and their strata, of which every one counts alike, or None.
     """
-    array = np.array(tags, dtype=object)
+    tags, texts = np.array(tags, dtype=object), np.array(prompts, dtype=object)
     names = sorted(set(tags) - {""})
-    yield "", np.arange(len(array)), None
-    for tag in names:
-        yield tag, np.flatnonzero(array == tag), None
+    for tag in ("", *names):
+        rows = (tags == tag) | (tag == "")
+        yield tag, rows, texts[rows], None
     if len(names) > 1:
-        tagged = np.flatnonzero(array != "")
-        yield MEAN_OF_TAGS, tagged, array[tagged].tolist()
+        rows = tags != ""
+        yield MEAN_OF_TAGS, rows, texts[rows], tags[rows]
 
 
 def _cell(value: float, low: float, high: float, sign: str = "") -> str:

@@ -1,23 +1,25 @@
-"""Put a run together from a checked config: load the model, choose what trains, wrap it."""
+"""Put a run, or an evaluation alone, together from a checked config: load the model, wrap it."""
 
 from __future__ import annotations
 
 import json
-from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-import ml_collections
 import torch
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
     _check_attention_backend_requirements,
 )
+from ml_collections import ConfigDict
+from torch import nn
 
 from config.base import base, with_objective
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.launch import encoders
+from flow_grpo.launch.weights import Weights
 from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose
 from flow_grpo.parallel.engine import Engine
@@ -35,22 +37,25 @@ from flow_grpo.training.tracking import Tracker
 
 
 def build(
-    config: ml_collections.ConfigDict, name: str, plan: Plan, family: type[PatchedPipeline]
+    config: ConfigDict,
+    name: str,
+    plan: Plan,
+    family: type[PatchedPipeline],
+    identity: dict,
+    resume_from: Path | None,
 ) -> Run:
-    """Load the model and put a run together; nothing is written before all of it has worked.
-
-    family: the model's pipeline patch. name: the config's, for a run without one.
-    """
-    identity = folders.identity(config, family.__name__, plan.world_size)
-    resume_from = folders.resume_point(config, identity)
+    """Load the model and put a run together; nothing is written before all of it has worked."""
     objective_class = find(config.objective)
     objective_class.check(config, family)
     engine, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
-    schedule, eval_schedule = schedules(config, pipeline, size)
-    guidance, eval_guidance = guidances(config)
+    schedule = Schedule(
+        sigmas=pipeline.sigmas(config.sample.num_steps, size).to(pipeline.device),
+        kind=config.sample.sde_type,
+        noise_level=config.sample.noise_level,
+        same_latent=config.sample.same_latent,
+        pad_to=config.max_sequence_length,
+    )
     objective = objective_class(config, schedule)
-    scorer = Scorer.of(config, str(engine.ranks.device))
-
     add_trained_weights(pipeline, config)
     params = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     engine.wrap(
@@ -65,20 +70,9 @@ def build(
         plan=plan,
         identity=identity,
         folder=folder,
-        evaluator=Evaluator(
-            config=config,
-            ranks=engine.ranks,
-            pipeline=pipeline,
-            model=engine.model,
-            size=size,
-            schedule=eval_schedule,
-            guidance=eval_guidance,
-            conditioner=encoders.conditioner(config, pipeline),
-            scorer=scorer,
-            stop=Stop(engine.ranks),
-        ),
+        evaluator=_evaluator(config, engine, engine.model, pipeline, size),
         schedule=schedule,
-        guidance=guidance,
+        guidance=guidances(config)[0],
         objective=objective,
         engine=engine,
         updater=Updater(engine, config.train, total_updates),
@@ -94,6 +88,42 @@ def build(
     return run
 
 
+def build_evaluator(
+    config: ConfigDict, family: type[PatchedPipeline], weights: Weights, prompts: list[Prompt]
+) -> Evaluator:
+    """Load a model and what was trained, in the precision that config.use_lora trains it in.
+
+    Raises ValueError if the weights do not fit the model, or it does not suit the prompts.
+    """
+    engine, pipeline, size = load(config, family, prompts)
+    if weights.kind == "lora":
+        pipeline.load_lora(str(weights.path))
+    elif weights.kind == "transformer":
+        pipeline.load_transformer(weights.path)
+    pipeline.input_dtype = pipeline.transformer.dtype
+    model = engine.wrap_frozen(pipeline.transformer)
+    return _evaluator(config, engine, model, pipeline, size)
+
+
+def _evaluator(
+    config: ConfigDict, engine: Engine, model: nn.Module, pipeline: PatchedPipeline, size: Size
+) -> Evaluator:
+    """model: the transformer, wrapped."""
+    sigmas = pipeline.sigmas(config.sample.eval_num_steps, size).to(pipeline.device)
+    return Evaluator(
+        config=config,
+        ranks=engine.ranks,
+        pipeline=pipeline,
+        model=model,
+        size=size,
+        schedule=Schedule(sigmas, pad_to=config.max_sequence_length),
+        guidance=guidances(config)[1],
+        conditioner=encoders.conditioner(config, pipeline),
+        scorer=Scorer.of(config, str(engine.ranks.device)),
+        stop=Stop(engine.ranks),
+    )
+
+
 def _about(objective: str) -> dict:
     """What the report must be told of a run, for it knows neither objectives nor their keys."""
     statistics = {name: each._asdict() for name, each in find(objective).statistics.items()}
@@ -102,12 +132,9 @@ def _about(objective: str) -> dict:
 
 
 def load(
-    config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
+    config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
 ) -> tuple[Engine, PatchedPipeline, Size]:
-    """Load the model, as yet without anything that trains; first check that it suits the prompts.
-
-    Raises ValueError if it does not, or can't draw what the config asks for.
-    """
+    """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     family.check_prompts(prompts)
     family.check_num_frames(config.num_frames)
@@ -126,7 +153,7 @@ def load(
     return engine, pipeline, size
 
 
-def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+def add_trained_weights(pipeline: PatchedPipeline, config: ConfigDict) -> None:
     """Add a LoRA, or let the whole transformer train; in fp32, unless the engine casts it."""
     transformer, train = pipeline.transformer, config.train
     if config.activation_checkpointing:
@@ -145,7 +172,7 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ml_collections.Config
         param.requires_grad_("lora_" in name and pipeline.trains(name))
 
 
-def _load_lora(pipeline: PatchedPipeline, config: ml_collections.ConfigDict) -> None:
+def _load_lora(pipeline: PatchedPipeline, config: ConfigDict) -> None:
     """Start from a LoRA. Raises ValueError if the config says otherwise than its file."""
     path = config.train.lora_path
     pipeline.load_lora(path)
@@ -176,37 +203,15 @@ def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:
         raise ValueError(f"config.attention_backend={name!r} can't be used here: {error}") from None
 
 
-def _start(config: ml_collections.ConfigDict) -> Engine:
+def _start(config: ConfigDict) -> Engine:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError(
             "config.mixed_precision=fp16 needs a GPU. Set config.mixed_precision=bf16 or no."
         )
-    if config.train.use_8bit_adam:
-        try:
-            import_module("bitsandbytes")
-        except ImportError:
-            raise ValueError(
-                "config.train.use_8bit_adam=True needs the package bitsandbytes: "
-                "pip install bitsandbytes, or set it to False."
-            ) from None
+    if config.train.use_8bit_adam and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "config.train.use_8bit_adam=True needs the package bitsandbytes: "
+            "pip install bitsandbytes, or set it to False."
+        )
     return choose.start(config.mixed_precision)
-
-
-def schedules(
-    config: ml_collections.ConfigDict, pipeline: PatchedPipeline, size: Size
-) -> tuple[Schedule, Schedule]:
-    """Return how the training's and the evaluation's images are drawn."""
-    sample, device = config.sample, pipeline.device
-    schedule = Schedule(
-        sigmas=pipeline.sigmas(sample.num_steps, size).to(device),
-        kind=sample.sde_type,
-        noise_level=sample.noise_level,
-        same_latent=sample.same_latent,
-        pad_to=config.max_sequence_length,
-    )
-    eval_schedule = Schedule(
-        sigmas=pipeline.sigmas(sample.eval_num_steps, size).to(device),
-        pad_to=config.max_sequence_length,
-    )
-    return schedule, eval_schedule

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import ml_collections
 import torch
+from ml_collections import ConfigDict
 
 from flow_grpo.cli import progress
 from flow_grpo.conditioning import Conditioner, Item, Store, guidances
@@ -17,10 +17,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pipeline(
-    config: ml_collections.ConfigDict,
-    family: type[PatchedPipeline],
-    prompts: list[Prompt],
-    ranks: Ranks,
+    config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt], ranks: Ranks
 ) -> PatchedPipeline:
     """Load the model onto the device; every rank must call it.
 
@@ -32,9 +29,8 @@ def load_pipeline(
         return _load(config, family, ranks.device)
     held, items = store(config, family), _items(config, family, prompts)
     mine = list(items)[ranks.rank :: ranks.num_ranks]
-    missing = [item for item in mine if not held.holds(item)]
-    count = torch.tensor([len(missing)], device=ranks.device)
-    if not ranks.total(count).item():
+    missing = {item: items[item] for item in mine if not held.holds(item)}
+    if not any(ranks.gather_objects(len(missing))):
         return _load(config, family, ranks.device, encoders=False)
     pipeline = _load(config, family, torch.device("cpu"))
     pipeline.move_vae(ranks.device)
@@ -43,7 +39,7 @@ def load_pipeline(
         damaged = held.path(item)
         if damaged.exists():
             print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
-    _precompute(pipeline, held, {item: items[item] for item in missing}, config, ranks)
+    _precompute(pipeline, held, missing, config.max_sequence_length, ranks.is_main)
     pipeline.drop_encoders()
     pipeline.move(ranks.device)
     ranks.barrier()
@@ -55,7 +51,7 @@ def load_pipeline(
     return pipeline
 
 
-def conditioner(config: ml_collections.ConfigDict, pipeline: PatchedPipeline) -> Conditioner:
+def conditioner(config: ConfigDict, pipeline: PatchedPipeline) -> Conditioner:
     """Return what encodes prompts as config.encoders wants it."""
     precomputed = config.encoders == "precompute"
     return Conditioner(
@@ -66,7 +62,7 @@ def conditioner(config: ml_collections.ConfigDict, pipeline: PatchedPipeline) ->
     )
 
 
-def store(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> Store:
+def store(config: ConfigDict, family: type[PatchedPipeline]) -> Store:
     """Return where conditionings are kept. family: the class of the checkpoint (variant())."""
     folder, model = config.encoder_cache, config.pretrained.model
     return Store(
@@ -83,7 +79,7 @@ def store(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> S
     )
 
 
-def reference_area(config: ml_collections.ConfigDict, family: type[PatchedPipeline]) -> int:
+def reference_area(config: ConfigDict, family: type[PatchedPipeline]) -> int:
     """Return the pixels of a reference image as the model sees it."""
     if config.reference_area or not family.enlarges_references:
         return config.reference_area or family.reference_area
@@ -91,10 +87,7 @@ def reference_area(config: ml_collections.ConfigDict, family: type[PatchedPipeli
 
 
 def _load(
-    config: ml_collections.ConfigDict,
-    family: type[PatchedPipeline],
-    device: torch.device,
-    encoders: bool = True,
+    config: ConfigDict, family: type[PatchedPipeline], device: torch.device, encoders: bool = True
 ) -> PatchedPipeline:
     dtype = DTYPES[config.mixed_precision]
     pipeline = family.from_pretrained(
@@ -110,7 +103,7 @@ def _load(
 
 
 def _items(
-    config: ml_collections.ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
+    config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
 ) -> dict[Item, Prompt]:
     """List what the run will ask for, and a prompt that holds its images."""
     items = {}
@@ -124,14 +117,10 @@ def _items(
 
 @torch.no_grad()
 def _precompute(
-    pipeline: PatchedPipeline,
-    held: Store,
-    items: dict[Item, Prompt],
-    config: ml_collections.ConfigDict,
-    ranks: Ranks,
+    pipeline: PatchedPipeline, held: Store, items: dict[Item, Prompt], max_length: int, shown: bool
 ) -> None:
-    encoder = Conditioner(pipeline, config.max_sequence_length, cache_bytes=0)
-    bar = progress(len(items), "encode prompts", shown=ranks.is_main)
+    encoder = Conditioner(pipeline, max_length, cache_bytes=0)
+    bar = progress(len(items), "encode prompts", shown=shown)
     for item, prompt in items.items():
         images = prompt.load_images()
         cond = (

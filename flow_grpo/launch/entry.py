@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from flow_grpo.cli import user_errors
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.launch import model_files, preflight, settings
-from flow_grpo.training import folders
-
-if TYPE_CHECKING:
-    from flow_grpo.training.run import Run
+from flow_grpo.launch import model_files, preflight, provenance, settings
+from flow_grpo.launch.build import build
+from flow_grpo.parallel.stop import Stopped
+from flow_grpo.report import output
+from flow_grpo.training import folders, loop
+from flow_grpo.training.run import Run
 
 
 def main(family: type[PatchedPipeline], default_config: str) -> None:
-    """Run a training script.
+    """Run a training script. default_config: FILE.py:RUN.
 
-    family: the model's pipeline patch. default_config: FILE.py:RUN.
     Exits with 1 and one message where the config, the data or the checkpoint is at fault, and with
     128 + the signal's number after SIGTERM or SIGINT.
     """
@@ -40,19 +39,12 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     plan = preflight.check(config, world_size)
     if os.environ.get("RANK", "0") == "0":
-        notes = (
-            plan,
-            plan.beside_published(config.sample.num_batches_per_epoch),
-            model_files.to_download(config),
-        )
+        published = plan.beside_published(config.sample.num_batches_per_epoch)
+        notes = (plan, published, model_files.to_download(config))
         print(*filter(None, notes), sep="\n", flush=True)
     identity = folders.identity(config, family.__name__, world_size)
     resume_from = folders.resume_point(config, identity)
-
-    from flow_grpo.launch import provenance
-    from flow_grpo.launch.build import build
-
-    run = build(config, name, plan, family)
+    run = build(config, name, plan, family, identity, resume_from)
     if run.ranks.is_main:
         provenance.record(run.folder, argv, world_size, resume_from)
     return run
@@ -60,10 +52,6 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
 
 def execute(run: Run) -> int:
     """Train, say what came of it, and return the exit status."""
-    from flow_grpo.parallel.stop import Stopped
-    from flow_grpo.report import output
-    from flow_grpo.training import loop
-
     main_process = run.ranks.is_main
     if main_process:
         passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)
@@ -72,11 +60,8 @@ def execute(run: Run) -> int:
     try:
         loop.train(run)
         if main_process:
-            print(
-                f"\n{output.table(run.folder)}\n\nEverything is in {run.folder}; "
-                f"report.html shows it.",
-                flush=True,
-            )
+            table = output.table(run.folder)
+            print(f"\n{table}\n\nEverything is in {run.folder}; report.html shows it.", flush=True)
     except Stopped as stopped:
         if main_process:
             remedy = f"--config.run_name={run.folder.name} --config.resume_from=latest"

@@ -6,18 +6,15 @@ import json
 import os
 from pathlib import Path
 
-import ml_collections
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from ml_collections import ConfigDict
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.registry import FAMILIES
 
 
-def check(config: ml_collections.ConfigDict) -> None:
-    """Refuse a model that is not there, an image size it can't draw, a LoRA that is none.
-
-    Raises ValueError naming the key, the value, what is needed and the remedy.
-    """
+def check(config: ConfigDict) -> None:
+    """Raise ValueError for a model that is not there, a size it can't draw, a LoRA that is none."""
     path = config.pretrained.model
     if not path:
         raise ValueError(
@@ -42,7 +39,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         _check_lora(config.train.lora_path)
 
 
-def to_download(config: ml_collections.ConfigDict) -> str:
+def to_download(config: ConfigDict) -> str:
     """Say how to get a model that is not on this machine; "" if it is."""
     repo = config.pretrained.model
     if _file(config, "model_index.json"):
@@ -57,7 +54,7 @@ def to_download(config: ml_collections.ConfigDict) -> str:
     )
 
 
-def index(config: ml_collections.ConfigDict) -> dict:
+def index(config: ConfigDict) -> dict:
     """Return the pipeline's model_index.json, downloaded where it is not on this machine."""
     path, revision = config.pretrained.model, config.pretrained.revision
     found = _file(config, "model_index.json")
@@ -68,7 +65,7 @@ def index(config: ml_collections.ConfigDict) -> dict:
     return json.loads(found.read_text())
 
 
-def family(config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
+def family(config: ConfigDict) -> type[PatchedPipeline]:
     """Return the class that patches this model. Raises ValueError if there is none."""
     name = index(config)["_class_name"]
     if name not in FAMILIES:
@@ -79,8 +76,7 @@ def family(config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
     return FAMILIES[name]
 
 
-def _check_size(config: ml_collections.ConfigDict) -> None:
-    """Compare the image's size with what the autoencoder and the transformer state."""
+def _check_size(config: ConfigDict) -> None:
     vae, transformer = (_read(config, part) for part in ("vae", "transformer"))
     if vae.get("_class_name") != "AutoencoderKL" or "patch_size" not in transformer:
         return  # other models are asked once they are loaded
@@ -112,14 +108,13 @@ def _check_lora(path: str) -> None:
         raise ValueError(f"config.train.lora_path={path!r}: there is no such file or folder.")
 
 
-def _read(config: ml_collections.ConfigDict, part: str) -> dict:
+def _read(config: ConfigDict, part: str) -> dict:
     """Return a component's config.json, {} if it is not on this machine."""
     found = _file(config, f"{part}/config.json")
     return json.loads(found.read_text()) if found else {}
 
 
-def _file(config: ml_collections.ConfigDict, name: str) -> Path | None:
-    """Find a model's file in its folder or in the hub's cache."""
+def _file(config: ConfigDict, name: str) -> Path | None:
     path, revision = config.pretrained.model, config.pretrained.revision
     if os.path.isdir(path):
         found = Path(path) / name

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from config.base import keys_of
 from flow_grpo import keys, plan, rollouts
@@ -16,18 +16,12 @@ from flow_grpo.rewards import loading
 from flow_grpo.rewards.remote import health, servers
 
 
-def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
-    """Check all that needs no model and return the epoch's arithmetic.
-
-    Raises ValueError naming the key, the value, what is needed and the remedy.
-    """
+def check(config: ConfigDict, world_size: int) -> plan.Plan:
+    """Check all that needs no model and return the epoch's arithmetic. Raises ValueError."""
     keys.check(config, keys_of(config))
-    rollouts.check(
-        config.sample.num_steps,
-        config.sample.sde_window_size,
-        tuple(config.sample.sde_window_range),
-        tuple(config.sample.sde_steps),
-    )
+    sample = config.sample
+    span, steps = tuple(sample.sde_window_range), tuple(sample.sde_steps)
+    rollouts.check(sample.num_steps, sample.sde_window_size, span, steps)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
@@ -37,7 +31,7 @@ def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
     return found
 
 
-def check_evaluation(config: ml_collections.ConfigDict) -> list[Prompt]:
+def check_evaluation(config: ConfigDict) -> list[Prompt]:
     """Check what an evaluation alone needs and return its prompts. Raises ValueError."""
     keys.check(config, keys_of(config))
     _check_rewards(config)
@@ -48,30 +42,13 @@ def check_evaluation(config: ml_collections.ConfigDict) -> list[Prompt]:
     return found
 
 
-def _check_rewards(config: ml_collections.ConfigDict) -> None:
+def _check_rewards(config: ConfigDict) -> None:
     if not any(config.reward_fn.values()):
         raise ValueError(
             f"config.reward_fn={dict(config.reward_fn)}: a reward of non-zero weight is needed, "
             f"for example --config.reward_fn=\"{{'jpeg_compressibility': 1.0}}\"."
         )
-    _check_held_out(config)
-    _check_names(config)
-
-
-def _check_names(config: ml_collections.ConfigDict) -> None:
-    where = servers.of(config)
-    both = {"reward_fn": dict(config.reward_fn), "eval_reward_fn": tuple(config.eval_reward_fn)}
-    for key, given in both.items():
-        for name in given:
-            try:
-                compares = not where.alone_knows(name) and loading.needs_groups(name)
-            except ValueError as error:
-                raise ValueError(f"config.{key}={given}: {error}") from error
-            _check_comparing(config, {name} if compares else ())
-
-
-def _check_held_out(config: ml_collections.ConfigDict) -> None:
-    held_out = tuple(config.eval_reward_fn)
+    held_out, where = tuple(config.eval_reward_fn), servers.of(config)
     for name in held_out:
         if config.reward_fn.get(name, 0):
             raise ValueError(
@@ -83,9 +60,16 @@ def _check_held_out(config: ml_collections.ConfigDict) -> None:
             f"config.hacking_alarm={config.hacking_alarm}: it watches the held-out rewards, and "
             f"there are none. Name some, as --config.eval_reward_fn=\"('clipscore',)\"."
         )
+    for key, given in {"reward_fn": dict(config.reward_fn), "eval_reward_fn": held_out}.items():
+        for name in given:
+            try:
+                compares = not where.alone_knows(name) and loading.needs_groups(name)
+            except ValueError as error:
+                raise ValueError(f"config.{key}={given}: {error}") from error
+            _check_comparing(config, {name} if compares else ())
 
 
-def _check_comparing(config: ml_collections.ConfigDict, names: Collection[str]) -> None:
+def _check_comparing(config: ConfigDict, names: Collection[str]) -> None:
     """Refuse rewards that compare a group's images where they would not get whole groups."""
     sample, held_out = config.sample, tuple(config.eval_reward_fn)
     rows = sample.train_batch_size * sample.num_batches_per_epoch
@@ -107,19 +91,15 @@ def _check_comparing(config: ml_collections.ConfigDict, names: Collection[str]) 
             )
 
 
-def _check_prompts(config: ml_collections.ConfigDict, prompts: list[Prompt]) -> None:
-    """Refuse prompts that a reward can't score."""
+def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
     settings = loading.settings(config)
-    local = [
-        name
-        for name in (*config.reward_fn, *config.eval_reward_fn)
-        if name not in config.reward_urls
-    ]
-    for name in local:
-        loading.check(name, settings, [p.text for p in prompts], [p.metadata for p in prompts])
+    texts, metadata = [p.text for p in prompts], [p.metadata for p in prompts]
+    for name in (*config.reward_fn, *config.eval_reward_fn):
+        if name not in config.reward_urls:
+            loading.check(name, settings, texts, metadata)
 
 
-def _check_folder(config: ml_collections.ConfigDict) -> None:
+def _check_folder(config: ConfigDict) -> None:
     folder = Path(config.logdir) / config.run_name
     if config.run_name and not config.resume_from and (folder / "metrics.jsonl").exists():
         raise ValueError(

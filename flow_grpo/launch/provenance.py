@@ -21,18 +21,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | None) -> None:
-    """Add a launch to the run's launches.json; a run that starts anew forgets earlier ones.
-
-    Only the main process may call it. resume_from: the checkpoint, or None.
-    """
+    """Add a launch to the run's launches.json; a run that starts anew forgets earlier ones."""
     path, earlier = folder / FILE, []
     own = resume_from and resume_from.resolve().parent.parent == folder.resolve()
     if own and path.exists():
         earlier = json.loads(path.read_text())
     aside = path.with_suffix(".tmp")
+    # Of accelerate's launcher only the number of processes is known.
+    launcher = "python" if num_ranks == 1 else f"accelerate launch --num_processes {num_ranks}"
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command(argv, num_ranks),
+        "command": f"{launcher} {shlex.join(argv)}",
         "resumed_from": resume_from and (resume_from.name if own else str(resume_from)),
         "revision": revision(),
         "machine": machine(),
@@ -40,12 +39,6 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     }
     aside.write_text(json.dumps([*earlier, launch], indent=2) + "\n")
     os.replace(aside, path)
-
-
-def command(argv: list[str], num_ranks: int) -> str:
-    """Return the command line; of accelerate's launcher only the number of processes is known."""
-    launcher = "python" if num_ranks == 1 else f"accelerate launch --num_processes {num_ranks}"
-    return f"{launcher} {shlex.join(argv)}"
 
 
 def revision() -> str | None:

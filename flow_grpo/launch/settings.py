@@ -7,7 +7,7 @@ import re
 import runpy
 from collections.abc import Mapping
 
-import ml_collections
+from ml_collections import ConfigDict
 
 from config.base import keys_of, with_objective
 from flow_grpo import keys
@@ -18,7 +18,7 @@ from flow_grpo.objectives.registry import OBJECTIVES
 USAGE = "usage: SCRIPT [--config FILE.py:RUN] [--config.KEY=VALUE ...]"
 
 
-def load(argv: list[str], default: str) -> tuple[ml_collections.ConfigDict, str]:
+def load(argv: list[str], default: str) -> tuple[ConfigDict, str]:
     """Return the locked config of `--config FILE.py:RUN` with its overrides, and the run's name.
 
     argv: the command line, program name first; the last of repeated keys counts. The objective's
@@ -54,7 +54,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
     return given
 
 
-def _run_config(target: str) -> ml_collections.ConfigDict:
+def _run_config(target: str) -> ConfigDict:
     path, _, name = target.partition(":")
     if not os.path.isfile(path):
         raise ValueError(
@@ -67,9 +67,7 @@ def _run_config(target: str) -> ml_collections.ConfigDict:
     return get_config(name) if name else get_config()
 
 
-def _set(
-    config: ml_collections.ConfigDict, declared: Mapping[str, Key], name: str, text: str
-) -> None:
+def _set(config: ConfigDict, declared: Mapping[str, Key], name: str, text: str) -> None:
     """Set a key, or an entry that a key's dict has already."""
     section, _, last = name.rpartition(".")
     is_dict = section in declared and isinstance(declared[section].default, Mapping)
@@ -89,7 +87,7 @@ def _set(
         ) from None
 
 
-def _unknown(config: ml_collections.ConfigDict, declared: Mapping[str, Key], name: str) -> str:
+def _unknown(config: ConfigDict, declared: Mapping[str, Key], name: str) -> str:
     """Say what may have been meant by a name that is no key."""
     of_others = [objective for objective, each in OBJECTIVES.items() if name in each.keys]
     if of_others:

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
+from ml_collections import ConfigDict
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
@@ -24,7 +24,6 @@ PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 class Loaded(NamedTuple):
     family: type[PatchedPipeline]
-    dtype: torch.dtype
     pipeline: PatchedPipeline
     task: Task
 
@@ -43,32 +42,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--max_sequence_length", type=int, default=128, help="tokens")
     parser.add_argument(
-        "--reference", action="append", type=Path, help="an editing model's image; may repeat"
+        "--reference",
+        action="append",
+        type=Path,
+        help="an editing model's image; may repeat; default: a drawn one",
     )
 
 
-def load(
-    args: argparse.Namespace, prompts: tuple[str, ...], config: ml_collections.ConfigDict
-) -> Loaded:
-    """Check the options, write them into the config, and load the model.
-
-    An editing model without a --reference is given a drawn one. Raises ValueError naming an option.
-    """
+def load(args: argparse.Namespace, prompts: tuple[str, ...], config: ConfigDict) -> Loaded:
+    """Check the options, write them into the config, and load the model. Raises ValueError."""
     family = _settle(args, config)
-    _quieten()
+    for each in (diffusers_logging, transformers_logging):
+        each.set_verbosity_error()
     dtype = encoders.DTYPES[config.mixed_precision]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     chosen = family.variant(args.model, args.revision)
     chosen.check_num_frames(args.num_frames)
     pipeline = chosen.from_pretrained(
-        args.model, dtype=dtype, device=_device(args.device), revision=args.revision
+        args.model, dtype=dtype, device=device, revision=args.revision
     )
-    return Loaded(family, dtype, pipeline, _task(args, prompts, config, pipeline))
-
-
-def _quieten() -> None:
-    """Let transformers and diffusers speak of errors alone."""
-    for each in (diffusers_logging, transformers_logging):
-        each.set_verbosity_error()
+    return Loaded(family, pipeline, _task(args, prompts, config, pipeline))
 
 
 def _script(family: type[PatchedPipeline]) -> str:
@@ -76,7 +69,7 @@ def _script(family: type[PatchedPipeline]) -> str:
     return family.__module__.rpartition(".")[2]
 
 
-def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> type[PatchedPipeline]:
+def _settle(args: argparse.Namespace, config: ConfigDict) -> type[PatchedPipeline]:
     """Write the options into the config; return the model's family."""
     config.pretrained.model, config.pretrained.revision = args.model, args.revision
     config.mixed_precision = PRECISION[args.dtype]
@@ -101,14 +94,10 @@ def _settle(args: argparse.Namespace, config: ml_collections.ConfigDict) -> type
     return family
 
 
-def _device(name: str | None) -> str:
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _task(
     args: argparse.Namespace,
     prompts: tuple[str, ...],
-    config: ml_collections.ConfigDict,
+    config: ConfigDict,
     pipeline: PatchedPipeline,
 ) -> Task:
     size = Size(config.height, config.width, config.num_frames)

@@ -1,20 +1,18 @@
-"""What must hold for a model before it is trained, checked against the stock diffusers pipeline.
-
-scripts/verify_model.py runs all of it on a checkpoint; docs/add_a_model.md says what each is for.
-"""
+"""What must hold for a model before it is trained; docs/add_a_model.md says what each is for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from flow_grpo import sde
@@ -22,19 +20,18 @@ from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch import stock
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.comparison import (
-    RANDOMNESS,
-    Drawn,
+    Images,
     Task,
     call_stock,
+    draw,
     generate,
     initial_noise,
     relative,
     step_by_step,
 )
 from flow_grpo.launch import build
-from flow_grpo.records import Rollout
-from flow_grpo.rollouts import whole
-from flow_grpo.sampling import denoise, replay
+from flow_grpo.records import PromptBatch, Rollout
+from flow_grpo.sampling import replay
 from flow_grpo.training.snapshots import no_adapter
 from flow_grpo.training.tracking import memory
 
@@ -54,14 +51,10 @@ class Check(NamedTuple):
         return f"{'PASS' if self.passed else 'FAIL'}  {self.name:<40} {self.figures}"
 
 
-def verify(
-    pipeline: PatchedPipeline, task: Task, config: ml_collections.ConfigDict
-) -> Iterator[Check]:
-    """Check a model as it was loaded; a LoRA is added to it on the way.
-
-    task: two prompts or more. config: a run's, of which the LoRA's settings count.
-    """
-    yield from stock_checks(pipeline, task.unguided(pipeline), "unguided")
+def verify(pipeline: PatchedPipeline, task: Task, config: ConfigDict) -> Iterator[Check]:
+    """Check a model as it was loaded; config's LoRA is added to it. task: two prompts or more."""
+    unguided = replace(task, guidance=pipeline.unguided)
+    yield from stock_checks(pipeline, unguided, "unguided")
     if pipeline.may_need_negative(task.guidance):
         yield from stock_checks(pipeline, task, "guided")
     base = velocity_of(pipeline, task)
@@ -76,11 +69,10 @@ def verify(
 def velocity_of(pipeline: PatchedPipeline, task: Task) -> Tensor:
     """Predict all prompts' velocity at the first step, (B, ...), as training would."""
     rows = list(range(len(task.prompts)))
-    conditioning = collate(pipeline, task.batch(pipeline, rows), task.max_length)
     latents = pipeline.initial_latents(task.size, initial_noise(pipeline, task.size, rows))
     sigma = task.schedule(pipeline).sigmas[:1].expand(len(rows))
-    with torch.no_grad(), training_precision(pipeline):
-        return pipeline.velocity(pipeline.transformer, latents, sigma, conditioning)
+    with torch.no_grad():
+        return _predict(pipeline, task, task.batch(pipeline, rows), latents, sigma)
 
 
 def training_precision(pipeline: PatchedPipeline) -> torch.autocast:
@@ -98,14 +90,14 @@ def stock_checks(pipeline: PatchedPipeline, task: Task, how: str) -> Iterator[Ch
         noise = initial_noise(pipeline, task.size, [row])
         with stock.vae_in_place(pipeline):
             with stock.timesteps(pipeline.transformer) as stock_times:
-                states, pictures = call_stock(pipeline, task, noise, decode, prompt=prompt)
+                theirs = call_stock(pipeline, task, noise, decode, prompt=prompt)
             stock_sigmas = stock.last_sigmas(pipeline)
             with stock.timesteps(pipeline.transformer) as times:
                 ours = generate(pipeline, task, row)
             differences.append(
-                difference(ours, states[-1], pictures)
+                difference(ours, theirs)
                 if decode
-                else step_by_step(pipeline, task, row, states, stock_times)
+                else step_by_step(pipeline, task, row, theirs[0], stock_times)
             )
         worst_sigma = max(worst_sigma, _largest(stock_sigmas, sigmas))
         told, wanted = (np.array([t[0] for t in seen]).ravel() for seen in (times, stock_times))
@@ -201,11 +193,10 @@ def check_export(pipeline: PatchedPipeline, task: Task) -> Check:
     with TemporaryDirectory() as folder, stock.exported_lora(pipeline, weights, Path(folder)):
         if pipeline.input_dtype == torch.float32:
             noise = initial_noise(pipeline, task.size, [0])
-            states, pictures = call_stock(pipeline, task, noise, prompt=task.prompts[0])
-            worst = difference(ours, states[-1], pictures)
+            worst = difference(ours, call_stock(pipeline, task, noise, prompt=task.prompts[0]))
         else:
             worst = relative(velocity_of(pipeline, task), velocity)
-    apart = relative(generate(pipeline, task, 0).rollout.final, ours.rollout.final)
+    apart = relative(generate(pipeline, task, 0)[0][-1], ours[0][-1])
     bound = STOCK_BOUND[pipeline.input_dtype]
     return Check(
         "LoRA export gives stock images",
@@ -223,39 +214,34 @@ def randomise_lora(pipeline: PatchedPipeline) -> None:
             param.normal_(std=LORA_STD)
 
 
-def difference(ours: Drawn, latents: Tensor, pictures: list[np.ndarray]) -> float:
-    """Return the latents' difference, relative in rms, inf if images differ where they don't."""
-    found = relative(ours.rollout.final, latents)
-    same = all(np.array_equal(*pair) for pair in zip(ours.images, pictures, strict=False))
-    return found if same or found else float("inf")
+def difference(ours: Images, theirs: Images) -> float:
+    """Return the last latents' difference, relative in rms; inf if only the images differ."""
+    apart = relative(ours[0][-1], theirs[0][-1])
+    same = all(np.array_equal(*pair) for pair in zip(ours[1], theirs[1], strict=False))
+    return apart if same or apart else float("inf")
 
 
 def _rollout(pipeline: PatchedPipeline, task: Task, kind: str) -> Rollout:
-    rows = list(range(len(task.prompts)))
-    steps = np.tile(np.arange(task.num_steps - 1), (len(rows), 1))
     schedule = task.schedule(pipeline, kind, pad_to=task.max_length)
-    batch = task.batch(pipeline, rows)
+    batch = task.batch(pipeline, list(range(len(task.prompts))))
     with training_precision(pipeline):
-        return denoise(
-            pipeline,
-            pipeline.transformer,
-            batch,
-            schedule,
-            RANDOMNESS,
-            whole(steps, task.num_steps),
-            keep=("states", "log_probs"),
-        ).rollout
+        return draw(pipeline, batch, schedule, keep=("states", "log_probs"))
 
 
 def _trained_velocity(
     pipeline: PatchedPipeline, task: Task, rollout: Rollout, column: int
 ) -> Tensor:
     """Predict with a gradient at a rollout's state."""
-    schedule = task.schedule(pipeline, pad_to=task.max_length)
-    conditioning = collate(pipeline, rollout.batch, schedule.pad_to)
-    point = rollout.latents[:, column], schedule.sigmas[rollout.steps[:, column]]
+    sigma = task.schedule(pipeline).sigmas[rollout.steps[:, column]]
+    return _predict(pipeline, task, rollout.batch, rollout.latents[:, column], sigma)
+
+
+def _predict(
+    pipeline: PatchedPipeline, task: Task, batch: PromptBatch, latents: Tensor, sigma: Tensor
+) -> Tensor:
+    conditioning = collate(pipeline, batch, task.max_length)
     with training_precision(pipeline):
-        return pipeline.velocity(pipeline.transformer, *point, conditioning)
+        return pipeline.velocity(pipeline.transformer, latents, sigma, conditioning)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from flow_grpo.report.output import write
 
 
 def main(argv: list[str]) -> None:
-    """Draw a report by hand."""
     parser = argparse.ArgumentParser(description="Draw a run's report.html.")
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument(

@@ -17,54 +17,50 @@ PHASES = ("sample", "reward", "update", "eval", "save")
 
 def evaluation(run: Recorded, others: list[Recorded]) -> list[Chart]:
     """One chart per score, with its interval; the runs compared with lie over it."""
+    runs = list(enumerate((run, *others)))
     charts = []
     for name in run.scores():
-        series = [_evaluated(run, name, None, run.name, 0, bool(others))]
-        for number, other in enumerate(others, start=1):
-            series.append(_evaluated(other, name, None, other.name, number, True))
-        series = [one for one in series if one.x]
+        series = [_evaluated(one, name, None, one.name, i, one is not run) for i, one in runs]
         charts.append(Chart(name, "", series, markers=True))
-    return charts
+    return _present(charts)
 
 
 def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
     """One chart per tag, all with one scale."""
-    shown = run.scores() if _shares(run) and not others else run.scores()[:1]
-    by_tag = {}
+    names = run.scores()
+    values = [row[name] for row in run.evals for name in names if name in row]
+    if others or not all(0 <= value <= 1 for value in values):  # shares have one scale
+        names = names[:1]
+    shown = [(run, name, name) for name in names]
+    if others:
+        shown = [(one, names[0], one.name) for one in (run, *others)]
+    charts = []
     for tag in run.tags():
-        series = [_evaluated(run, name, tag, name, i) for i, name in enumerate(shown)]
-        if others:
-            runs = enumerate((run, *others))
-            series = [_evaluated(one, shown[0], tag, one.name, i, True) for i, one in runs]
-        by_tag[tag] = [one for one in series if one.x]
-    limits = padded([one for series in by_tag.values() for one in series])
-    return [
-        Chart(tag, "", series, limits=limits, markers=True, width="narrow")
-        for tag, series in by_tag.items()
-        if series
-    ]
+        series = [
+            _evaluated(one, name, tag, label, i, one is not run)
+            for i, (one, name, label) in enumerate(shown)
+        ]
+        charts.append(Chart(tag, "", series, markers=True, width="narrow"))
+    limits = padded([one for chart in charts for one in chart.series])
+    return [replace(chart, limits=limits) for chart in _present(charts)]
 
 
 def rewards(run: Recorded) -> list[Chart]:
     """The training reward, its spread, and what teaches nothing."""
-    rows = run.epochs
-    trained = [name for name, weight in run.config["reward_fn"].items() if weight]
-    names = ["avg", *trained] if len(trained) > 1 else ["avg"]
-    means = [_over(rows, f"reward/{name}", name, colour(i)) for i, name in enumerate(names)]
-    band = [_over(rows, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
+    names = ["avg", *run.trained] if len(run.trained) > 1 else ["avg"]
+    means = {f"reward/{name}": name for name in names}
+    band = [_over(run.epochs, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
+    equal = {"reward/zero_std_fraction": ""}
     charts = [
-        Chart("Mean reward", "of an epoch's images", means, "epoch"),
+        _of_epochs(run, "Mean reward", "of an epoch's images", means),
         Chart("Mean reward ± standard deviation", "over an epoch's images", band, "epoch"),
-        _single(rows, "reward/zero_std_fraction", "Groups of equal scores", "they teach nothing"),
+        _of_epochs(run, "Groups of equal scores", "they teach nothing", equal),
     ]
     return _present(charts)
 
 
 def denoising(run: Recorded) -> list[Chart]:
-    """What the objective measured at each denoising step, one line per step.
-
-    Titles and notes are those that the run wrote down; without them a chart has its key's name.
-    """
+    """What the objective measured at each denoising step, under the titles that the run wrote."""
     charts = []
     for name in _statistics(run):
         about = run.statistics.get(name, {"title": name, "note": "", "origin": 0.0})
@@ -91,62 +87,47 @@ def updates(run: Recorded) -> list[Chart]:
 
 def speed(run: Recorded) -> list[Chart]:
     """Where the time and the memory went."""
-    rows = run.epochs
-    phases = [_over(rows, f"seconds/{phase}", phase, colour(i)) for i, phase in enumerate(PHASES)]
-    memory = [
-        _over(rows, f"memory/{place}_gib", place, colour(i))
-        for i, place in enumerate(("device", "host"))
-    ]
+    seconds = {f"seconds/{phase}": phase for phase in PHASES}
+    memory = {f"memory/{place}_gib": place for place in ("device", "host")}
+    rate = {"images_per_second": ""}
     charts = [
-        Chart("Seconds per epoch", "in each phase, on the main process", phases, "epoch"),
-        _single(rows, "images_per_second", "Images per second", "evaluation left out"),
-        Chart("Peak memory, GiB", "so far, of the main process", memory, "epoch"),
+        _of_epochs(run, "Seconds per epoch", "in each phase, on the main process", seconds),
+        _of_epochs(run, "Images per second", "evaluation left out", rate),
+        _of_epochs(run, "Peak memory, GiB", "so far, of the main process", memory),
     ]
     return _present(charts)
 
 
 def _evaluated(
-    run: Recorded, name: str, tag: str | None, label: str, number: int, several: bool = False
+    run: Recorded, name: str, tag: str | None, label: str, number: int, dashed: bool
 ) -> Series:
-    """A score over the evaluations; of several runs all but the first are dashed."""
     key = f"{name}/{tag}" if tag else name
     rows = [row for row in run.evals if key in row]
     ends = [interval(row, name, tag) for row in rows]
-    low, high = zip(*ends, strict=True) if rows and None not in ends else (None, None)
-    return Series(
-        label,
-        [row["step"] for row in rows],
-        [row[key] for row in rows],
-        colour(number),
-        low and list(low),
-        high and list(high),
-        dashed=several and number > 0,
-    )
+    low, high = map(list, zip(*ends, strict=True)) if rows and None not in ends else (None, None)
+    x, y = [row["step"] for row in rows], [row[key] for row in rows]
+    return Series(label, x, y, colour(number), low, high, dashed)
 
 
 def _over(
-    rows: list[dict],
-    key: str,
-    label: str,
-    shade: str,
-    spread: str | None = None,
-    origin: float = 0.0,
+    rows: list[dict], key: str, label: str, shade: str, spread: str = "", origin: float = 0.0
 ) -> Series:
-    """A key of updates over the optimizer steps, or of epochs over the epochs.
-
-    spread: the key of the band's half width. origin: is taken off every value.
-    """
+    """spread: the key of a band's half width. origin: is taken off the line's values."""
     held = [row for row in rows if key in row]
     x = [row["step" if row["kind"] == "update" else "epoch"] for row in held]
     y = [row[key] - origin for row in held]
-    if spread is None:
+    if not spread:
         return Series(label, x, y, shade)
-    ends = [(v - row[spread], v + row[spread]) for v, row in zip(y, held, strict=True)]
-    return Series(label, x, y, shade, [low for low, _ in ends], [high for _, high in ends])
+    low = [row[key] - row[spread] for row in held]
+    high = [row[key] + row[spread] for row in held]
+    return Series(label, x, y, shade, low, high)
 
 
-def _single(rows: list[dict], key: str, title: str, note: str) -> Chart:
-    return Chart(title, note, [_over(rows, key, title, colour(0))], "epoch")
+def _of_epochs(run: Recorded, title: str, note: str, keys: dict[str, str]) -> Chart:
+    """keys: what the chart shows, each with its label."""
+    lines = enumerate(keys.items())
+    series = [_over(run.epochs, key, label, colour(i)) for i, (key, label) in lines]
+    return Chart(title, note, series, "epoch")
 
 
 def _statistics(run: Recorded) -> list[str]:
@@ -172,8 +153,3 @@ def _present(charts: list[Chart]) -> list[Chart]:
     """Leave out series without a value, and charts without a series."""
     kept = [replace(chart, series=[s for s in chart.series if s.x]) for chart in charts]
     return [chart for chart in kept if chart.series]
-
-
-def _shares(run: Recorded) -> bool:
-    """Whether all scores are shares, so that they can lie in one chart."""
-    return all(0 <= row[name] <= 1 for row in run.evals for name in run.scores() if name in row)

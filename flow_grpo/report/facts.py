@@ -46,18 +46,9 @@ def changes(run: Recorded) -> list[Change]:
     rows = []
     for name in run.scores():
         before, after = run.evals[0].get(name), run.evals[-1].get(name)
-        gain = "" if before is None or after is None else _signed(after - before)
-        rows.append(
-            Change(
-                name,
-                number(before),
-                number(after),
-                gain,
-                gain.startswith("+"),
-                _written(interval(run.evals[0], name)),
-                _written(interval(run.evals[-1], name)),
-            )
-        )
+        gain = "" if None in (before, after) else _signed(after - before)
+        ends = [_written(interval(row, name)) for row in (run.evals[0], run.evals[-1])]
+        rows.append(Change(name, number(before), number(after), gain, gain.startswith("+"), *ends))
     return rows
 
 
@@ -75,11 +66,8 @@ def what(run: Recorded) -> str:
     """Say what was trained on what, in a sentence."""
     config, train = run.config, run.config["train"]
     how = f"a LoRA of rank {train['lora_rank']}" if config["use_lora"] else "all weights"
-    rewards = " + ".join(
-        name if weight == 1 else f"{weight:g} × {name}"
-        for name, weight in config["reward_fn"].items()
-        if weight
-    )
+    weights = {name: config["reward_fn"][name] for name in run.trained}
+    rewards = " + ".join(n if w == 1 else f"{w:g} × {n}" for n, w in weights.items())
     return (
         f"{config['pretrained']['model']}, {how}, trained by {config['objective']} "
         f"on {rewards} with the prompts of {config['dataset']}"
@@ -107,10 +95,9 @@ def headline(run: Recorded) -> dict[str, str]:
     }
 
 
-def _seconds(row: dict, *without: str) -> float:
-    """The seconds of an epoch's phases but for some."""
-    skipped = {f"seconds/{phase}" for phase in without}
-    return sum(v for k, v in row.items() if k.startswith("seconds/") and k not in skipped)
+def _seconds(row: dict, without: str = "") -> float:
+    keys = (key for key in row if key.startswith("seconds/") and key != f"seconds/{without}")
+    return sum(row[key] for key in keys)
 
 
 def machine(launch: dict) -> str:
@@ -120,25 +107,15 @@ def machine(launch: dict) -> str:
     return ", ".join([*held["gpus"], cpu])
 
 
-def compared(run: Recorded, others: list[Recorded]) -> dict[str, list[str]]:
-    """The scores of several runs before and after, one list per run; empty without others."""
-    names = run.scores()
-    return {
-        one.name: [f"{number(one.evals[0].get(n))} → {number(one.evals[-1].get(n))}" for n in names]
-        for one in ((run, *others) if others else ())
-    }
-
-
 def settings(run: Recorded) -> list[Setting]:
     """Every key of the run beside its default, in the order of config/base.py."""
     defaults, own = _flat(run.defaults), _flat(run.config)
     rows = []
-    for key in [*defaults, *(key for key in own if key not in defaults)]:
-        if key not in own:
-            continue  # the run is older than the key
-        value, default = own[key], defaults.get(key)
-        changed = key not in PER_RUN and (key not in defaults or value != default)
-        rows.append(Setting(key, json.dumps(value), json.dumps(default), changed))
+    for key in defaults | own:
+        if key in own:  # if not, the run is older than the key
+            value, default = own[key], defaults.get(key)
+            changed = key not in PER_RUN and (key not in defaults or value != default)
+            rows.append(Setting(key, json.dumps(value), json.dumps(default), changed))
     return rows
 
 

@@ -7,10 +7,14 @@ import traceback
 import warnings
 from pathlib import Path
 
-from flow_grpo.report import page, recorded
-from flow_grpo.report.recorded import read_metrics, score_names, tag_names
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from flow_grpo.report import charts, facts, images, plots, recorded
+from flow_grpo.report.recorded import Recorded, read_metrics, score_names, tag_names
 
 FILE = "report.html"
+MOST_BYTES = 5_000_000
+SPARE_BYTES = 100_000  # tags around the images
 
 
 def table(folder: Path) -> str:
@@ -33,14 +37,46 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, others: list[Path] | None = None) -> Path:
-    """Draw a run's report.html from what is in its folder, and return its path.
+def render(run: Recorded, others: list[Recorded]) -> str:
+    """Return the page, which loads nothing, smaller than MOST_BYTES; images get what is left."""
+    page = Environment(
+        loader=PackageLoader("flow_grpo.report", ""),
+        autoescape=lambda name: name is not None and name.endswith(".j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    ).get_template("page.html.j2")
+    drawings = {
+        "evaluation": charts.evaluation(run, others),
+        "tags": charts.tags(run, others),
+        "rewards": charts.rewards(run),
+        "denoising": charts.denoising(run),
+        "updates": charts.updates(run),
+        "speed": charts.speed(run),
+    }
+    values = {
+        "run": run,
+        "what": facts.what(run),
+        "changes": facts.changes(run),
+        "headline": facts.headline(run),
+        "others": others,
+        "charts": {
+            name: [(chart, plots.draw(chart)) for chart in some] for name, some in drawings.items()
+        },
+        "settings": facts.settings(run),
+        "number": facts.number,
+        "machine": facts.machine,
+    }
+    size = len(page.render(values, images=None).encode())
+    shown = images.before_and_after(run, MOST_BYTES - size - SPARE_BYTES)
+    text = page.render(values, images=shown)
+    assert len(text.encode()) < MOST_BYTES, len(text.encode())
+    return text
 
-    others: runs whose evaluations are drawn over this one's.
-    Raises ValueError if a folder is not a run's.
-    """
+
+def write(folder: Path, others: list[Path] | None = None) -> Path:
+    """Draw a run's report.html, with others over it. Raises ValueError if a folder is no run's."""
     run, compared = recorded.load(folder), [recorded.load(other) for other in others or []]
-    text, path = page.render(run, compared), folder / FILE
+    text, path = render(run, compared), folder / FILE
     aside = path.with_suffix(".tmp")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

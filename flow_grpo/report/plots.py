@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,6 +13,7 @@ WIDTHS, HEIGHT = {"wide": 340, "narrow": 240}, 180  # of the drawing; the page s
 LEFT, RIGHT, TOP, BOTTOM = 48, 6, 10, 38  # what is left of that for the axes' numbers
 MOST_POINTS = 240
 NUM_COLOURS = 6  # --series-1 ... of page.css
+Scale = Callable[[float | np.ndarray], np.ndarray]  # from values to places in the drawing
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,10 @@ class Chart:
 class Curve:
     """A series in the drawing's coordinates; line and band are the "d" of an SVG path."""
 
-    colour: str
-    dashed: bool
+    series: Series
     line: str
     band: str
-    dots: tuple[tuple[float, float], ...]
+    dots: list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -73,56 +73,47 @@ def ramp(number: int, count: int) -> str:
     return f"color-mix(in oklab, var(--ramp-last) {share}%, var(--ramp-first))"
 
 
-class Frame:
-    """Maps x and y to places in the drawing."""
-
-    def __init__(self, width: float, x_limits: tuple[float, float], y_limits: tuple[float, float]):
-        self._width, self._x_limits, self._y_limits = width, x_limits, y_limits
-
-    def x(self, value: float) -> float:
-        first, last = self._x_limits
-        return round(LEFT + (self._width - LEFT - RIGHT) * (value - first) / (last - first), 1)
-
-    def y(self, value: float) -> float:
-        low, high = self._y_limits
-        return round(TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low), 1)
-
-    def points(self, rows: Iterable[tuple[float, float]]) -> list[str]:
-        return [f"{self.x(x)},{self.y(y)}" for x, y in rows]
-
-
 def draw(chart: Chart) -> Drawing:
     """Lay the chart out. Values that are not finite leave a gap."""
-    width, every_x = WIDTHS[chart.width], [x for series in chart.series for x in series.x]
+    right, floor = WIDTHS[chart.width] - RIGHT, HEIGHT - BOTTOM
+    every_x = [x for series in chart.series for x in series.x]
     margin = 0.02 * (max(every_x) - min(every_x)) or 0.5
     x_limits = min(every_x) - margin, max(every_x) + margin
     y_limits = chart.limits or padded(chart.series)
-    frame = Frame(width, x_limits, y_limits)
+    x, y = scale(x_limits, (LEFT, right)), scale(y_limits, (floor, TOP))
     return Drawing(
-        width=width,
+        width=WIDTHS[chart.width],
         height=HEIGHT,
         left=LEFT,
-        right=width - RIGHT,
-        floor=HEIGHT - BOTTOM,
-        x_ticks=[(frame.x(v), text) for v, text in ticks(*x_limits, most=6, whole=True)],
-        y_ticks=[(frame.y(v), text) for v, text in ticks(*y_limits, most=5)],
-        curves=[_curve(frame, series, chart.markers) for series in chart.series],
+        right=right,
+        floor=floor,
+        x_ticks=[(x(v), text) for v, text in ticks(*x_limits, most=6, whole=True)],
+        y_ticks=[(y(v), text) for v, text in ticks(*y_limits, most=5)],
+        curves=[_curve(series, x, y, chart.markers) for series in chart.series],
     )
 
 
-def _curve(frame: Frame, series: Series, markers: bool) -> Curve:
-    x, line, band, dots = thin(series.x), "", "", []
-    for rows in finite(x, thin(series.y)):
-        points = frame.points(rows)
-        line += f"M{points[0]}L{' '.join(points)}"
+def scale(limits: tuple[float, float], ends: tuple[float, float]) -> Scale:
+    """Return what maps values from between limits to between two places, to a tenth."""
+    return lambda values: np.interp(values, limits, ends).round(1)
+
+
+def _curve(series: Series, x: Scale, y: Scale, markers: bool) -> Curve:
+    places, line, band, dots = x(thin(series.x)), "", "", []
+    for rows in finite(places, y(thin(series.y))):
+        line += f"M{_path(rows[:1])}L{_path(rows)}"
         if markers or len(rows) == 1:
-            dots += [(frame.x(a), frame.y(b)) for a, b in rows]
+            dots += rows
     if series.low and series.high:
-        for rows in finite(x, thin(series.low), thin(series.high)):
-            there = frame.points((a, low) for a, low, _ in rows)
-            back = frame.points((a, high) for a, _, high in reversed(rows))
-            band += f"M{' '.join(there + back)}Z"
-    return Curve(series.colour, series.dashed, line, band, tuple(dots))
+        for rows in finite(places, y(thin(series.low)), y(thin(series.high))):
+            there = [(a, low) for a, low, _ in rows]
+            back = [(a, high) for a, _, high in reversed(rows)]
+            band += f"M{_path(there + back)}Z"
+    return Curve(series, line, band, dots)
+
+
+def _path(points: list[tuple[float, float]]) -> str:
+    return " ".join(f"{x},{y}" for x, y in points)
 
 
 def finite(*columns: np.ndarray) -> Iterator[list[tuple]]:
@@ -169,13 +160,7 @@ def tick_text(value: float, step: float, largest: float) -> str:
 
 def thin(values: list[float], most: int = MOST_POINTS) -> np.ndarray:
     """Average runs of values so that at most `most` are left; what is not finite is left out."""
-    kept = np.array(values, dtype=float)
-    kept[~np.isfinite(kept)] = np.nan
-    if len(kept) <= most:
-        return kept
-    return np.array([_mean(part) for part in np.array_split(kept, most)])
-
-
-def _mean(values: np.ndarray) -> float:
-    present = values[~np.isnan(values)]
-    return float(present.mean()) if len(present) else np.nan
+    kept = np.ma.masked_invalid(np.array(values, dtype=float))
+    if len(kept) > most:
+        kept = np.ma.stack([part.mean() for part in np.array_split(kept, most)])
+    return kept.filled(np.nan)

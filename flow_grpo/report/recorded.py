@@ -54,12 +54,16 @@ class Recorded:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    @property
+    def trained(self) -> list[str]:
+        """The rewards of non-zero weight."""
+        return [name for name, weight in self.config["reward_fn"].items() if weight]
+
     def scores(self) -> list[str]:
         """The evaluated scores, what was trained first; avg only where it is a sum of several."""
         names = score_names(self.evals[-1])
-        trained = [name for name, weight in self.config["reward_fn"].items() if weight]
-        first = [name for name in trained if name in names]
-        if "avg" in names and len(trained) > 1:
+        first = [name for name in self.trained if name in names]
+        if "avg" in names and len(self.trained) > 1:
             first = ["avg", *first]
         return first + [name for name in names if name not in first and name != "avg"] or names
 
@@ -75,17 +79,8 @@ def load(folder: Path) -> Recorded:
             f"{str(folder)!r} has no {missing[0] if missing else 'evaluation in metrics.jsonl'}: "
             f"a run's folder, logs/<run_name>, is needed, after its first evaluation."
         )
-    about = _read(folder / "run.json") or {"defaults": {}, "statistics": {}}
-    return Recorded(
-        folder=folder,
-        config=_read(folder / "config.json"),
-        launches=_read(folder / "launches.json") or [],
-        **about,
-        evals=read_metrics(folder, "eval"),
-        epochs=read_metrics(folder, "epoch"),
-        updates=read_metrics(folder, "update"),
-    )
-
-
-def _read(path: Path):
-    return json.loads(path.read_text()) if path.is_file() else None
+    files = [folder / name for name in ("config.json", "launches.json", "run.json")]
+    config, launches, about = (json.loads(f.read_text()) if f.is_file() else {} for f in files)
+    defaults, statistics = about.get("defaults", {}), about.get("statistics", {})
+    rows = [read_metrics(folder, kind) for kind in ("eval", "epoch", "update")]
+    return Recorded(folder, config, launches or [], defaults, statistics, *rows)

@@ -23,7 +23,6 @@ RETRY_AFTER_S = 1
 NUM_DECODERS = 2  # threads
 MAX_KEY = 128  # characters of an idempotency key
 STUCK = "a call of the scorer takes longer than a request may: it is stuck"
-BODY = {"schema": {"type": "string", "format": "binary"}}
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,15 @@ class Service:
         self.compares = compares  # the images of a group, so that a request needs whole groups
         self.num_bytes = self.num_requests = 0  # taken in and not yet answered
         self.statuses: Counter[int] = Counter()
-        self._running: dict[str, Future] = {}  # by idempotency key
-        self._finished: OrderedDict[str, dict] = OrderedDict()
-        self._decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
+        self._jobs: OrderedDict[str, Future] = OrderedDict()  # by idempotency key
+        self.decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
 
     async def health(self) -> JSONResponse:
         """Say which reward this is, and whether it still scores: 503 once a call is stuck."""
-        found = {"reward": self.reward, "compares": self.compares, "waiting": self.num_requests}
+        state = {"reward": self.reward, "compares": self.compares, "waiting": self.num_requests}
         if self._stuck():
-            return JSONResponse(found | {"detail": STUCK}, 503)
-        return JSONResponse(found)
+            return JSONResponse(state | {"detail": STUCK}, 503)
+        return JSONResponse(state)
 
     async def metrics(self) -> PlainTextResponse:
         """Count, in Prometheus' text format."""
@@ -86,11 +84,11 @@ class Service:
             del body
             self.num_bytes += (decoded := batch.num_bytes()) - taken
             taken = decoded
-            if key in self._finished:
-                return JSONResponse(self._finished[key])
-            if self.num_bytes > max(self.limits.queue_bytes, taken):
+            job = self._jobs.get(key)
+            scored = job is not None and job.done()
+            if not scored and self.num_bytes > max(self.limits.queue_bytes, taken):
                 raise _busy("its images do not fit beside those that wait")
-            job = self._running.get(key) or self._submit(key, batch)
+            job = job or self._submit(key, batch)
             waiting = asyncio.shield(asyncio.wrap_future(job))
             return JSONResponse(await asyncio.wait_for(waiting, self.limits.timeout_s))
         except TimeoutError:
@@ -104,9 +102,6 @@ class Service:
         finally:
             self.num_requests -= 1
             self.num_bytes -= taken
-
-    def close(self) -> None:
-        self._decoders.shutdown(wait=False)
 
     def _stuck(self) -> bool:
         return self.batcher.busy_s() > self.limits.timeout_s
@@ -134,11 +129,10 @@ class Service:
         return int(length)
 
     async def _decode(self, body: bytes) -> Batch:
-        limits = self.limits
-        loop = asyncio.get_running_loop()
+        limits, loop = self.limits, asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(
-                self._decoders, wire.decode, body, limits.items, limits.pixels
+                self.decoders, wire.decode, body, limits.items, limits.pixels
             )
         except wire.Malformed as error:
             raise HTTPException(400, str(error)) from None
@@ -149,40 +143,36 @@ class Service:
         """Queue a request, and remember its answer for those who ask for it again."""
         job, loop = self.batcher.submit(batch), asyncio.get_running_loop()
         if key:
-            self._running[key] = job
-            job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._finish, key, job))
+            self._jobs[key] = job
+            job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._forget, key, job))
         return job
 
-    def _finish(self, key: str, job: Future) -> None:
-        self._running.pop(key, None)
-        if job.exception() is None:
-            self._finished[key] = job.result()
-            while len(self._finished) > NUM_REMEMBERED:
-                self._finished.popitem(last=False)
+    def _forget(self, key: str, job: Future) -> None:
+        """Drop what failed, and may be tried anew, or the oldest where there are too many."""
+        if job.exception():
+            self._jobs.pop(key, None)
+        elif len(self._jobs) > NUM_REMEMBERED:
+            self._jobs.popitem(last=False)
 
 
-class Counted:
+def counted(app: ASGIApp, statuses: Counter[int]) -> ASGIApp:
     """Count the answers by status. FastAPI's own kind of middleware would copy every body."""
 
-    def __init__(self, app: ASGIApp, statuses: Counter[int]):
-        self._app, self._statuses = app, statuses
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._statuses[message["status"]] += 1
+                statuses[message["status"]] += 1
             await send(message)
 
-        await self._app(scope, receive, counting)
+        await app(scope, receive, counting)
+
+    return serve
 
 
 def create_app(
     reward: str, batcher: Batcher, limits: Limits, token: str = "", compares: bool = False
 ) -> FastAPI:
-    """Return the application.
-
-    token: what every request must bring; "": nothing. compares: the reward needs whole groups.
-    """
+    """Return the application. token: what a request must bring; "": none. compares: groups."""
     service = Service(reward, batcher, limits, compares)
 
     async def authorise(request: Request) -> None:
@@ -194,7 +184,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.get_running_loop().run_in_executor(None, batcher.close, limits.timeout_s)
-        service.close()
+        service.decoders.shutdown(wait=False)
 
     # The pages /docs and /redoc would load scripts from elsewhere.
     app = FastAPI(
@@ -204,12 +194,13 @@ def create_app(
         lifespan=lifespan,
         dependencies=[Depends(authorise)],
     )
-    body = {"content": {wire.CONTENT_TYPE: BODY}, "required": True}
+    file = {"schema": {"type": "string", "format": "binary"}}
+    body = {"content": {wire.CONTENT_TYPE: file}, "required": True}
     app.get("/health")(service.health)
     app.get("/metrics")(service.metrics)
     app.post("/score", openapi_extra={"requestBody": body})(service.score)
 
-    app.add_middleware(Counted, statuses=service.statuses)
+    app.add_middleware(counted, statuses=service.statuses)
     return app
 
 

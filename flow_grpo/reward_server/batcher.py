@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from flow_grpo.rewards.batch import Batch, scatter
-from flow_grpo.rewards.remote.wire import encode_answer
+from flow_grpo.rewards.remote.wire import cut, encode_answer
 
 # What a scorer raises for an input that it can't take; anything else is its own failure.
 OF_INPUT = (ValueError, TypeError, LookupError, AttributeError)
 Score = Callable[[Batch], dict[str, np.ndarray]]  # (B,) columns; raises what the scorer raises
+Scored = tuple[dict[str, np.ndarray], list[str | None]]  # (B,) columns and each row's error
 
 
 class Unscorable(Exception):
@@ -36,9 +37,9 @@ class _Job:
 
 
 class Batcher:
-    """Scores requests in the order of arrival, up to max_rows images a call.
+    """Scores requests in the order of arrival, up to max_rows images a call, or a whole group.
 
-    Rows of equal group stay in one call. linger_s: how long a call that is not full waits for more.
+    linger_s: how long a call that is not full waits for more.
     """
 
     def __init__(
@@ -69,11 +70,10 @@ class Batcher:
         since = self._busy_since
         return 0.0 if since is None else self._clock() - since
 
-    def close(self, patience_s: float) -> bool:
-        """Finish what is queued. Returns False if that takes longer."""
+    def close(self, patience_s: float) -> None:
+        """Finish what is queued, unless that takes longer."""
         self._queue.put(None)
         self._thread.join(patience_s)
-        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while jobs := self._gather():
@@ -110,55 +110,44 @@ class Batcher:
         return jobs
 
     def _serve(self, jobs: list[_Job]) -> None:
-        """Score the requests together; if that fails, each by itself, then its rows."""
-        if len(jobs) > 1:
-            merged = _merge([job.batch for job in jobs])
-            try:
-                scores, errors = self._rows(merged)
-            except Exception:
+        """Score the requests together; if that fails, each by itself."""
+        try:
+            if len(jobs) > 1:
+                scores, errors = self._rows(_merge([job.batch for job in jobs]))
+            else:
+                scores, errors = self._apart(jobs[0].batch)
+        except Exception as error:
+            if len(jobs) > 1:
                 for job in jobs:
                     self._serve([job])
-                return
-            start = 0
-            for job in jobs:
-                rows = slice(start, start + len(job.batch))
-                part = {name: values[rows] for name, values in scores.items()}
-                self._answer(job, part, errors[rows])
-                start = rows.stop
+            else:
+                logging.getLogger(__name__).exception("the scorer failed")
+                jobs[0].answer.set_exception(error)
             return
-        (job,) = jobs
+        start = 0
+        for job in jobs:
+            rows = slice(start, start + len(job.batch))
+            part = {name: values[rows] for name, values in scores.items()}
+            self._answer(job, part, errors[rows])
+            start = rows.stop
+
+    def _apart(self, batch: Batch) -> Scored:
+        """Score rows; if that fails, by row or group, so that only the guilty go without."""
         try:
-            self._answer(job, *self._rows(job.batch))
+            return self._rows(batch)
         except OF_INPUT as error:
-            self._take_apart(job, error)
-        except Exception as error:
-            logging.getLogger(__name__).exception("the scorer failed")
-            job.answer.set_exception(error)
-
-    def _take_apart(self, job: _Job, error: Exception) -> None:
-        """Score a request row by row (or group by group), so that only the guilty go without."""
-        errors: list[str | None] = [None] * len(job.batch)
-        units, num_failed, parts = job.batch.units(), 0, []
+            units = batch.units()
+            if len(units) == 1:
+                return {}, [f"{type(error).__name__}: {error}"[:500]] * len(batch)
+        parts, errors = [], [None] * len(batch)
         for unit in units:
-            try:
-                if len(units) == 1:
-                    raise error
-                scores, unit_errors = self._rows(job.batch.rows(unit))
-            except OF_INPUT as reason:
-                num_failed += 1
-                scores, unit_errors = {}, [f"{type(reason).__name__}: {reason}"[:500]] * len(unit)
-            except Exception as reason:
-                job.answer.set_exception(reason)
-                return
+            scores, unit_errors = self._apart(batch.rows(unit))
             parts.append((unit, scores))
-            for row, unit_error in zip(unit, unit_errors, strict=True):
-                errors[row] = unit_error
-        if num_failed == len(units):
-            job.answer.set_exception(Unscorable(errors[0]))
-        else:
-            self._answer(job, scatter(parts, len(job.batch)), errors)
+            for row, error in zip(unit, unit_errors, strict=True):
+                errors[row] = error
+        return scatter(parts, len(batch)), errors
 
-    def _rows(self, batch: Batch) -> tuple[dict[str, np.ndarray], list[str | None]]:
+    def _rows(self, batch: Batch) -> Scored:
         """Score what can be read, in calls of at most max_rows where groups allow it."""
         unreadable = batch.errors or {}
         errors = [unreadable.get(row) for row in range(len(batch))]
@@ -166,17 +155,15 @@ class Batcher:
         if not rows:
             raise ValueError(errors[0])
         readable, parts = batch.rows(rows), []
-        calls: list[list[int]] = [[]]
-        for unit in readable.units():
-            if calls[-1] and len(calls[-1]) + len(unit) > self._max_rows:
-                calls.append([])
-            calls[-1] += unit
-        for call in calls:
+        for call in cut(readable, self._max_rows):
             parts.append(([rows[n] for n in call], self._score(readable.rows(call))))
             self.num_calls += 1
         return scatter(parts, len(batch)), errors
 
     def _answer(self, job: _Job, scores: dict[str, np.ndarray], errors: list) -> None:
+        if not scores:
+            job.answer.set_exception(Unscorable(errors[0]))
+            return
         num_errors = sum(error is not None for error in errors)
         self.num_scored += len(errors) - num_errors
         self.num_row_errors += num_errors

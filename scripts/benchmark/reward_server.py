@@ -90,7 +90,7 @@ def with_server(images: list[np.ndarray], num_calls: int, encoding: str) -> None
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([*command, str(port)], cwd=ROOT, env=environment)
     servers = Servers({NAME: [f"http://127.0.0.1:{port}"]}, encoding=encoding)
-    while health.ask(servers, [NAME])[NAME][0].problem:
+    while any(answer.problem for answer in health.ask(servers, [NAME]).values()):
         assert process.poll() is None
         time.sleep(0.2)
     reward = RemoteReward(NAME, servers)

@@ -32,11 +32,10 @@ import numpy as np
 from config.base import base
 from flow_grpo import sde
 from flow_grpo.cli import user_errors
-from flow_grpo.evaluation.comparison import RANDOMNESS
+from flow_grpo.evaluation import comparison
 from flow_grpo.launch import tools
 from flow_grpo.report.sheets import captioned_sheet
-from flow_grpo.rollouts import whole
-from flow_grpo.sampling import decode, denoise
+from flow_grpo.sampling import decode
 
 LEVELS = {"sde": (0.3, 0.7, 1.0), "cps": (0.3, 0.8, 1.0), "dance": (0.1, 0.3, 0.6)}
 
@@ -47,7 +46,7 @@ class Cell(NamedTuple):
     measured: float
     left: float
     due: float
-    picture: np.ndarray  # uint8 (H, W, 3)
+    image: np.ndarray  # uint8 (H, W, 3)
 
 
 def main(argv: list[str]) -> None:
@@ -73,9 +72,7 @@ def main(argv: list[str]) -> None:
         for c in cells
     ]
     columns = len(cells) // len(LEVELS)
-    captioned_sheet([c.picture for c in cells], captions, columns).save(
-        args.out.with_suffix(".png")
-    )
+    captioned_sheet([c.image for c in cells], captions, columns).save(args.out.with_suffix(".png"))
     print(*(caption.replace("\n", ", ") for caption in captions), sep="\n")
     print(f"{args.out.with_suffix('.png')}, {args.out.with_suffix('.csv')}")
 
@@ -84,21 +81,13 @@ def draw(loaded: tools.Loaded) -> Iterator[Cell]:
     """Draw one row per kernel: without noise, then at each of its levels."""
     pipeline, task = loaded.pipeline, loaded.task
     batch, plain = task.batch(pipeline, [0]), task.schedule(pipeline)
-    steps = np.arange(task.num_steps - 1)[None]
     for kernel, levels in LEVELS.items():
         for level in (0.0, *levels):
             schedule = replace(plain, kind=kernel, noise_level=level)
-            part = denoise(
-                pipeline,
-                pipeline.transformer,
-                batch,
-                schedule,
-                RANDOMNESS,
-                whole(steps, task.num_steps),
-            )
-            picture = decode(pipeline, part.rollout)[0]
-            shown = picture if picture.ndim == 3 else picture[len(picture) // 2]
-            latents = pipeline.vae_latents(part.rollout.final, task.size).double().cpu().numpy()
+            rollout = comparison.draw(pipeline, batch, schedule)
+            image = decode(pipeline, rollout)[0]
+            shown = image if image.ndim == 3 else image[len(image) // 2]
+            latents = pipeline.vae_latents(rollout.final, task.size).double().cpu().numpy()
             *_, before, after, _ = schedule.sigmas.tolist()
             kind, guard = kernel if level else "ode", schedule.sigmas[1].item()
             left = sde.leftover_noise(kind, before, after, level, guard).item()

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from flow_grpo.evaluation.evaluate import spread
-from flow_grpo.report.pictures import read_sheet, sheet_path
+from flow_grpo.report.images import read_sheet, sheet_path
 from flow_grpo.report.recorded import load
 from flow_grpo.report.sheets import captioned_sheet
 

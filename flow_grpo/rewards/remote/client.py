@@ -6,28 +6,20 @@ Every wait ends: a call has one deadline for its connections, uploads, answers a
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
 
-import httpx
 import numpy as np
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    RetryError,
-    retry_if_exception_type,
-    wait_random_exponential,
-)
 
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.remote import health, wire
-from flow_grpo.rewards.remote.exchange import Refused, Retry, Unscorable, connect, send
+from flow_grpo.rewards.remote.exchange import Refused, Retry, connect, detail, send
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
 PART_ROWS, PART_BYTES = 64, 2**26  # of a request, unless a group is larger
@@ -36,6 +28,8 @@ SLOTS = 32  # requests of a process at a time to each URL
 MAX_SCORER_FAILURES = 3  # answers of 500, which say that the scorer itself failed
 COOL_DOWN_S = 30.0  # after a call in vain, calls fail at once for so long
 CLOSE_S = 5.0
+Part = tuple[int, bytes]  # of a call: how many rows, and a request's body
+Answer = tuple[dict[str, np.ndarray], list[str | None]]  # scores, and each row's error
 
 
 class Unavailable(Refused):
@@ -43,19 +37,7 @@ class Unavailable(Refused):
 
 
 @dataclass(eq=False)
-class _Part:
-    """One request."""
-
-    num_rows: int
-    body: bytes
-    headers: dict[str, str]
-    num_scorer_failures: int = 0
-
-
-@dataclass(eq=False)
 class _Endpoint:
-    """What is known of one URL."""
-
     url: str
     num_in_flight: int = 0
     num_failures: int = 0  # since it last answered
@@ -64,20 +46,18 @@ class _Endpoint:
     def failed(self, error: Retry, now: float) -> None:
         if error.status != 429:  # that is a healthy server's
             self.num_failures += 1
-        pause = min(BACKOFF_S * 2**self.num_failures, COOL_DOWN_S)
-        self.avoid_until = now + max(pause, error.after_s)
+        pause_s = min(BACKOFF_S * 2 ** min(self.num_failures, 7), COOL_DOWN_S)
+        self.avoid_until = now + max(pause_s, error.after_s)
 
     def answered(self) -> None:
         self.num_failures, self.avoid_until = 0, 0.0
 
 
 class RemoteReward(Reward):
-    """Scores by HTTP. Calls are split at group boundaries, and the parts spread over the URLs.
+    """Scores by HTTP: groups stay whole, and the parts of a call are spread over the URLs.
 
-    A part is retried, always under one id, after refused connections, timeouts and answers that say
-    that a server is busy until the deadline, after 500 MAX_SCORER_FAILURES times, and after nothing
-    else. Once a deadline has passed the circuit is open: calls fail at once for COOL_DOWN_S, then a
-    URL has to be healthy before anything is sent.
+    Once a deadline has passed in vain the circuit is open: calls fail at once for COOL_DOWN_S, then
+    a URL has to be healthy before anything is sent.
     """
 
     def __init__(
@@ -91,20 +71,21 @@ class RemoteReward(Reward):
         self._clock, self._sleep = clock, sleep
         self._endpoints = [_Endpoint(url) for url in servers.urls[name]]
         self._open_until, self._last_error = 0.0, ""  # 0: the circuit is closed
-        self._loop: asyncio.AbstractEventLoop | None = None  # from the first call on
-        self._client: httpx.AsyncClient | None = None
-        self._starting, self._closed = threading.Lock(), False
         self._slots = asyncio.Semaphore(SLOTS * len(self._endpoints))
+        self._client, self._loop = connect(servers), asyncio.new_event_loop()
+        self._closed = False
+        threading.Thread(target=self._work, name="reward-http", daemon=True).start()
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Raises Refused, Unavailable or SomeFailed, at the latest at the deadline."""
+        if self._closed:
+            raise Refused(f"{self._endpoints[0].url}: the run is ending")
         rows = self._split(batch)
-        parts = [self._part(batch.rows(r)) for r in rows]
-        self._start()
+        parts = [(len(r), wire.encode(batch.rows(r), self.servers.encoding)) for r in rows]
         future = asyncio.run_coroutine_threadsafe(self._score(parts), self._loop)
         try:
             answers = future.result(self.servers.timeout_s + 2 * health.HEALTH_S)
-        except FutureTimeout:
+        except TimeoutError:
             future.cancel()
             raise Unavailable(
                 f"{self._endpoints[0].url}: {len(batch)} images still wait for their turn after "
@@ -122,10 +103,9 @@ class RemoteReward(Reward):
         return scores
 
     def close(self) -> None:
-        with self._starting:
-            ended, self._closed = self._closed or self._loop is None, True
-        if ended:
+        if self._closed:
             return
+        self._closed = True
 
         async def end() -> None:
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -134,41 +114,21 @@ class RemoteReward(Reward):
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._client.aclose()
 
-        with suppress(FutureTimeout):
+        with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(end(), self._loop).result(CLOSE_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _start(self) -> None:
-        with self._starting:
-            if self._closed:
-                raise Refused(f"{self._endpoints[0].url}: the run is ending")
-            if self._loop is not None:
-                return
-            self._client, loop = connect(self.servers), asyncio.new_event_loop()
-
-            def work() -> None:
-                loop.run_forever()
-                loop.close()
-
-            threading.Thread(target=work, name="reward-http", daemon=True).start()
-            self._loop = loop
+    def _work(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     def _split(self, batch: Batch) -> list[list[int]]:
         """Rows of each request: whole groups, and at least a request for each URL if possible."""
         num_rows = min(PART_ROWS, -(-len(batch) // len(self._endpoints)))
-        num_rows = max(1, min(num_rows, PART_BYTES * len(batch) // max(1, batch.num_bytes())))
-        parts: list[list[int]] = [[]]
-        for unit in batch.units():
-            if parts[-1] and len(parts[-1]) + len(unit) > num_rows:
-                parts.append([])
-            parts[-1] += unit
-        return parts
+        num_rows = min(num_rows, PART_BYTES * len(batch) // max(1, batch.num_bytes()))
+        return wire.cut(batch, num_rows)
 
-    def _part(self, batch: Batch) -> _Part:
-        headers = {"content-type": wire.CONTENT_TYPE, "idempotency-key": uuid.uuid4().hex}
-        return _Part(len(batch), wire.encode(batch, self.servers.encoding), headers)
-
-    async def _score(self, parts: list[_Part]) -> list[tuple[dict, list]]:
+    async def _score(self, parts: list[Part]) -> list[Answer]:
         """Send all parts at once; the first one in vain ends the others."""
         deadline = self._clock() + self.servers.timeout_s
         if self._open_until:
@@ -190,31 +150,40 @@ class RemoteReward(Reward):
         if self._clock() < self._open_until:
             raise Unavailable(f"{self._last_error} (not tried again within {COOL_DOWN_S:g} s)")
         answers = await asyncio.to_thread(health.ask, self.servers, [self.name])
-        problems = [answer.problem for answer in answers[self.name]]
+        problems = [answer.problem for answer in answers.values()]
         if all(problems):
             self._open_until = self._clock() + COOL_DOWN_S
             raise Unavailable(problems[0])
 
-    async def _send(self, part: _Part, deadline: float) -> tuple[dict, list]:
-        """Send a part until it is answered, with growing, random pauses."""
+    async def _send(self, part: Part, deadline: float) -> Answer:
+        """Send a part until it is answered, always under one id, with growing, random pauses.
 
-        def too_late(state: RetryCallState) -> bool:  # for one more
-            return state.upcoming_sleep > 0.7 * (deadline - self._clock())
+        Another try is worth it after a Retry alone: see send().
+        """
+        headers = {"content-type": wire.CONTENT_TYPE, "idempotency-key": uuid.uuid4().hex}
+        num_attempts = num_scorer_failures = 0
+        longest_s = 2 * BACKOFF_S
+        while True:
+            try:
+                return await self._attempt(part, headers, deadline)
+            except Retry as error:
+                last = error
+            num_attempts += 1
+            num_scorer_failures += last.status == 500
+            if num_scorer_failures == MAX_SCORER_FAILURES:
+                raise Refused(f"{last.url}: {last}")
+            pause_s = max(random.uniform(BACKOFF_S, longest_s), last.after_s)
+            if pause_s > 0.7 * (deadline - self._clock()):  # too late for one more
+                raise Unavailable(
+                    f"{last.url}: no scores after {num_attempts} attempt(s) within "
+                    f"config.reward_timeout={self.servers.timeout_s:g} s; the last: {last}"
+                )
+            longest_s = min(2 * longest_s, MAX_BACKOFF_S)
+            await self._sleep(pause_s)
 
-        retrying = AsyncRetrying(
-            retry=retry_if_exception_type(Retry), wait=_pause, stop=too_late, sleep=self._sleep
-        )
-        try:
-            return await retrying(self._attempt, part, deadline)
-        except RetryError as error:
-            last = error.last_attempt
-            raise Unavailable(
-                f"{last.exception().url}: no scores after {last.attempt_number} attempt(s) within "
-                f"config.reward_timeout={self.servers.timeout_s:g} s; the last: {last.exception()}"
-            ) from None
-
-    async def _attempt(self, part: _Part, deadline: float) -> tuple[dict, list]:
+    async def _attempt(self, part: Part, headers: dict[str, str], deadline: float) -> Answer:
         """Send a part to the URL that failed least recently and has least to do."""
+        num_rows, body = part
         async with self._slots:
             now = self._clock()
             endpoint = min(
@@ -224,27 +193,16 @@ class RemoteReward(Reward):
             patience_s = (deadline - now) / 2
             endpoint.num_in_flight += 1
             try:
-                answer = await send(self._client, endpoint.url, part.body, part.headers, patience_s)
+                status, answer = await send(self._client, endpoint.url, body, headers, patience_s)
             except Retry as error:
                 endpoint.failed(error, self._clock())
-                part.num_scorer_failures += error.status == 500
-                if part.num_scorer_failures == MAX_SCORER_FAILURES:
-                    raise Refused(f"{endpoint.url}: {error}") from None
                 raise
-            except Unscorable as error:  # each row has an error
-                endpoint.answered()
-                return {self.name: np.full(part.num_rows, np.nan)}, [str(error)] * part.num_rows
             finally:
                 endpoint.num_in_flight -= 1
         endpoint.answered()
+        if status == 422:
+            return {self.name: np.full(num_rows, np.nan)}, [detail(answer)] * num_rows
         try:
-            return wire.decode_answer(answer, self.name, part.num_rows)
+            return wire.decode_answer(answer, self.name, num_rows)
         except wire.Malformed as error:
             raise Refused(f"{endpoint.url}: {error}: {answer[:80]!r}") from None
-
-
-_BACKOFF = wait_random_exponential(2 * BACKOFF_S, MAX_BACKOFF_S, min=BACKOFF_S)
-
-
-def _pause(state: RetryCallState) -> float:
-    return max(_BACKOFF(state), state.outcome.exception().after_s)

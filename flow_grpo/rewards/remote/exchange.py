@@ -18,10 +18,6 @@ class Refused(RuntimeError):
     """A server answered, but not with scores. The message begins with the URL."""
 
 
-class Unscorable(Exception):
-    """A server can score none of the rows; the message says why."""
-
-
 class Retry(Exception):
     """An attempt came to nothing, and another may succeed."""
 
@@ -46,21 +42,23 @@ def connect(servers: Servers) -> httpx.AsyncClient:
 
 async def send(
     client: httpx.AsyncClient, url: str, body: bytes, headers: dict[str, str], patience_s: float
-) -> bytes:
-    """Post a body to a server's /score and return the answer's. Raises what it means otherwise."""
+) -> tuple[int, bytes]:
+    """Post to a server's /score; return status and answer. Raises Retry or Refused.
+
+    The status is 200, or 422: none of the rows can be scored.
+    """
     try:
         response, answer = await asyncio.wait_for(_post(client, url, body, headers), patience_s)
     except TimeoutError:
         raise Retry(url, f"no answer within {patience_s:.3g} s") from None
     except httpx.TransportError as error:
         raise Retry(url, f"{type(error).__name__}: {error}") from None
-    if response.status_code == 200:
-        return answer
-    reason = f"status {response.status_code}: {_detail(answer)}"
-    if response.status_code in (500, *BUSY):
-        raise Retry(url, reason, response.status_code, _retry_after(response))
-    if response.status_code == 422:
-        raise Unscorable(_detail(answer))
+    status = response.status_code
+    if status in (200, 422):
+        return status, answer
+    reason = f"status {status}: {detail(answer)}"
+    if status in (500, *BUSY):
+        raise Retry(url, reason, status, _retry_after(response))
     raise Refused(f"{url}: {reason}")
 
 
@@ -77,7 +75,7 @@ async def _post(
     return response, bytes(answer)
 
 
-def _detail(answer: bytes) -> str:
+def detail(answer: bytes) -> str:
     """What FastAPI or anyone else says of an error, shortened."""
     try:
         return str(json.loads(answer)["detail"])[:300]

@@ -29,40 +29,38 @@ def check(servers: Servers, names: Collection[str] | None = None) -> set[str]:
     names: of the rewards that are asked for; None: all. Raises ValueError naming reward and URL.
     """
     comparing = set()
-    for name, answers in ask(servers, servers.urls if names is None else names).items():
-        for url, answer in zip(servers.urls[name], answers, strict=True):
-            if answer.problem:
-                raise ValueError(
-                    f"config.reward_urls: the server of reward {name!r} at {answer.problem}. Start "
-                    f"it (python -m flow_grpo.reward_server --reward {name} --port "
-                    f"{urlsplit(url).port or 80}) and wait until it has loaded, or correct the URL."
-                )
-        if any(answer.compares for answer in answers):
+    for (name, url), answer in ask(servers, servers.urls if names is None else names).items():
+        if answer.problem:
+            raise ValueError(
+                f"config.reward_urls: the server of reward {name!r} at {answer.problem}. Start "
+                f"it (python -m flow_grpo.reward_server --reward {name} --port "
+                f"{urlsplit(url).port or 80}) and wait until it has loaded, or correct the URL."
+            )
+        if answer.compares:
             comparing.add(name)
     return comparing
 
 
-def ask(servers: Servers, names: Collection[str]) -> dict[str, list[Health]]:
-    """Ask the URLs of these rewards, all at once, in HEALTH_S. Returns each one's answer.
+def ask(servers: Servers, names: Collection[str]) -> dict[tuple[str, str], Health]:
+    """Ask the URLs of these rewards, all at once, in HEALTH_S. Returns answers by reward and URL.
 
     In daemon threads: resolving a name, or an answer that drips, takes however long it takes.
     """
-    answers: dict[tuple[str, str], Health] = {}
-    threads = []
-    for name in names:
-        for url in servers.urls[name]:
-            late = f"{url} does not answer within {HEALTH_S:g} s"
-            answers[name, url] = Health(late)
-            threads.append(
-                threading.Thread(target=_ask, args=(answers, name, url, servers.token), daemon=True)
-            )
+    answers = {
+        (name, url): Health(f"{url} does not answer within {HEALTH_S:g} s")
+        for name in names
+        for url in servers.urls[name]
+    }
+    threads = [
+        threading.Thread(target=_ask, args=(answers, name, url, servers.token), daemon=True)
+        for name, url in answers
+    ]
     for thread in threads:
         thread.start()
     deadline = time.monotonic() + HEALTH_S
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    found = dict(answers)  # who is late must not change it
-    return {name: [found[name, url] for url in servers.urls[name]] for name in names}
+    return dict(answers)  # who is late must not change it
 
 
 def _ask(answers: dict[tuple[str, str], Health], name: str, url: str, token: str) -> None:

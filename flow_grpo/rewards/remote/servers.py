@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 
 from flow_grpo.rewards.base import check_package
 from flow_grpo.rewards.registry import REWARDS
@@ -18,8 +18,6 @@ MIN_TOKEN = 16  # characters
 
 @dataclass(frozen=True)
 class Servers:
-    """config.reward_urls and what belongs to them."""
-
     urls: Mapping[str, list[str]] = field(default_factory=dict)  # by reward
     timeout_s: float = 600.0  # of a call, its retries included
     token: str = field(default="", repr=False)
@@ -38,7 +36,7 @@ class SomeFailed(RuntimeError):
         self.scores = scores
 
 
-def of(config: ml_collections.ConfigDict) -> Servers:
+def of(config: ConfigDict) -> Servers:
     """Read the keys. Raises ValueError naming the one at fault."""
     urls = {name: _urls(name, value) for name, value in config.reward_urls.items()}
     wanted = (*config.reward_fn, *config.eval_reward_fn)
@@ -50,8 +48,7 @@ def of(config: ml_collections.ConfigDict) -> Servers:
                 f"monitor it, or remove the URL."
             )
     if urls:
-        for package in ("httpx", "tenacity"):
-            check_package(package, "rewards")
+        check_package("httpx", "rewards")
     token_file = config.reward_token_file
     token = read_token(token_file, "config.reward_token_file") if token_file and urls else ""
     return Servers(urls, config.reward_timeout, token, config.reward_encoding)

@@ -26,11 +26,11 @@ JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 MAX_ROWS_BYTES = 2**24  # of the JSON
 
 
-class Malformed(ValueError):
+class Malformed(Exception):
     """A body that is not what this file says."""
 
 
-class TooLarge(ValueError):
+class TooLarge(Exception):
     """A body that asks for more than the server allows."""
 
 
@@ -71,7 +71,7 @@ def decode(body: bytes, max_items: int, max_pixels: int) -> Batch:
             sent.append(other)
         try:
             image, *others = [_image(each, budget) for each in sent]
-        except _Unreadable as error:
+        except ValueError as error:
             image, others, errors[i] = None, [], str(error)
         images.append(image)
         references.append(tuple(others))
@@ -108,22 +108,17 @@ def decode_answer(
         if not _is_list_of(values, num_rows, (int, float, type(None))):
             raise Malformed(f"its score {key[:80]!r} is no list of {num_rows} numbers or nulls")
         try:
-            scores[key] = np.array([np.nan if v is None else float(v) for v in values], np.float64)
-        except OverflowError:
-            raise Malformed(f"its score {key[:80]!r} has an infinite number") from None
-        if np.isinf(scores[key]).any():
+            scores[key] = np.array(values, np.float64)  # null is NaN
+            finite = not np.isinf(scores[key]).any()
+        except OverflowError:  # of a long integer
+            finite = False
+        if not finite:
             raise Malformed(f"its score {key[:80]!r} has an infinite number")
         scores[key][[error is not None for error in errors]] = np.nan
     return scores, errors
 
 
-class _Unreadable(ValueError):
-    pass
-
-
 class _Budget:
-    """Pixels that a request may still take."""
-
     def __init__(self, max_pixels: int):
         self._max, self._left = max_pixels, max_pixels
 
@@ -131,6 +126,16 @@ class _Budget:
         self._left -= num_pixels
         if self._left < 0:
             raise TooLarge(f"the images have more than {self._max} pixels together")
+
+
+def cut(batch: Batch, num_rows: int) -> list[list[int]]:
+    """List rows in parts of at most num_rows, unless rows to be scored together are more."""
+    parts: list[list[int]] = [[]]
+    for unit in batch.units():
+        if parts[-1] and len(parts[-1]) + len(unit) > num_rows:
+            parts.append([])
+        parts[-1] += unit
+    return parts
 
 
 def _unpack(body: bytes) -> tuple[str, dict[str, np.ndarray], bool]:
@@ -186,17 +191,17 @@ def _image(sent: np.ndarray | list[np.ndarray], budget: _Budget) -> np.ndarray:
     if isinstance(sent, list):
         frames = [_image(frame, budget) for frame in sent]
         if any(frame.shape != frames[0].shape or frame.ndim != 3 for frame in frames):
-            raise _Unreadable("the frames have several sizes")
+            raise ValueError("the frames have several sizes")
         return np.stack(frames)
     if sent.dtype == np.uint8 and sent.ndim == 1:
         return _decoded(sent.tobytes(), budget)
     if sent.dtype != np.uint8 or sent.ndim not in (3, 4) or sent.shape[-1] != 3:
-        raise _Unreadable(
+        raise ValueError(
             f"uint8 (H, W, 3) or (F, H, W, 3) is needed, not {sent.dtype} {sent.shape}"
         )
     budget.take(sent.size // 3)
     if not sent.size:
-        raise _Unreadable("the image is empty")
+        raise ValueError("the image is empty")
     return sent
 
 
@@ -210,11 +215,10 @@ def _decoded(file: bytes, budget: _Budget) -> np.ndarray:
     except Image.DecompressionBombError as error:
         raise TooLarge(str(error)) from None
     except Exception as error:  # a decoder's own, of many types
-        raise _Unreadable(f"the image cannot be read ({str(error)[:200]})") from None
+        raise ValueError(f"the image cannot be read ({str(error)[:200]})") from None
 
 
 def _jpeg(image: np.ndarray) -> np.ndarray:
-    """Return a JPEG file's bytes, (N,) uint8."""
     file = BytesIO()
     Image.fromarray(image).save(file, **JPEG)
     return np.frombuffer(file.getvalue(), np.uint8)

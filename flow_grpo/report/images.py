@@ -28,14 +28,11 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """pairs, or, where images/eval.json is missing, the two sheets as one pair."""
-
+class Images:
     pairs: list[Pair]
     step_before: int
     step_after: int
     magnified: bool
-    whole_sheets: bool
 
     def split(self) -> tuple[list[Pair], list[Pair]]:
         """Return NUM_IN_FRONT pairs, spread evenly, and the others."""
@@ -44,23 +41,15 @@ class Pictures:
         return front, [pair for pair in self.pairs if pair not in front]
 
 
-def before_and_after(run: Recorded, num_bytes: int) -> Pictures | None:
+def before_and_after(run: Recorded, num_bytes: int) -> Images | None:
     """Return the first and the last evaluation's images in at most num_bytes; None: no two."""
-    sheets = [(row["step"], sheet_path(run.folder, row["step"])) for row in run.evals]
-    sheets = [(step, path) for step, path in sheets if path.is_file()]
-    if len(sheets) < 2:
+    steps = [row["step"] for row in run.evals if sheet_path(run.folder, row["step"]).is_file()]
+    if len(steps) < 2:
         return None
-    (first, path_before), (last, path_after) = sheets[0], sheets[-1]
-    prompts, before = read_sheet(path_before)
-    _, after = read_sheet(path_after)
-    sides = SIDES if prompts else tuple(4 * side for side in SIDES)
-    return Pictures(
-        pairs=_fitting(list(zip(prompts or [""], before, after, strict=True)), sides, num_bytes),
-        step_before=first,
-        step_after=last,
-        magnified=before[0].width <= PIXEL_ART,
-        whole_sheets=not prompts,
-    )
+    prompts, before = read_sheet(sheet_path(run.folder, steps[0]))
+    _, after = read_sheet(sheet_path(run.folder, steps[-1]))
+    pairs = _fitting(list(zip(prompts, before, after, strict=True)), num_bytes)
+    return Images(pairs, steps[0], steps[-1], magnified=before[0].width <= PIXEL_ART)
 
 
 def sheet_path(folder: Path, step: int) -> Path:
@@ -69,22 +58,17 @@ def sheet_path(folder: Path, step: int) -> Path:
 
 
 def read_sheet(path: Path) -> tuple[list[str], list[Image.Image]]:
-    """Return a sheet's prompts and images; without its layout no prompts and the sheet itself."""
+    """Return a sheet's prompts and images."""
+    layout = json.loads(path.with_name("eval.json").read_text())
+    prompts = layout["prompts"]
     with Image.open(path) as opened:
         sheet = opened.convert("RGB")
-    layout = path.with_name("eval.json")
-    if not layout.is_file():
-        return [], [sheet]
-    held = json.loads(layout.read_text())
-    prompts = held["prompts"]
-    return prompts, cut_sheet(sheet, len(prompts), tuple(held["size"]), held["num_columns"])
+    return prompts, cut_sheet(sheet, len(prompts), tuple(layout["size"]), layout["num_columns"])
 
 
-def _fitting(
-    both: list[tuple[str, Image.Image, Image.Image]], sides: tuple[int, ...], num_bytes: int
-) -> list[Pair]:
+def _fitting(both: list[tuple[str, Image.Image, Image.Image]], num_bytes: int) -> list[Pair]:
     """Encode smaller and smaller; at the smallest side, fewer pairs."""
-    for side in sides:
+    for side in SIDES:
         pairs = [Pair(text, encode(old, side), encode(new, side)) for text, old, new in both]
         if _size(pairs) <= num_bytes:
             return pairs
@@ -99,12 +83,12 @@ def _size(pairs: list[Pair]) -> int:
 
 def encode(image: Image.Image, side: int) -> str:
     """Return a data URI: PNG of a tiny image, else JPEG with at most `side` pixels a side."""
-    buffer, kind = io.BytesIO(), "jpeg"
+    buffer, kind = io.BytesIO(), "png"
     if image.width <= min(PIXEL_ART, side):
-        kind = "png"
-        image.save(buffer, "PNG", optimize=True)
+        image.save(buffer, kind, optimize=True)
     else:
+        kind = "jpeg"
         image = image.copy()
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        image.save(buffer, "JPEG", quality=85)
+        image.save(buffer, kind, quality=85)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
