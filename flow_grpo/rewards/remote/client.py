@@ -6,7 +6,6 @@ Every wait ends: a call has one deadline for its connections, uploads, answers a
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 import uuid
@@ -15,6 +14,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    RetryError,
+    retry_if_exception_type,
+    wait_random_exponential,
+)
 
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.batch import Batch, scatter
@@ -161,25 +167,30 @@ class RemoteReward(Reward):
         Another try is worth it after a Retry alone: see send().
         """
         headers = {"content-type": wire.CONTENT_TYPE, "idempotency-key": uuid.uuid4().hex}
-        num_attempts = num_scorer_failures = 0
-        longest_s = 2 * BACKOFF_S
-        while True:
-            try:
-                return await self._attempt(part, headers, deadline)
-            except Retry as error:
-                last = error
-            num_attempts += 1
-            num_scorer_failures += last.status == 500
-            if num_scorer_failures == MAX_SCORER_FAILURES:
-                raise Refused(f"{last.url}: {last}")
-            pause_s = max(random.uniform(BACKOFF_S, longest_s), last.after_s)
-            if pause_s > 0.7 * (deadline - self._clock()):  # too late for one more
-                raise Unavailable(
-                    f"{last.url}: no scores after {num_attempts} attempt(s) within "
-                    f"config.reward_timeout={self.servers.timeout_s:g} s; the last: {last}"
-                )
-            longest_s = min(2 * longest_s, MAX_BACKOFF_S)
-            await self._sleep(pause_s)
+        num_scorer_failures = 0
+
+        def too_late(state: RetryCallState) -> bool:  # for one more
+            return state.upcoming_sleep > 0.7 * (deadline - self._clock())
+
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(Retry), wait=_pause, stop=too_late, sleep=self._sleep
+        )
+        try:
+            async for attempt in retrying:
+                with attempt:
+                    try:
+                        return await self._attempt(part, headers, deadline)
+                    except Retry as error:
+                        num_scorer_failures += error.status == 500
+                        if num_scorer_failures == MAX_SCORER_FAILURES:
+                            raise Refused(f"{error.url}: {error}") from None
+                        raise
+        except RetryError as error:
+            last = error.last_attempt
+            raise Unavailable(
+                f"{last.exception().url}: no scores after {last.attempt_number} attempt(s) within "
+                f"config.reward_timeout={self.servers.timeout_s:g} s; the last: {last.exception()}"
+            ) from None
 
     async def _attempt(self, part: Part, headers: dict[str, str], deadline: float) -> Answer:
         """Send a part to the URL that failed least recently and has least to do."""
@@ -206,3 +217,10 @@ class RemoteReward(Reward):
             return wire.decode_answer(answer, self.name, num_rows)
         except wire.Malformed as error:
             raise Refused(f"{endpoint.url}: {error}: {answer[:80]!r}") from None
+
+
+_BACKOFF = wait_random_exponential(2 * BACKOFF_S, MAX_BACKOFF_S, min=BACKOFF_S)
+
+
+def _pause(state: RetryCallState) -> float:
+    return max(_BACKOFF(state), state.outcome.exception().after_s)
