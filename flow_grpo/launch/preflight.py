@@ -22,12 +22,7 @@ def check(config: ml_collections.ConfigDict, world_size: int) -> plan.Plan:
     Raises ValueError naming the key, the value, what is needed and the remedy.
     """
     keys.check(config, keys_of(config))
-    rollouts.check(
-        config.sample.num_steps,
-        config.sample.sde_window_size,
-        tuple(config.sample.sde_window_range),
-        tuple(config.sample.sde_steps),
-    )
+    rollouts.check(config.sample)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)

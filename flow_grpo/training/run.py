@@ -96,17 +96,8 @@ class Run:
             return [[micro.velocity(point, guidance) for point in micro.points] for micro in micros]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
-        """The stochastic steps of rows of these groups in an epoch, (B, K) int64."""
-        sample = self.config.sample
-        return rollouts.trained_steps(
-            sample.num_steps,
-            groups,
-            size=sample.sde_window_size,
-            span=tuple(sample.sde_window_range),
-            fixed=tuple(sample.sde_steps),
-            seed=self.config.seed,
-            epoch=epoch,
-        )
+        """List the stochastic steps of these groups in an epoch, (len(groups), K) int64."""
+        return rollouts.trained_steps(self.config.sample, groups, self.config.seed, epoch)
 
     def calls(self, rank: int, epoch: int) -> list[Call]:
         """Return a rank's calls of denoise() in an epoch; every rank knows those of all."""
