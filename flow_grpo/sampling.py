@@ -73,7 +73,8 @@ def denoise(
     if schedule.kind == "ode" or schedule.noise_level == 0:
         segment = replace(segment, stochastic=np.zeros_like(segment.stochastic))
     conditioning = collate(pipeline, batch, schedule.pad_to)
-    grid, kept = _to(device, segment.grid), _Kept(segment, latents, keep)
+    grid, kept = _to(device, segment.grid), _room(segment.stochastic, latents, keep)
+    columns = segment.stochastic.cumsum(1) - 1  # of `kept`
     states: dict[int, Tensor] = {}
     for i in range(grid.shape[1] - 1):
         _save(states, segment.grid[:, i], latents, save)
@@ -82,17 +83,31 @@ def denoise(
         before, place = latents, (velocity, latents, now, then)
         # A row that waits steps from a sigma to the same one, and so stays where it is.
         latents = sde.step("ode", *place, 0.0, sigma_guard=sigmas[1]).next_latents
-        if segment.stochastic[:, i].any():
+        chosen = np.flatnonzero(segment.stochastic[:, i])
+        if len(chosen):
             noise = _step_noise(randomness, batch, segment, i, latents)
             taken = sde.step(
                 schedule.kind, *place, schedule.noise_level, sigma_guard=sigmas[1], noise=noise
             )
-            on_rows = _to(device, np.flatnonzero(segment.stochastic[:, i]))
+            on_rows, column = _to(device, chosen), _to(device, columns[chosen, i])
             latents[on_rows] = taken.next_latents[on_rows]
-            kept.store(i, before, latents, taken, velocity)
+            values = {"latents": before, "next_latents": latents, "log_probs": taken.log_prob}
+            values |= {"means": taken.mean, "velocities": velocity}
+            for name, held in kept.items() if keep else ():
+                held[on_rows, column] = values[name][on_rows]
         on_step()
     _save(states, segment.grid[:, -1], latents, save)
-    return Denoised(kept.rollout(batch, latents, leaf), states)
+    num_kept = kept["log_probs"].shape[1]
+    rollout = Rollout(
+        batch=batch,
+        steps=_to(device, segment.kept(0)[:, :num_kept]),
+        next_steps=_to(device, segment.kept(1)[:, :num_kept]),
+        final=latents,
+        leaf=torch.full((len(batch),), leaf),
+        parent=torch.from_numpy(segment.parent),
+        **kept,
+    )
+    return Denoised(rollout, states)
 
 
 def parents(done: list[Denoised], segment: Segment) -> Tensor | None:
@@ -151,49 +166,12 @@ def _save(
         held[rows] = latents[rows]
 
 
-class _Kept:
-    """What is kept of the stochastic steps, (B, K) each."""
-
-    def __init__(self, segment: Segment, latents: Tensor, keep: Collection[str]):
-        stochastic = segment.stochastic if keep else np.zeros_like(segment.stochastic)
-        self._segment = replace(segment, stochastic=stochastic)
-        shape = (len(latents), int(stochastic[0].sum()))
-        wide = (*shape, *latents.shape[1:])
-        self._log_probs = latents.new_empty(shape)
-        self._states = [latents.new_empty(wide) for _ in range(2)]
-        self._more = {name: latents.new_empty(wide) for name in KEPT[2:] if name in keep}
-        self._columns = stochastic.cumsum(1) - 1
-
-    def store(
-        self, position: int, before: Tensor, after: Tensor, taken: sde.Step, velocity: Tensor
-    ) -> None:
-        """Keep a step of the rows in which it was stochastic."""
-        if not self._log_probs.shape[1]:
-            return
-        chosen = self._segment.stochastic[:, position]
-        rows = _to(before.device, np.flatnonzero(chosen))
-        columns = _to(before.device, self._columns[chosen, position])
-        values = {"means": taken.mean, "velocities": velocity}
-        pairs = [(self._states[0], before), (self._states[1], after)]
-        pairs += [(self._log_probs, taken.log_prob)]
-        pairs += [(held, values[name]) for name, held in self._more.items()]
-        for held, value in pairs:
-            held[rows, columns] = value[rows]
-
-    def rollout(self, batch: PromptBatch, final: Tensor, leaf: bool) -> Rollout:
-        return Rollout(
-            batch=batch,
-            steps=_to(final.device, self._segment.kept(0)),
-            next_steps=_to(final.device, self._segment.kept(1)),
-            latents=self._states[0],
-            next_latents=self._states[1],
-            log_probs=self._log_probs,
-            final=final,
-            leaf=torch.full((len(batch),), leaf),
-            parent=torch.from_numpy(self._segment.parent),
-            means=self._more.get("means"),
-            velocities=self._more.get("velocities"),
-        )
+def _room(stochastic: np.ndarray, latents: Tensor, keep: Collection[str]) -> dict[str, Tensor]:
+    """Return what is kept of the stochastic steps, by a Rollout's fields, (B, K, ...) each."""
+    shape = (len(latents), int(stochastic[0].sum()) if keep else 0)
+    wide = ["latents", "next_latents", *(name for name in KEPT[2:] if name in keep)]
+    room = {name: latents.new_empty(*shape, *latents.shape[1:]) for name in wide}
+    return room | {"log_probs": latents.new_empty(shape)}
 
 
 def replay(schedule: Schedule, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:
