@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Split = tuple[Tensor, Tensor]  # what X1 keeps in the mean, the noise's std
+
 
 class Step(NamedTuple):
     next_latents: Tensor  # (B, ...) fp32, fp64 if the latents were
@@ -68,9 +70,8 @@ def step(
     if next_latents is None:
         assert noise.shape == latents.shape, (noise.shape, latents.shape)
         next_latents = mean + std * noise.to(dtype)
-    else:
-        assert next_latents.shape == latents.shape, (next_latents.shape, latents.shape)
-        next_latents = next_latents.to(dtype)
+    next_latents = next_latents.to(dtype)
+    assert next_latents.shape == latents.shape, (next_latents.shape, latents.shape)
     log_prob = -_row_mean((next_latents.detach() - mean) ** 2)
     if kernel.has_variance:
         row_std = std.flatten()
@@ -104,33 +105,25 @@ def leftover_noise(
     return torch.hypot(*KERNELS[kind].split(*values))
 
 
-def _flow_sde(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
-    guarded = torch.where(sigma == 1, sigma_guard, sigma)
+def _flow_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
+    guarded = torch.where(sigma == 1, guard, sigma)
     return _diffuse(sigma, sigma_next, noise_level * torch.sqrt(sigma / (1 - guarded)))
 
 
-def _dance_sde(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
+def _dance_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     return _diffuse(sigma, sigma_next, noise_level)
 
 
-def _cps(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
+def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     angle = noise_level * (pi / 2)
     return sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
 
 
-def _euler(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
+def _euler(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     return sigma_next, torch.zeros_like(sigma_next)
 
 
-def _diffuse(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> tuple[Tensor, Tensor]:
+def _diffuse(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> Split:
     """Split as an SDE of this diffusion coefficient does that keeps the marginals."""
     dt = sigma - sigma_next
     return sigma_next - diffusion**2 * dt / (2 * sigma), diffusion * torch.sqrt(dt)
@@ -139,8 +132,7 @@ def _diffuse(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> tuple[Tens
 class Kernel(NamedTuple):
     """One way to step: what distinguishes it from the others."""
 
-    # (sigma, sigma_next, noise_level, sigma_guard) -> what X1 keeps in the mean, the noise's std
-    split: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    split: Callable[[Tensor, Tensor, Tensor, Tensor], Split]  # sigma, sigma_next, level, guard
     default_level: float  # of noise
     max_level: float
     has_variance: bool  # log_prob is divided by the variance, which grows with sigma - sigma_next

@@ -109,11 +109,10 @@ class PatchedPipeline(Weights):
         return self.may_need_negative(guidance)
 
     def collate(self, conds: list[Cond], pad_to: int) -> dict[str, Tensor]:
-        """Stack conditionings, on the device. pad_to: tokens, one number for the whole epoch.
+        """Stack conditionings, on the device; the reference images of a call are of one size.
 
-        pad_to 0: to the call's longest. Ragged text is padded with zeros; its "lengths" (B,) stay
-        on the CPU.
-        Raises ValueError where the reference images of one call differ in size.
+        pad_to: tokens, one number for the whole epoch; 0: to the call's longest. Ragged text is
+        padded with zeros; its "lengths" (B,) stay on the CPU.
         """
         if self.ragged_text:
             lengths = torch.tensor([len(cond.tensors["embeds"]) for cond in conds])
@@ -121,9 +120,9 @@ class PatchedPipeline(Weights):
         shapes = {tuple(tuple(t.shape) for t in cond.tensors.values()) for cond in conds}
         if len(shapes) > 1:
             raise ValueError(
-                f"one call mixes conditionings of shapes {sorted(shapes)}. Prompts whose reference "
-                f"images differ in size must not share a call: make sample.train_batch_size a "
-                f"divisor of sample.num_image_per_prompt."
+                f"one call mixes conditionings of shapes {sorted(shapes)}: prompts whose reference "
+                f"images differ in size. Make sample.train_batch_size a divisor of "
+                f"sample.num_image_per_prompt."
             )
         stacked = {
             name: torch.stack([cond.tensors[name] for cond in conds]).to(self.device)
@@ -171,20 +170,27 @@ class PatchedPipeline(Weights):
         raise NotImplementedError
 
     def guide(
-        self, predict: Callable[[dict[str, Tensor]], Tensor], conditioning: Conditioning
+        self, predict: Callable, tokens: Tensor, time: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Guide by two passes one after the other, or by one if `batches_guidance`.
 
-        predict: the velocity of a branch's rows, which may be twice the latents'.
+        predict: (a branch's rows, tokens, time) -> what the transformer says; the rows may be twice
+        those of tokens and time, which it gets repeated and in `input_dtype`.
         """
+
+        def velocity(rows: dict[str, Tensor]) -> Tensor:
+            times = len(rows["embeds"]) // len(tokens)
+            inputs = (torch.cat([each] * times) for each in (tokens.to(self.input_dtype), time))
+            return predict(rows, *inputs).float()
+
         positive = conditioning["positive"]
         if not self.needs_negative(conditioning.guidance):
-            return predict(positive)
+            return velocity(positive)
         negative = conditioning["negative"]
         if self.batches_guidance:
-            passes = predict(self.join(positive, negative)).chunk(2)
+            passes = velocity(self.join(positive, negative)).chunk(2)
         else:
-            passes = predict(positive), predict(negative)
+            passes = velocity(positive), velocity(negative)
         return self.combine(*passes, conditioning.guidance)
 
     def join(self, positive: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -256,34 +262,33 @@ class PatchedPipeline(Weights):
             )
 
 
-def repeat_rows(tensor: Tensor, num_rows: int) -> Tensor:
-    """Repeat all rows (B, ...) until there are num_rows, a multiple of B."""
-    times = num_rows // len(tensor)
-    return tensor if times == 1 else torch.cat([tensor] * times)
-
-
 def _padded(cond: Cond, pad_to: int) -> Cond:
     embeds = cond.tensors["embeds"]
     assert len(embeds) <= pad_to, f"{len(embeds)} tokens do not fit into {pad_to}"
     return Cond(cond.tensors | {"embeds": pad(embeds, (0, 0, 0, pad_to - len(embeds)))})
 
 
-def unscale_channels(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Give latents (B, C, F, h, w) of a VAE for videos each channel's mean and std back."""
-    mean, std = _mean_and_std(vae, latents)
-    return latents / (1.0 / std) + mean  # the stock pipelines' arithmetic
+class VideoVAE(PatchedPipeline):
+    """Its VAE takes videos, (B, C, F, h, w), and each channel has a mean and std of its own."""
 
+    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        mean, std = self.channel_scales(latents)
+        return latents / (1.0 / std) + mean  # the stock pipelines' arithmetic
 
-def scale_channels(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Undo unscale_channels."""
-    mean, std = _mean_and_std(vae, latents)
-    return (latents - mean) * (1.0 / std)
+    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        mean, std = self.channel_scales(latents)
+        return (latents - mean) * (1.0 / std)
 
+    def channel_scales(self, latents: Tensor) -> list[Tensor]:
+        """Return each channel's mean and std, (C, 1, ...)."""
+        config, shape = self.pipe.vae.config, (-1,) + (1,) * (latents.ndim - 2)
+        values = (config.latents_mean, config.latents_std)
+        return [latents.new_tensor(each).view(shape) for each in values]
 
-def _mean_and_std(vae: torch.nn.Module, latents: Tensor) -> list[Tensor]:
-    """Return each channel's (C, 1, 1, 1)."""
-    config = vae.config
-    return [
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1)
-        for values in (config.latents_mean, config.latents_std)
-    ]
+    def decode(self, latents: Tensor, size: Size) -> Tensor:
+        return super().decode(latents, size).movedim(2, 1)
+
+    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
+        """Encode videos, or images as videos of one frame."""
+        videos = [image if image.ndim == 4 else image[None] for image in images]
+        return super().latents(videos, size)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
 from flow_grpo.diffusers_patch.flux import position_ids
 from flow_grpo.diffusers_patch.packed import Packed, pack, references_of, unpack
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
@@ -95,20 +95,19 @@ class Flux2Klein(Packed):
         words = torch.arange(positive["embeds"].shape[1], device=device)
         time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
-        def predict(rows: dict[str, Tensor]) -> Tensor:
-            num_rows = len(rows["embeds"])
+        def predict(rows: dict[str, Tensor], tokens: Tensor, time: Tensor) -> Tensor:
             output = model(
-                hidden_states=repeat_rows(tokens.to(self.input_dtype), num_rows),
-                timestep=repeat_rows(time, num_rows),
+                hidden_states=tokens,
+                timestep=time,
                 guidance=None,
                 encoder_hidden_states=rows["embeds"].to(self.input_dtype),
                 txt_ids=pad(words[:, None], (3, 0)),
                 img_ids=places,
                 return_dict=False,
             )[0]
-            return output[:, : latents.shape[1]].float()
+            return output[:, : latents.shape[1]]
 
-        return self.guide(predict, conditioning)
+        return self.guide(predict, tokens, time, conditioning)
 
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
         mean, std = self.token_mean_and_std()

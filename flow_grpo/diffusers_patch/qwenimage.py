@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.base import (
-    JOINT_ATTENTION,
-    repeat_rows,
-    scale_channels,
-    unscale_channels,
-)
-from flow_grpo.diffusers_patch.packed import Packed, pack, unpack
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, VideoVAE
+from flow_grpo.diffusers_patch.packed import Packed
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 UNHEARD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 
 
-class QwenImage(Packed):
+class QwenImage(Packed, VideoVAE):
     """Text is masked up to the epoch's common width, so a neighbour changes a row by rounding only.
 
     A prompt alone in its call and not padded (pad_to 0) gives the stock image to the bit.
@@ -74,19 +68,18 @@ class QwenImage(Packed):
         tokens, sizes = self.image_tokens(latents, conditioning["positive"], conditioning.size)
         time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
-        def predict(rows: dict[str, Tensor]) -> Tensor:
-            num_rows = len(rows["embeds"])
+        def predict(rows: dict[str, Tensor], tokens: Tensor, time: Tensor) -> Tensor:
             output = model(
-                hidden_states=repeat_rows(tokens.to(self.input_dtype), num_rows),
-                timestep=repeat_rows(time, num_rows),
+                hidden_states=tokens,
+                timestep=time,
                 encoder_hidden_states=rows["embeds"].to(self.input_dtype),
                 encoder_hidden_states_mask=rows.get("mask"),
-                img_shapes=[sizes] * num_rows,
+                img_shapes=[sizes] * len(tokens),
                 return_dict=False,
             )[0]
-            return output[:, : latents.shape[1]].float()
+            return output[:, : latents.shape[1]]
 
-        return self.guide(predict, conditioning)
+        return self.guide(predict, tokens, time, conditioning)
 
     def join(self, positive: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
         both = positive["embeds"], negative["embeds"]
@@ -120,16 +113,13 @@ class QwenImage(Packed):
         return not parameter.startswith(tuple(last + name for name in UNHEARD))
 
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return unscale_channels(self.pipe.vae, unpack(latents, *self.grid(size)).unsqueeze(2))
+        return super().vae_latents(latents, size).unsqueeze(2)
 
     def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return pack(scale_channels(self.pipe.vae, latents).squeeze(2))
+        return super().from_vae_latents(latents.squeeze(2), size)
 
     def decode(self, latents: Tensor, size: Size) -> Tensor:
-        return super().decode(latents, size)[:, :, 0]
-
-    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        return super().latents([image[None] for image in images], size)
+        return super().decode(latents, size)[:, 0]
 
 
 def _all(embeds: Tensor) -> Tensor:

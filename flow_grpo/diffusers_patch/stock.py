@@ -59,11 +59,8 @@ def timesteps(transformer: nn.Module) -> Iterator[list]:
         told = args[1] if args else inputs["timestep"]
         seen.append(told.float().tolist())
 
-    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with transformer.register_forward_pre_hook(note, with_kwargs=True):
         yield seen
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -77,11 +74,8 @@ def told(transformer: nn.Module, times: list) -> Iterator[None]:
         time = time.reshape(given.shape)
         return ((args[0], time, *args[2:]), inputs) if args else (args, inputs | {"timestep": time})
 
-    hook = transformer.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
+    with transformer.register_forward_pre_hook(replace, with_kwargs=True):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.base import (
-    PatchedPipeline,
-    repeat_rows,
-    scale_channels,
-    unscale_channels,
-)
+from flow_grpo.diffusers_patch.base import VideoVAE
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 
-class Wan(PatchedPipeline):
+class Wan(VideoVAE):
     """Text to video, guided as the stock pipeline does.
 
     Released folders ship UniPC, whose steps remember earlier ones, so that none of them alone has a
@@ -67,32 +61,13 @@ class Wan(PatchedPipeline):
         if self.pipe.config.expand_timesteps:  # Wan2.2 TI2V: a time for each of the tokens
             time = time[:, None].expand(-1, latents[0, 0, :, ::2, ::2].numel())
 
-        def predict(rows: dict[str, Tensor]) -> Tensor:
-            num_rows = len(rows["embeds"])
-            output = model(
-                hidden_states=repeat_rows(latents.to(self.input_dtype), num_rows),
-                timestep=repeat_rows(time, num_rows),
-                encoder_hidden_states=rows["embeds"].to(self.input_dtype),
-                return_dict=False,
-            )[0]
-            return output.float()
+        def predict(rows: dict[str, Tensor], latents: Tensor, time: Tensor) -> Tensor:
+            embeds = rows["embeds"].to(self.input_dtype)
+            inputs = {"hidden_states": latents, "timestep": time, "encoder_hidden_states": embeds}
+            return model(**inputs, return_dict=False)[0]
 
-        return self.guide(predict, conditioning)
+        return self.guide(predict, latents, time, conditioning)
 
     def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
         stock = super().stock_arguments(size, guidance, noise, images)
         return stock | {"num_frames": size.num_frames}
-
-    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return unscale_channels(self.pipe.vae, latents)
-
-    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return scale_channels(self.pipe.vae, latents)
-
-    def decode(self, latents: Tensor, size: Size) -> Tensor:
-        return super().decode(latents, size).movedim(2, 1)
-
-    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        """Encode videos, or images as videos of one frame."""
-        videos = [image if image.ndim == 4 else image[None] for image in images]
-        return super().latents(videos, size)
