@@ -58,12 +58,11 @@ def denoise(
     save: Collection[int] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> Denoised:
-    """Walk B rows along their segment; nothing is decoded.
+    """Walk B rows along their segment, a forward pass a step; nothing is decoded.
 
     model: the transformer as training calls it. leaf: the rows end as images. keep: of KEPT. start:
     (B, ...) fp32, the states of the rows' parents; used where a row has one. save: indices of
-    sigmas whose states are returned. Steps that are not stochastic are Euler's. A call makes as
-    many forward passes as its segment has steps, whatever the rows'.
+    sigmas whose states are returned. Steps that are not stochastic are Euler's.
     """
     latents = _initial(pipeline, batch, schedule, randomness)
     device, sigmas = latents.device, schedule.sigmas
@@ -73,8 +72,7 @@ def denoise(
     if schedule.kind == "ode" or schedule.noise_level == 0:
         segment = replace(segment, stochastic=np.zeros_like(segment.stochastic))
     conditioning = collate(pipeline, batch, schedule.pad_to)
-    grid, kept = _to(device, segment.grid), _room(segment.stochastic, latents, keep)
-    columns = segment.stochastic.cumsum(1) - 1  # of `kept`
+    grid, kept = _to(device, segment.grid), _room(segment, latents, keep)
     states: dict[int, Tensor] = {}
     for i in range(grid.shape[1] - 1):
         _save(states, segment.grid[:, i], latents, save)
@@ -83,25 +81,22 @@ def denoise(
         before, place = latents, (velocity, latents, now, then)
         # A row that waits steps from a sigma to the same one, and so stays where it is.
         latents = sde.step("ode", *place, 0.0, sigma_guard=sigmas[1]).next_latents
-        chosen = np.flatnonzero(segment.stochastic[:, i])
-        if len(chosen):
+        if len(chosen := np.flatnonzero(segment.stochastic[:, i])):
             noise = _step_noise(randomness, batch, segment, i, latents)
             taken = sde.step(
                 schedule.kind, *place, schedule.noise_level, sigma_guard=sigmas[1], noise=noise
             )
-            on_rows, column = _to(device, chosen), _to(device, columns[chosen, i])
+            on_rows = _to(device, chosen)
+            columns = _to(device, segment.stochastic[chosen, :i].sum(1))  # of what is kept
             latents[on_rows] = taken.next_latents[on_rows]
             values = {"latents": before, "next_latents": latents, "log_probs": taken.log_prob}
             values |= {"means": taken.mean, "velocities": velocity}
-            for name, held in kept.items() if keep else ():
-                held[on_rows, column] = values[name][on_rows]
+            for name in kept.keys() & values.keys() if keep else ():
+                kept[name][on_rows, columns] = values[name][on_rows]
         on_step()
     _save(states, segment.grid[:, -1], latents, save)
-    num_kept = kept["log_probs"].shape[1]
     rollout = Rollout(
         batch=batch,
-        steps=_to(device, segment.kept(0)[:, :num_kept]),
-        next_steps=_to(device, segment.kept(1)[:, :num_kept]),
         final=latents,
         leaf=torch.full((len(batch),), leaf),
         parent=torch.from_numpy(segment.parent),
@@ -166,12 +161,13 @@ def _save(
         held[rows] = latents[rows]
 
 
-def _room(stochastic: np.ndarray, latents: Tensor, keep: Collection[str]) -> dict[str, Tensor]:
-    """Return what is kept of the stochastic steps, by a Rollout's fields, (B, K, ...) each."""
-    shape = (len(latents), int(stochastic[0].sum()) if keep else 0)
+def _room(segment: Segment, latents: Tensor, keep: Collection[str]) -> dict[str, Tensor]:
+    """Return by a Rollout's fields what is kept of the stochastic steps, (B, K, ...) each."""
+    shape = (len(latents), int(segment.stochastic[0].sum()) if keep else 0)
     wide = ["latents", "next_latents", *(name for name in KEPT[2:] if name in keep)]
     room = {name: latents.new_empty(*shape, *latents.shape[1:]) for name in wide}
-    return room | {"log_probs": latents.new_empty(shape)}
+    steps, after = (_to(latents.device, segment.kept(n)[:, : shape[1]]) for n in (0, 1))
+    return room | {"log_probs": latents.new_empty(shape), "steps": steps, "next_steps": after}
 
 
 def replay(schedule: Schedule, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:
