@@ -7,7 +7,6 @@ reads all files of a data set and says what is in them.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections import Counter
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from flow_grpo import randomness
-from flow_grpo.cli import user_errors
+from flow_grpo.cli import json_rows, lines, user_errors
 
 SPLITS = ("train", "dev", "test")
 JPEG_END = b"\xff\xd9"
@@ -66,38 +65,22 @@ def read(folder: str, split: str) -> list[Prompt]:
             f"config.dataset={folder!r}: exactly one of {text.name} and {rows.name} is needed in "
             f"this folder; there is {found}.{hint if found == 'neither' else ''}"
         )
-    path = text if text.is_file() else rows
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at other Unicode line ends
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}).") from None
-    parse = _parse_text if path is text else _parse_row
-    prompts = [parse(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
+    if text.is_file():
+        prompts = [Prompt(line.strip()) for _, line in lines(text)]
+    else:
+        prompts = [_prompt(*row) for row in json_rows(rows, "prompt")]
     if not prompts:
+        path = text if text.is_file() else rows
         raise ValueError(f"config.dataset={folder!r}: {path} has no prompts.")
     return prompts
 
 
-def _parse_text(line: str, path: Path, number: int) -> Prompt:
-    return Prompt(line.strip())
+def _prompt(where: str, row: dict, images: list[Path]) -> Prompt:
+    sizes = tuple(_image_size(image, where) for image in images)
+    return Prompt(row["prompt"], row, tuple(map(str, images)), sizes)
 
 
-def _parse_row(line: str, path: Path, number: int) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{path}, line {number}: an object with a "prompt" text is needed.')
-    named = row.get("image", [])
-    names = [named] if isinstance(named, str) else named
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{path}, line {number}: "image" must be a path or a list of paths.')
-    images = tuple(str(path.parent / name) for name in names)
-    return Prompt(row["prompt"], row, images, tuple(_image_size(i, path, number) for i in images))
-
-
-def _image_size(image: str, path: Path, number: int) -> tuple[int, int]:
+def _image_size(image: Path, where: str) -> tuple[int, int]:
     try:
         with Image.open(image) as opened:
             size, kind = opened.size, opened.format
@@ -106,12 +89,10 @@ def _image_size(image: str, path: Path, number: int) -> tuple[int, int]:
             raise OSError("its end is missing")
         return size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path}, line {number}: cannot read the image {image} ({error})."
-        ) from None
+        raise ValueError(f"{where}: cannot read the image {image} ({error}).") from None
 
 
-def _tail(image: str) -> bytes:
+def _tail(image: Path) -> bytes:
     """The end of a file; some cameras write a little more behind a JPEG's end."""
     with open(image, "rb") as file:
         file.seek(max(os.path.getsize(image) - 4096, 0))
@@ -172,21 +153,21 @@ def check(folder: str) -> list[str]:
     Counts, tags, image sizes, repeated rows, rows that two splits share: these make a test easier
     than it looks. Raises ValueError naming the file and line that can't be read.
     """
-    root, lines, seen = Path(folder), [], {}
+    root, facts, seen = Path(folder), [], {}
     for split in SPLITS:
         names = (f"{split}.txt", f"{split}_metadata.jsonl")
         if any((root / name).is_file() for name in names):
             rows = read(folder, split)
             seen[split] = {(row.text, row.images) for row in rows}
-            lines += _facts(split, rows, len(seen[split]))
+            facts += _facts(split, rows, len(seen[split]))
     if not seen:
         raise ValueError(f"{folder}: no train.txt, train_metadata.jsonl or other split is there.")
-    lines += [f"there is no {split} split" for split in ("train", "test") if split not in seen]
+    facts += [f"there is no {split} split" for split in ("train", "test") if split not in seen]
     for first, second in combinations(seen, 2):
         shared = seen[first] & seen[second]
         example = f", such as {min(shared)[0]!r}" if shared else ""
-        lines.append(f"{first} and {second} share {len(shared)} rows{example}")
-    return lines
+        facts.append(f"{first} and {second} share {len(shared)} rows{example}")
+    return facts
 
 
 def _facts(split: str, rows: list[Prompt], num_distinct: int) -> Iterator[str]:

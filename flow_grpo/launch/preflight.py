@@ -59,7 +59,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
     for key, given in both.items():
         for name in given:
             try:
-                compares = not where.alone_knows(name) and loading.needs_groups(name)
+                compares = not where.alone_knows(name) and loading.find(name).needs_groups
             except ValueError as error:
                 raise ValueError(f"config.{key}={given}: {error}") from error
             _check_comparing(config, {name} if compares else ())

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
         if args.batch_size < 1:
             raise ValueError(f"--batch-size={args.batch_size}: at least 1 is needed.")
         for name in args.reward:
-            if loading.needs_groups(name):
+            if loading.find(name).needs_groups:
                 raise ValueError(f"--reward={name} compares the images of a rollout's group.")
         settings = options.settings(args.set, args.reward)
         found = pictures.read(args.folder)

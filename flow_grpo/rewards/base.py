@@ -63,7 +63,7 @@ class Plain:
         needs_groups: bool = False,
     ):
         update_wrapper(self, function)
-        self._function, self._check = function, check
+        self._function, self.check = function, check or Reward.check
         self.defaults, self.needs_groups = dict(settings or {}), needs_groups
         known, every = {*COLUMNS, *self.defaults}, inspect.signature(function).parameters.values()
         self._names = [p.name for p in every if p.name in known and p.kind != p.POSITIONAL_ONLY]
@@ -86,24 +86,11 @@ class Plain:
     def __call__(self, *arguments, **named) -> Any:
         return self._function(*arguments, **named)
 
-    def check(
-        self, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
-    ) -> None:
-        """Raise ValueError if the function can't score these prompts."""
-        if self._check is not None:
-            self._check(settings, prompts, metadata)
-
     def scorer(self, settings: Mapping[str, Any]) -> Callable[[Batch], Any]:
         """Return the function as every scorer is called, with a Batch."""
 
         def score(batch: Batch) -> Any:
-            columns = {
-                "images": batch.images,
-                "prompts": batch.prompts,
-                "metadata": batch.metadata,
-                "references": batch.references,
-                "group": batch.group,
-            }
+            columns = {name: each for name, each in vars(batch).items() if name in COLUMNS}
             known = {**settings, **columns}
             whole = (batch,) if self._takes_batch else ()
             return self._function(*whole, **{name: known[name] for name in self._names})

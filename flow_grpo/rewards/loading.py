@@ -42,11 +42,6 @@ def find(name: str) -> type[Reward] | Plain:
         raise ValueError(f"the reward {name!r} can't be called: {error}") from error
 
 
-def needs_groups(name: str) -> bool:
-    """Tell whether a reward compares the images of a group."""
-    return find(name).needs_groups
-
-
 def check(
     name: str, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
 ) -> None:
