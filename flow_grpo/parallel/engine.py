@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +14,6 @@ from accelerate import Accelerator
 from torch import Tensor, distributed, nn
 
 from flow_grpo.parallel import state
-from flow_grpo.parallel.state import State
 
 POLICY = "policy/"  # before a weight's name, where snapshots' weights stand beside it
 Parts = dict[str, Tensor]  # by a trained weight's name: what this rank holds of a value of it
@@ -123,15 +123,6 @@ class Engine(ABC):
         overflow: it was not finite though the loss was, for which fp16 lowers its scale.
         """
 
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @learning_rate.setter
-    def learning_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
     @abstractmethod
     def masters(self) -> Parts:
         """Return the weights as the optimizer holds them, fp32 or finer. Not to be written to."""
@@ -152,12 +143,13 @@ class Engine(ABC):
         weights = {f"{POLICY}{name}": part for name, part in self.masters().items()} | further
         stepped = self._stepped().items()
         moments = {name: dict(self.optimizer.state.get(tensor, {})) for name, tensor in stepped}
-        held, written = State(self._layout(), weights, moments, self._scale()), None
-        if self.ranks.rank < self.num_parts:
-            written = state.write(folder, self.ranks.rank, held)
-        parts = self.ranks.gather_objects(written)[: self.num_parts]
+        part, written = self.ranks.rank, None
+        if part < self.num_parts:
+            written = state.write(folder, part, self._layout(), weights, moments)
+        index = {"scale": self._scale(), "parts": self.ranks.gather_objects(written)}
+        index["parts"] = index["parts"][: self.num_parts]
         if self.ranks.is_main:
-            state.write_index(folder, parts, held.scale)
+            (folder / state.INDEX).write_text(json.dumps(index) + "\n")
 
     def load(self, folder: Path) -> Parts:
         """Continue from what save() wrote; the optimizer's settings stay. Returns `further`.
@@ -165,16 +157,16 @@ class Engine(ABC):
         Raises ValueError if it was written for other weights, or by another number of ranks.
         """
         part = self.ranks.rank % self.num_parts
-        held = state.read(folder, part, self.num_parts, self._layout())
-        mine = {name for name in held.weights if name.startswith(POLICY)}
-        self.put({name.removeprefix(POLICY): held.weights[name] for name in mine})
+        weights, moments, scale = state.read(folder, part, self.num_parts, self._layout())
+        mine = {name for name in weights if name.startswith(POLICY)}
+        self.put({name.removeprefix(POLICY): weights[name] for name in mine})
         for name, tensor in self._stepped().items():
             self.optimizer.state[tensor] = {
                 key: value.to(tensor.device) if isinstance(value, Tensor) else value
-                for key, value in held.moments[name].items()
+                for key, value in moments[name].items()
             }
-        self._set_scale(held.scale)
-        return {name: value for name, value in held.weights.items() if name not in mine}
+        self._set_scale(scale)
+        return {name: value for name, value in weights.items() if name not in mine}
 
     @abstractmethod
     def _layout(self) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""Where a run keeps what, and which checkpoint it may continue from. No torch."""
+"""Where a run keeps what, and which checkpoint it may continue from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import ml_collections
 
-from flow_grpo.parallel.launched import shards_state
+from flow_grpo.parallel.choose import shards_state
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 FORMAT = 2  # of checkpoints; 1 was unpickled

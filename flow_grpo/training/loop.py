@@ -150,7 +150,7 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
     if not run.updater.finish(mean, norm):
         return
     run.move_snapshots()
-    metrics = {"loss": mean, "grad_norm": norm, "learning_rate": engine.learning_rate}
+    metrics = {"loss": mean, "grad_norm": norm, "learning_rate": run.updater.rate}
     run.log("update", metrics | statistics.metrics(moments))
 
 

@@ -44,6 +44,7 @@ class Updater:
 
     def __init__(self, engine: Engine, train: ml_collections.ConfigDict, total_updates: int):
         self.engine, self.train, self.total_updates = engine, train, total_updates
+        self.rate = 0.0  # of the last step
         self.num_updates = 0
         self.num_skipped_in_a_row = 0
         self.num_skipped = 0
@@ -57,7 +58,9 @@ class Updater:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._skip(overflow=math.isfinite(loss))
             return False
-        self.engine.learning_rate = learning_rate(self.train, self.num_updates, self.total_updates)
+        self.rate = learning_rate(self.train, self.num_updates, self.total_updates)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.rate
         self.engine.step(norm)
         self.num_updates += 1
         self.num_skipped_in_a_row = 0

@@ -39,11 +39,7 @@ class NFT(Objective):
         ),
         "nft.num_times": Key(4, "noise levels drawn for each image", least=1, most=1000),
         "nft.steps": Key(
-            (),
-            "instead: the noise levels of these steps of the rollout, for every image",
-            of=int,
-            least=0,
-            most=1000,
+            (), "instead: the levels of these steps, for every image", of=int, least=0, most=1000
         ),
     }
 
@@ -92,14 +88,9 @@ class NFT(Objective):
         return {name: predict(micros, name) for name in self.snapshots}
 
     def loss(self, velocity: Tensor, known: dict[str, Tensor], rows: Rollout, point: Point) -> Loss:
+        target, advantages = point.noise - rows.final, rows.at("advantages", point.column)
         value, stats = contrast(
-            velocity,
-            known["old"],
-            point.noise - rows.final,
-            point.sigma,
-            rows.at("advantages", point.column),
-            self.beta,
-            self.adv_clip_max,
+            velocity, known["old"], target, point.sigma, advantages, self.beta, self.adv_clip_max
         )
         if self.kl_beta:
             kl = ((velocity - known["reference"]) ** 2).flatten(1).mean(1)
