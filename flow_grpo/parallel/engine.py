@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import operations
 from torch import Tensor, distributed, nn
 
 from flow_grpo.parallel import state
@@ -23,10 +24,8 @@ class Ranks:
     """The processes of a run. All must make the same calls, in the same order."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        together = distributed.is_available() and distributed.is_initialized()
-        self.rank = distributed.get_rank() if together else 0
-        self.num_ranks = distributed.get_world_size() if together else 1
+        self.device, state = device, PartialState()
+        self.rank, self.num_ranks = state.process_index, state.num_processes
 
     @property
     def is_main(self) -> bool:
@@ -34,34 +33,19 @@ class Ranks:
 
     def gather(self, values: Tensor) -> Tensor:
         """Join all ranks' values (N, ...), of one shape, to (num_ranks x N, ...) by rank."""
-        values = torch.atleast_1d(values).contiguous()
-        if self.num_ranks == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.num_ranks)]
-        distributed.all_gather(parts, values)
-        return torch.cat(parts)
+        return operations.gather(torch.atleast_1d(values))
 
     def total(self, values: Tensor) -> Tensor:
         """Add up all ranks' values, of one shape."""
-        if self.num_ranks == 1:
-            return values
-        sums = values.clone()
-        distributed.all_reduce(sums)
-        return sums
+        return operations.reduce(values, "sum")
 
     def gather_objects(self, value: Any) -> list:
         """Return the value of each rank, by rank."""
-        values = [value] * self.num_ranks
-        if self.num_ranks > 1:
-            distributed.all_gather_object(values, value)
-        return values
+        return operations.gather_object([value])
 
     def broadcast_object(self, value: Any) -> Any:
         """Return the main rank's value."""
-        values = [value]
-        if self.num_ranks > 1:
-            distributed.broadcast_object_list(values)
-        return values[0]
+        return operations.broadcast_object_list([value])[0]
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""

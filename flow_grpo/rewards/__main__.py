@@ -46,9 +46,8 @@ def main(argv: list[str]) -> None:
         for name in args.reward:
             loading.check(name, settings, *columns)
         out = args.out or args.folder / "scores.csv"
-        scorer = Scorer(
-            dict.fromkeys(args.reward, 1.0), settings, args.device or options.device(args.reward)
-        )
+        device = args.device or options.device(args.reward)
+        scorer = Scorer(dict.fromkeys(args.reward, 1.0), settings, device)
         report(found, score(found, scorer, columns, args.batch_size), out)
 
 
@@ -59,17 +58,12 @@ def score(
     parts = []
     for start in tqdm(range(0, len(found), batch_size), "score", leave=False, disable=None):
         rows = slice(start, start + batch_size)
-        batch = found[rows]
-        references = [picture.load_references() for picture in batch]
+        images = [picture.load() for picture in found[rows]]
+        references = [picture.load_references() for picture in found[rows]]
+        known = (column[rows] for column in columns)
         try:
             parts.append(
-                scorer.score(
-                    Batch(
-                        [picture.load() for picture in batch],
-                        *(column[rows] for column in columns),
-                        references if any(references) else None,
-                    )
-                )
+                scorer.score(Batch(images, *known, references if any(references) else None))
             )
         except RuntimeError as error:  # names the reward
             raise ValueError(str(error)) from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,21 +20,17 @@ def arrange(
     scores: (N,) fp64, NaN where missing. shuffle: a control that deals the outcome to random
     leaves: advantages and weights or, where the objective selects by scores, these.
     """
-    leaves = torch.nonzero(rows.leaf).flatten()
-    dealt = leaves.clone()
+    dealt = torch.arange(len(rows))  # the row whose outcome each gets
     if shuffle:
+        leaves = torch.nonzero(rows.leaf).flatten()
         order = list(range(len(leaves)))
         randomness.rng(plan.seed, "shuffle", epoch).shuffle(order)
-        dealt = leaves[order]
+        dealt[leaves] = leaves[order]
     if objective.selects:
-        scores = scores.index_copy(0, leaves, scores[dealt])
-    arranged = objective.arrange(scores, rows, plan, epoch)
-    if not objective.selects:
-        arranged = replace(
-            arranged,
-            advantages=arranged.advantages.index_copy(0, leaves, arranged.advantages[dealt]),
-            weights=arranged.weights.index_copy(0, leaves, arranged.weights[dealt]),
-        )
+        arranged = objective.arrange(scores[dealt], rows, plan, epoch)
+    else:
+        arranged = objective.arrange(scores, rows, plan, epoch)
+        arranged.advantages, arranged.weights = arranged.advantages[dealt], arranged.weights[dealt]
     check(arranged, rows, plan)
     return arranged
 

@@ -108,10 +108,9 @@ def _prune(run_folder: Path, limit: int) -> None:
         _remove(folder)
     for folder in folders.checkpoints(run_folder)[: -limit or 0] if limit else []:
         _remove(folder)
-    for rest in (run_folder / "checkpoints").glob(".writing-*"):
-        shutil.rmtree(rest)
-    for rest in (run_folder / "checkpoints").glob(".removing-*"):
-        shutil.rmtree(rest)
+    for pattern in (".writing-*", ".removing-*"):
+        for rest in (run_folder / "checkpoints").glob(pattern):
+            shutil.rmtree(rest)
 
 
 def _remove(folder: Path) -> None:

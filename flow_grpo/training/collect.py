@@ -75,15 +75,8 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                 done.append(part)
                 if call.leaf:
                     decoded = decode(run.pipeline, part.rollout)
-                    scoring.add(
-                        Batch(
-                            decoded,
-                            batch.prompts,
-                            batch.metadata,
-                            batch.references,
-                            batch.group.numpy(),
-                        )
-                    )
+                    known = batch.prompts, batch.metadata, batch.references
+                    scoring.add(Batch(decoded, *known, batch.group.numpy()))
                     images += decoded
             run.evaluator.stop.check()  # of as many calls as the rank with the most makes
     bar.close()

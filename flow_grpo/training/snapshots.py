@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -58,21 +58,20 @@ class Snapshots:
         """
         assert not self._in_use, "a snapshot is in use already"
         self._in_use = name != "policy"
+        if name == "policy":
+            way = nullcontext()
+        elif not self._use_lora:
+            way = self._swapped(name)
+        elif name == "reference" and name not in self._held:
+            way = no_adapter(self._engine.module)
+        else:
+            assert name in self._held, f"no snapshot {name!r}"
+            way = _other_adapter(self._engine.module, name)
         try:
-            with self._run_by(name):
+            with way:
                 yield
         finally:
             self._in_use = False
-
-    def _run_by(self, name: str) -> AbstractContextManager[None]:
-        if name == "policy":
-            return nullcontext()
-        if not self._use_lora:
-            return self._swapped(name)
-        if name == "reference" and name not in self._held:
-            return no_adapter(self._engine.module)
-        assert name in self._held, f"no snapshot {name!r}"
-        return _other_adapter(self._engine.module, name)
 
     @contextmanager
     def _swapped(self, name: str) -> Iterator[None]:
