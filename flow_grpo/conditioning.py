@@ -26,10 +26,7 @@ class Item(NamedTuple):
 
 
 class Store:
-    """Conditionings on disk, one safetensors file each, named by a hash of what it depends on.
-
-    That is `identity` (model, precision, length ...), the prompt, and its reference images' bytes.
-    """
+    """Conditionings on disk, each named by a hash of identity, prompt, and reference images."""
 
     def __init__(self, folder: Path, identity: dict):
         self.folder = folder
@@ -73,9 +70,8 @@ class Store:
 class Conditioner:
     """Encodes prompts one at a time, so that an embedding depends on nothing beside its prompt.
 
-    The most recently used ones stay on the CPU, up to `cache_bytes`. With a store nothing is
-    encoded: all must be in it. offload: the text encoders are on the device only from the first
-    prompt that is new to rest().
+    The latest stay on the CPU, up to `cache_bytes`. A store must hold all that is asked for.
+    offload: the text encoders are on the device only from the first new prompt to rest().
     """
 
     def __init__(
@@ -110,10 +106,7 @@ class Conditioner:
     def branches(
         self, rows: list[tuple[str, tuple, tuple]], guidance: Guidance
     ) -> dict[str, list[Cond]]:
-        """Encode what the model needs of rows under this guidance, for a PromptBatch.
-
-        rows: each a prompt, the paths of its reference images, and the images.
-        """
+        """Encode rows, each (prompt, paths of its reference images, these), for a PromptBatch."""
         branches = {"positive": [self.cond(Item(*row[:2]), row[2]) for row in rows]}
         if self.pipeline.needs_negative(guidance):
             branches["negative"] = [self.cond(Item(None, row[1]), row[2]) for row in rows]

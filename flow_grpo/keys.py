@@ -154,10 +154,7 @@ def has(config: ml_collections.ConfigDict, name: str) -> bool:
 
 
 def check(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> None:
-    """Raise ValueError unless every key's value is one that it allows.
-
-    keys: by name, section.key. The error names the key, its value, what is needed and a remedy.
-    """
+    """Raise ValueError naming key, value, need and remedy unless each value is allowed."""
     for name, key in keys.items():
         value = get(config, name)
         if not key.allows(value):

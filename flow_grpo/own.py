@@ -9,9 +9,9 @@ from typing import Any
 
 
 def load(name: str, what: str, kind: str) -> Any:
-    """Import "module:attribute"; the module may lie in the current folder.
+    """Import "module:attribute", maybe from the current folder, or raise ValueError.
 
-    what: how the error names it. kind: of attribute that is needed. Raises ValueError if it fails.
+    what: how the error names it. kind: of attribute that is needed.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

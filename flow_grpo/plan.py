@@ -70,8 +70,7 @@ class Plan:
     ) -> dict[str, int]:
         """Count an epoch's passes of one image through the transformer, on all ranks.
 
-        of_row: what an objective predicts at a row. guided: sampling makes two passes a step.
-        num_sampled: steps that are sampled, of all rows. Evaluation is not counted.
+        of_row: what an objective predicts at a row. num_sampled: steps, of all rows.
         """
         train, rows = config.train, self.num_groups * self.group_size
         trained = rows * (2 if guided and train.cfg else 1)
@@ -83,10 +82,7 @@ class Plan:
         }
 
     def in_order(self, rows: list[np.ndarray], epoch: int) -> Updates:
-        """Cut each rank's rows, in their order, into micro-batches and deal these to updates.
-
-        rows: of each rank, a multiple of micro_batch_size.
-        """
+        """Cut each rank's rows, in their order, into micro-batches and deal these to updates."""
         size = self.micro_batch_size
         cut = [[part[i : i + size] for i in range(0, len(part), size)] for part in rows]
         return self.in_sets(cut, rows, epoch)
@@ -95,9 +91,8 @@ class Plan:
         """Pack sets of rows, such as pairs, whole into micro-batches; other rows are left out.
 
         sets: of each rank, each of at most micro_batch_size rows. Each run of num_updates sets,
-        rank after rank, gives one to every update, so one rank with twice the sets makes the same
-        updates as two. rows: all of each rank, of which the first fills up what is too short, with
-        weight 0, so that all ranks make equal calls.
+        rank after rank, gives one to every update, which so does not depend on the ranks. rows: of
+        each rank, of which the first, with weight 0, fills up what is short.
         """
         updates: Updates = []
         owners = [(rank, each) for rank, mine in enumerate(sets) for each in mine]
@@ -138,10 +133,7 @@ def _packed(sets: list[np.ndarray], size: int) -> list[list[int]]:
 
 
 def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
-    """Read the prompts and return the epoch's arithmetic.
-
-    Raises ValueError where the numbers do not divide.
-    """
+    """Read the prompts and do an epoch's arithmetic. Raises ValueError if it does not divide."""
     sample, train = config.sample, config.train
     rows = sample.train_batch_size * sample.num_batches_per_epoch  # of each rank
     total, group_size = world_size * rows, sample.num_image_per_prompt

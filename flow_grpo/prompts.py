@@ -1,8 +1,6 @@
-"""Prompt files, and which prompt each row of an epoch gets. No torch.
+"""Prompt files, and which prompt each row of an epoch gets.
 
-    python -m flow_grpo.prompts check dataset/mine
-
-reads all files of a data set and says what is in them.
+`python -m flow_grpo.prompts check dataset/mine` says what is in the files of a data set.
 """
 
 from __future__ import annotations
@@ -49,11 +47,9 @@ def _read_image(path: str) -> np.ndarray:
 
 
 def read(folder: str, split: str) -> list[Prompt]:
-    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl.
+    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl (see json_rows).
 
-    A jsonl row needs "prompt"; "image" (a path or a list of paths, relative to the folder) is
-    optional, and the whole row reaches the rewards as metadata.
-    Raises ValueError naming the file, the line and what is wrong with it.
+    A jsonl row reaches the rewards as metadata. Raises ValueError naming file, line and fault.
     """
     root = Path(folder)
     text, rows = root / f"{split}.txt", root / f"{split}_metadata.jsonl"
@@ -102,8 +98,7 @@ def _tail(image: Path) -> bytes:
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
     """Give the prompt of each group slot of an epoch.
 
-    Epochs walk through one random permutation of the prompts after another, so that each prompt
-    comes equally often, whatever the world size and wherever a run resumes.
+    Epochs walk through one permutation after another, so that each prompt comes equally often.
     """
     slots = range(epoch * num_groups, (epoch + 1) * num_groups)
     orders: dict[int, list[int]] = {}
@@ -118,8 +113,7 @@ def rollout_rows(
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the (group, member) of each row, a list a batch of this rank.
 
-    Rows lie group after group and are cut into equal runs, so the same rows share a call on any
-    number of ranks.
+    Rows lie group after group, so the same ones share a call on any number of ranks.
     """
     for batch in range(rank * num_batches, (rank + 1) * num_batches):
         rows = range(batch * batch_size, (batch + 1) * batch_size)
@@ -129,10 +123,10 @@ def rollout_rows(
 def eval_batches(
     prompts: list[Prompt], batch_size: int, rank: int, world_size: int
 ) -> list[list[int]]:
-    """Deal prompts to ranks in batches of equal size; every rank gets equally many.
+    """Deal prompts to ranks, equally many batches each, of equal size.
 
-    Prompts whose reference images differ in size never share a batch. Batches are filled up, and
-    ranks without one are given a batch again: whoever gathers must drop rows seen before.
+    Prompts whose references differ in size share no batch. What is short is filled up by rows that
+    come again: whoever gathers must drop them.
     """
     batch_size = min(batch_size, len(prompts))
     buckets: dict[tuple, list[int]] = {}
@@ -150,8 +144,7 @@ def eval_batches(
 def check(folder: str) -> list[str]:
     """Describe a data set, a line a fact, having decoded every image.
 
-    Counts, tags, image sizes, repeated rows, rows that two splits share: these make a test easier
-    than it looks. Raises ValueError naming the file and line that can't be read.
+    Raises ValueError naming the file and line that can't be read.
     """
     root, facts, seen = Path(folder), [], {}
     for split in SPLITS:

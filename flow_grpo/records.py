@@ -102,7 +102,6 @@ class Conditioning:
     size: Size
 
     def __getitem__(self, branch: str) -> dict[str, Tensor]:
-        """Return a branch's rows. Fails, naming it, where the guidance needs one that is absent."""
         assert branch in self.branches, (
             f"{self.guidance} needs the branch {branch!r}; this conditioning has "
             f"{', '.join(self.branches)}"
@@ -114,8 +113,7 @@ class Conditioning:
 class Rollout:
     """N denoised rows, one for each segment; those that were drawn whole are leaves.
 
-    K is the number of stochastic steps whose states were kept, 0 where only `final` is. A row with
-    fewer than another has zeros behind its own.
+    K: the stochastic steps that were kept. A row with fewer than another has zeros behind them.
     """
 
     batch: PromptBatch

@@ -1,7 +1,4 @@
-"""Who is drawn, in which segments, and which of their steps are stochastic and trained.
-
-A strategy turns a rank's rows, call by call, into calls of denoise(), as a pure function.
-"""
+"""Who is drawn, in which segments, and which of their steps are stochastic and trained."""
 
 from __future__ import annotations
 
@@ -69,8 +66,7 @@ def independent(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]:
 def shared_prefix(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]:
     """Walk the deterministic steps before a group's first stochastic one once for all its rows.
 
-    For groups that start from one initial noise; it changes nothing but the number of forwards.
-    In a call of several groups all rows wait for the one that starts first.
+    For groups of one initial noise. All rows of a call wait for the group that starts first.
     """
     groups = list(dict.fromkeys(group for rows in calls for group, _ in rows))
     starts = dict(zip(groups, steps_of(groups)[:, 0].tolist(), strict=True))
@@ -93,11 +89,7 @@ def shared_prefix(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]
 
 
 def branches(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]:
-    """Let the members of a group branch off one deterministic trunk.
-
-    The trunk walks from the group's one initial noise to its first stochastic step; each member
-    goes on from there as a branch, with noise of its own in the stochastic steps.
-    """
+    """Let members branch off their group's trunk, which ends at its first stochastic step."""
     found = shared_prefix(calls, steps_of, num_steps)
     return [
         call._replace(rows=[Row(r.group, 0, (r.member,)) for r in call.rows]) if call.leaf else call
@@ -136,12 +128,11 @@ def _marked(grid: np.ndarray, steps: np.ndarray) -> np.ndarray:
 def trained_steps(
     sample: ml_collections.ConfigDict, groups: Iterable[int], seed: int, epoch: int
 ) -> np.ndarray:
-    """List the trained steps of each group; step i goes from sigma i to sigma i + 1.
+    """List the trained steps of each group, (len(groups), K) int64; step i starts at sigma i.
 
-    sample: config.sample. groups: slots in the epoch. sde_steps: these for all. Otherwise
-    sde_window_size 0: every step but the last (Flow-GRPO, arXiv:2505.05470); size w: w consecutive
-    steps, the first of them uniform in {first, ..., end - w} of sde_window_range, one draw per
-    group (Flow-GRPO-Fast). Returns (len(groups), K) int64, ascending along K, the same K for all.
+    groups: slots in the epoch. sde_steps: these. Otherwise sde_window_size 0: all but the last
+    (arXiv:2505.05470); w: w consecutive ones, the first uniform in {first, ..., end - w} of
+    sde_window_range, one draw per group (Flow-GRPO-Fast).
     """
     groups, num_steps, size = list(groups), sample.num_steps, sample.sde_window_size
     if sample.sde_steps or size == 0:
@@ -153,10 +144,9 @@ def trained_steps(
 
 
 def check(sample: ml_collections.ConfigDict) -> None:
-    """Refuse settings, each within its own range, that would train the last step, or are at odds.
+    """Raise ValueError where settings, each within its range, are at odds or train the last step.
 
-    The last step ends at sigma 0, where its std is so small that log-probs lose all precision.
-    Raises ValueError, naming the keys, the values and the remedy.
+    That ends at sigma 0, where its std is so small that log-probs lose all precision.
     """
     fixed, span = tuple(sample.sde_steps), tuple(sample.sde_window_range)
     size, last = sample.sde_window_size, sample.num_steps - 1

@@ -1,12 +1,8 @@
 """One denoising step of a flow-matching model, and the log-probability of where it went.
 
-A state at noise level sigma is x = (1 - sigma) x0 + sigma x1, with x0 clean, x1 Gaussian and
-velocity = x1 - x0; sampling runs from sigma 1 to 0. A velocity thus predicts both ends:
-X0 = x - sigma * velocity and X1 = x + (1 - sigma) * velocity. Every stochastic kernel is
-
-    next = (1 - sigma_next) X0 + kept_noise * X1 + std * noise
-
-and differs from the others only in kept_noise and std.
+A state is x = (1 - sigma) x0 + sigma x1, x0 clean, x1 Gaussian, velocity = x1 - x0. A velocity
+predicts both ends: X0 = x - sigma * velocity, X1 = x + (1 - sigma) * velocity. All kernels are
+next = (1 - sigma_next) X0 + kept_noise * X1 + std * noise.
 """
 
 from collections.abc import Callable
@@ -80,10 +76,7 @@ def step(
 
 
 def mean_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
-    """Measure the KL divergence of two steps of equal std, per element.
-
-    mean, other_mean: (B, ...). std: (B, 1, ...). Returns (B,); times the number of elements: nats.
-    """
+    """Measure the KL divergence (B,) of steps (B, ...) of equal std (B, 1, ...), per element."""
     return _row_mean((mean - other_mean) ** 2 / (2 * std**2))
 
 
@@ -94,11 +87,10 @@ def leftover_noise(
     noise_level: float | Tensor,
     sigma_guard: float | Tensor,
 ) -> Tensor:
-    """Give the noise's total coefficient after one step; sigma_next is what the model expects.
+    """Give the noise's total coefficient after one step, fp64; the model expects sigma_next.
 
-    Scalars or tensors that broadcast. Old and fresh noise add up as variances (arXiv:2509.05952,
-    Figure 2): Flow-SDE and Dance-SDE leave too much, by g^2 dt^2 / sigma + g^4 dt^2 / (4 sigma^2).
-    Returns fp64, on the CPU.
+    Old and fresh noise add up as variances (arXiv:2509.05952, Figure 2): Flow-SDE and Dance-SDE
+    leave too much, by g^2 dt^2 / sigma + g^4 dt^2 / (4 sigma^2).
     """
     values = (sigma, sigma_next, noise_level, sigma_guard)
     values = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values)

@@ -31,9 +31,8 @@ JOINT_ATTENTION = (  # the projections of images and text in an MMDiT block
 class PatchedPipeline(Weights):
     """A model family. A subclass states the stock class and overrides what differs.
 
-    `model` in velocity() is the transformer as accelerate wrapped it: sampling and training call
-    the same object. Latents, sigmas and velocities are fp32; `input_dtype` is what the transformer
-    is fed with.
+    `model` in velocity() is the transformer as accelerate wrapped it. Latents, sigmas and
+    velocities are fp32; `input_dtype` is what the transformer is fed with.
     """
 
     unguided: Guidance = Guidance(1.0)  # means a single, conditional pass
@@ -63,10 +62,7 @@ class PatchedPipeline(Weights):
         return self.pipe.vae_scale_factor
 
     def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        """Encode rows of (prompt, reference images) in one call, without guidance or padding.
-
-        images: a tuple of uint8 (H, W, 3) arrays a row, empty where the model takes none.
-        """
+        """Encode prompts without guidance or padding. images: a tuple of (H, W, 3) arrays a row."""
         raise NotImplementedError
 
     def negative(self, images: tuple, max_length: int) -> Cond:
@@ -74,7 +70,6 @@ class PatchedPipeline(Weights):
         return self.encode([self.negative_prompt], [images], max_length)[0]
 
     def move(self, device: torch.device | str) -> None:
-        """Bring all of the model to a device."""
         self.pipe.to(device)
 
     def move_vae(self, device: torch.device | str) -> None:
@@ -163,10 +158,7 @@ class PatchedPipeline(Weights):
     def velocity(
         self, model: Callable, latents: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """Predict x1 - x0 with guidance, exactly as the stock pipeline's denoising loop does.
-
-        latents: (B, ...) fp32. sigma: (B,) fp32. Returns (B, ...) fp32.
-        """
+        """Predict x1 - x0 exactly as the stock loop does, (B, ...) fp32. sigma: (B,) fp32."""
         raise NotImplementedError
 
     def guide(
@@ -174,8 +166,8 @@ class PatchedPipeline(Weights):
     ) -> Tensor:
         """Guide by two passes one after the other, or by one if `batches_guidance`.
 
-        predict: (a branch's rows, tokens, time) -> what the transformer says; the rows may be twice
-        those of tokens and time, which it gets repeated and in `input_dtype`.
+        predict: (a branch's rows, tokens, time) -> what the transformer says; tokens come in
+        `input_dtype`, and in one pass tokens and time come twice.
         """
 
         def velocity(rows: dict[str, Tensor]) -> Tensor:
@@ -216,10 +208,9 @@ class PatchedPipeline(Weights):
 
     @torch.no_grad()
     def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        """Encode images of this size as the transformer sees them, decode()'s inverse.
+        """Encode images, B of uint8 ([F,] H, W, 3), as states: the inverse of decode().
 
-        images: B of uint8 (H, W, 3); of a video (F, H, W, 3). Returns the means of the VAE's
-        posteriors, (B, ...) fp32, in the layout of initial_latents().
+        Returns the means of the VAE's posteriors, (B, ...) fp32, laid out as initial_latents().
         """
         pixels = torch.stack([torch.as_tensor(image) for image in images]).movedim(-1, 1)
         shape = (size.num_frames, size.height, size.width)[-(pixels.ndim - 2) :]
@@ -237,10 +228,7 @@ class PatchedPipeline(Weights):
     def stock_arguments(
         self, size: Size, guidance: Guidance, noise: Tensor, images: tuple = ()
     ) -> dict:
-        """Return, beside the prompt, what makes the stock pipeline draw the same images.
-
-        noise: (B, *noise_shape). images: the rows' common reference images.
-        """
+        """Return, beside the prompt, what makes the stock pipeline draw the same from `noise`."""
         arguments = {
             "height": size.height,
             "width": size.width,

@@ -46,10 +46,7 @@ class Flux(Packed):
     def image_tokens(
         self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, Tensor]:
-        """Return what the transformer sees, (B, T, C), and where each token lies, (T, 3).
-
-        The image that is denoised comes first.
-        """
+        """Return the tokens (B, T, C), those of the image first, and where each lies, (T, 3)."""
         return latents, position_ids(0, *self.grid(size), latents.device)
 
     def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:

@@ -63,8 +63,7 @@ class Flux2Klein(Packed):
     def reference_latents(self, image: np.ndarray) -> Tensor:
         """Encode an image, uint8 (H, W, 3), to latents (4 C, H/16, W/16), fp32.
 
-        At its own size, shrunk to reference_area pixels if it is larger, and cut around its
-        middle to multiples of 16.
+        Shrunk to reference_area pixels if it is larger, cut around its middle to multiples of 16.
         """
         processor, multiple = self.pipe.image_processor, self.vae_scale * 2
         picture = processor._resize_if_exceeds_area(Image.fromarray(image), self.reference_area)

@@ -27,9 +27,7 @@ class FluxKontext(Edits, Flux):
     def reference_latents(self, image: np.ndarray) -> Tensor:
         """Encode an image, uint8 (H, W, 3), to latents (C, h, w), fp32.
 
-        As the stock pipeline with _auto_resize=False: at the image's own size, each side cut to a
-        multiple of a token's pixels. The stock pipeline knows no limit; here an image of more than
-        reference_area pixels is first shrunk to that area.
+        As the stock pipeline with _auto_resize=False, but shrunk to reference_area if it is larger.
         """
         height, width = self.reference_size(*image.shape[:2])
         processor = self.pipe.image_processor

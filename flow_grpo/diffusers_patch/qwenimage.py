@@ -58,10 +58,7 @@ class QwenImage(Packed, VideoVAE):
     def image_tokens(
         self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Return what the transformer sees, (B, T, C), and each image's (1, height, width).
-
-        The image that is denoised comes first; sizes are in tokens.
-        """
+        """Return tokens (B, T, C), the image's first, and (1, height, width) in tokens of each."""
         return latents, [(1, *self.grid(size))]
 
     def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:

@@ -24,8 +24,7 @@ from flow_grpo.records import Cond, Size
 class QwenImageEdit(Edits, QwenImage):
     """Edits one reference image a row; its shape and the generated one are independent.
 
-    The text encoder sees the reference and so does the transformer, both at reference_area. Of the
-    text encoder's tokens those of images count beside max_sequence_length, not within it.
+    Text encoder and transformer see it at reference_area; its tokens do not count as text's.
     """
 
     stock = QwenImageEditPipeline

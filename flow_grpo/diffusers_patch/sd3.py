@@ -38,10 +38,7 @@ class SD3(PatchedPipeline):
         return {"mu": self.dynamic_shift(tokens, max_shift=1.16)}
 
     def trains(self, parameter: str) -> bool:
-        """Whether it is no adapter of the last block's text query, which nobody reads.
-
-        The query's own weight may train along in a full fine-tune: its gradient is zero.
-        """
+        """Whether it is no adapter of the last text query, which nobody reads."""
         last = self.transformer.config.num_layers - 1
         return not parameter.startswith(f"transformer_blocks.{last}.attn.add_q_proj.lora_")
 

@@ -28,7 +28,7 @@ def call(
 ) -> tuple[list[Tensor], list[np.ndarray]]:
     """Call the stock pipeline on `noise`; return the latents after each step, and uint8 images.
 
-    decode: False gives no images. given: its prompt, or embeddings, and what else is to differ.
+    given: its prompt, or embeddings, and what else is to differ.
     """
     seen: list[Tensor] = []
     arguments = pipeline.stock_arguments(size, guidance, noise, images)
@@ -94,10 +94,7 @@ def vae_in_place(pipeline: PatchedPipeline) -> Iterator[None]:
 def exported_lora(
     pipeline: PatchedPipeline, values: dict[str, Tensor], folder: Path
 ) -> Iterator[None]:
-    """Write the adapter that trains, and let the stock pipeline load it in its place.
-
-    Afterwards the transformer has no adapter.
-    """
+    """Let the stock pipeline load the adapter that trains; afterwards there is none."""
     pipeline.save_lora(values, folder)
     pipeline.transformer.delete_adapters("default")
     pipeline.pipe.load_lora_weights(folder)

@@ -13,9 +13,8 @@ from flow_grpo.records import Cond, Conditioning, Guidance, Size
 class Wan(VideoVAE):
     """Text to video, guided as the stock pipeline does.
 
-    Released folders ship UniPC, whose steps remember earlier ones, so that none of them alone has a
-    log-probability. Here FlowMatchEulerDiscreteScheduler takes its place, with the folder's shift:
-    without noise a video is that of a stock pipeline whose scheduler was replaced alike.
+    Released folders ship UniPC, whose steps remember earlier ones and so have no log-probability.
+    FlowMatchEulerDiscreteScheduler with the folder's shift takes its place.
     """
 
     stock = WanPipeline

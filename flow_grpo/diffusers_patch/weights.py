@@ -45,10 +45,7 @@ class Weights:
     ) -> Weights:
         """Load a pipeline folder or hub id: the VAE in fp32, all else in `dtype`.
 
-        transformer_dtype: where the transformer's differs, as in a full fine-tune. encoders: False
-        leaves out what only encode() needs of prompts; their files need not be there.
-
-        Components that the folder declares absent (SD3 without its third encoder) stay absent.
+        transformer_dtype: where it differs. encoders: False leaves out what only encode() needs.
         Raises ValueError if the path holds no such pipeline or it can't run in `dtype`.
         """
         if dtype == torch.float16 and not cls.runs_in_fp16:
@@ -73,11 +70,9 @@ class Weights:
         return family(pipe.to(device))
 
     def trains(self, parameter: str) -> bool:
-        """Whether the transformer's parameter of this name trains.
+        """Whether the parameter of this name, the transformer's own or an adapter's, trains.
 
-        A full fine-tune asks it of the model's own parameters, a LoRA run of the adapter's
-        (".lora_A.", ".lora_B."). What the velocity does not depend on must not train:
-        DistributedDataParallel stops where a parameter gets no gradient.
+        False if the velocity does not depend on it: DDP stops where one gets no gradient.
         """
         return True
 
@@ -126,10 +121,7 @@ class Weights:
         )
 
     def load_transformer(self, folder: Path) -> None:
-        """Put a saved transformer's weights in place, in the dtype that is there.
-
-        Raises ValueError if they do not fit.
-        """
+        """Put a saved transformer's weights in place. Raises ValueError if they do not fit."""
         kind, dtype = type(self.transformer), self.transformer.dtype
         saved = kind.from_pretrained(folder, torch_dtype=dtype)
         try:
@@ -184,10 +176,7 @@ class Weights:
 
     @classmethod
     def check_prompts(cls, prompts: list) -> None:
-        """Raise ValueError, before weights load, if a prompt's images don't suit the model.
-
-        prompts: prompts.Prompt, of training and evaluation.
-        """
+        """Raise ValueError, before weights load, if a Prompt's images don't suit the model."""
         least, most = cls.num_references
         for prompt in prompts:
             if not least <= len(prompt.images) <= most:

@@ -13,9 +13,8 @@ from flow_grpo.records import Cond, Conditioning, Guidance, Size
 class ZImage(PatchedPipeline):
     """Its scale w gives c + w (c - u), SD3's scale w + 1: 0 means none, as Turbo wants.
 
-    The transformer takes a list of prompts without padding and pads within; it masks what it adds
-    to the shorter prompts of a call, so that other neighbours change a row by rounding only. The
-    stock options cfg_normalization and cfg_truncation are left at their defaults, off.
+    The transformer takes a list of unpadded prompts; it pads and masks within, so neighbours change
+    a row by rounding only. cfg_normalization and cfg_truncation stay at their defaults, off.
     """
 
     stock = ZImagePipeline

@@ -1,7 +1,4 @@
-"""What an objective declares and gives to each stage of an epoch. It holds no loop and does no I/O.
-
-plan -> roll out -> score -> arrange -> update (prepare, then for each update: freeze, loss)
-"""
+"""What an objective declares and gives to each stage of an epoch. It holds no loop, does no I/O."""
 
 from __future__ import annotations
 
@@ -52,10 +49,7 @@ class Predict(Protocol):
     def __call__(
         self, micros: list[Micro], weights: str = "policy", guidance: Guidance | None = None
     ) -> Values:
-        """Return the velocity (M, ...) fp32 at every point, by these weights, loaded once for all.
-
-        weights: "policy", or a snapshot that the objective declares. guidance: None: training's.
-        """
+        """Return the velocity (M, ...) fp32 at every point, by "policy" or a declared snapshot."""
 
 
 class Snapshots(Protocol):
@@ -108,8 +102,7 @@ class Objective:
         """Say which rows train in which update, with which advantages and weights.
 
         A pure function of all ranks' rows. scores: (N,) fp64, NaN where missing and for rows that
-        are no leaves. By default all leaves train, cut in their order into equal micro-batches,
-        with targets() of their scores.
+        are no leaves. By default all leaves train, in their order, with targets() of their scores.
         """
         leaf = rows.leaf
         advantages, weights = scores.new_zeros(2, len(rows))
@@ -118,10 +111,9 @@ class Objective:
         return Arranged(plan.in_order(of_ranks, epoch), advantages, weights)
 
     def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn the scores of all ranks into (advantages, weights), by default group-relative.
+        """Turn all ranks' scores (N,), NaN where missing, into (advantages, weights), (N,) fp64.
 
-        scores: (N,) fp64, NaN where missing. group: (N,) int64. Returns (N,) fp64 each; a row of
-        weight 0 is not trained, and the loss of an update is its mean weighted by these.
+        An update's loss is the mean weighted by these.
         """
         advantages = group_advantages(scores, group, std=self.std)
         return advantages.clamp(-self.adv_clip_max, self.adv_clip_max), (~scores.isnan()).double()
@@ -134,7 +126,7 @@ class Objective:
         """Compute what belongs to the weights that sampled, before the epoch's first update.
 
         micros: the epoch's, each once, or once an inner epoch if it draws_points. What is returned
-        reaches loss() under its name, with the values of its rows and point.
+        reaches loss() under its name.
         """
         return {}
 

@@ -18,11 +18,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def find(name: str) -> type[Objective]:
-    """Return the class of an objective.
-
-    name: of OBJECTIVES, or the user's own "module:Class"; the module may lie in the current folder.
-    Raises ValueError if there is none.
-    """
+    """Return the class of a name of OBJECTIVES or "module:Class". Raises ValueError."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     if ":" not in name:

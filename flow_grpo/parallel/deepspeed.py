@@ -20,8 +20,8 @@ BUCKET = 2**26  # elements that full() joins at a time
 class DeepSpeed(Engine):
     """The module's weights are whole on each rank and may be of 16 bits; their masters are cut.
 
-    DeepSpeed flattens all masters into one row and gives each rank an equal piece of it, so a
-    weight may lie on two ranks. Of its optimizer this file uses what no public call offers.
+    DeepSpeed flattens all masters into one row, of which each rank has an equal piece, so a weight
+    may lie on two. This file uses of its optimizer what no public call offers.
     """
 
     def __init__(self, mixed_precision: str):

@@ -55,10 +55,9 @@ class Ranks:
 
 
 class Engine(ABC):
-    """One way to train a module on all ranks. The methods stand in the order of their calls.
+    """One way to train a module on all ranks, which must make the same calls, in this order.
 
-    No engine steps inside a backward pass: gradients are judged in between. All ranks must make
-    the same calls.
+    No engine steps inside a backward pass: gradients are judged in between.
     """
 
     module: nn.Module  # what trains
@@ -91,10 +90,7 @@ class Engine(ABC):
 
     @abstractmethod
     def norm(self) -> Tensor:
-        """Measure the whole gradient, unscaled and unclipped, after the last backward(); ().
-
-        It stays on the device, and is not finite where an element of the gradient is not.
-        """
+        """Measure the unclipped gradient, (), on the device; not finite where an element is not."""
 
     @abstractmethod
     def step(self, norm: float) -> None:
@@ -102,10 +98,7 @@ class Engine(ABC):
 
     @abstractmethod
     def discard(self, overflow: bool) -> None:
-        """Forget the gradient after norm(); nothing of it may reach the next update.
-
-        overflow: it was not finite though the loss was, for which fp16 lowers its scale.
-        """
+        """Forget the gradient after norm(). overflow: the loss was finite; fp16's scale falls."""
 
     @abstractmethod
     def masters(self) -> Parts:
@@ -117,10 +110,7 @@ class Engine(ABC):
 
     @abstractmethod
     def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
-        """Join all ranks' parts: give each weight's name and whole value, one after the other.
-
-        parts: masters(), or values in its form, such as a snapshot's.
-        """
+        """Give each weight's name and whole value in turn. parts: masters(), or a snapshot's."""
 
     def save(self, folder: Path, further: Parts) -> None:
         """Write masters, moments and loss scale, and `further` parts of weights by any names."""

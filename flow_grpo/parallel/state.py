@@ -1,10 +1,6 @@
 """A training's state on disk, of every engine: safetensors and JSON, so that none can execute.
 
-    weights-<part>.safetensors      policy/<weight>, and <snapshot>/<weight> for each snapshot
-    optimizer-<part>.safetensors    <tensor that the optimizer steps>/<moment>
-    index.json                      {"scale": .., "parts": [{"layout": .., "moments": ..}, ..]}
-
-Engines whose ranks hold the same write one part, others one for each rank.
+weights-<part>: policy/<weight>, <snapshot>/<weight>. optimizer-<part>: <stepped tensor>/<moment>.
 """
 
 from __future__ import annotations
@@ -23,10 +19,7 @@ Moments = dict[str, dict[str, "Tensor | float | None"]]  # by stepped tensor and
 def write(
     folder: Path, part: int, layout: Layout, weights: dict[str, Tensor], moments: Moments
 ) -> dict:
-    """Write one part's tensors, and return what the index says of it.
-
-    weights: of the policy and the snapshots, each a part as in the layout.
-    """
+    """Write one part, with policy's and snapshots' weights; return what the index says of it."""
     flat = {f"{name}/{key}": v for name, values in moments.items() for key, v in values.items()}
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     for file, each in ((WEIGHTS, weights), (OPTIMIZER, tensors)):

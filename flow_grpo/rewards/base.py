@@ -1,7 +1,6 @@
 """What a reward is: a class that keeps something, or a plain function with what it brings.
 
-Its module imports numpy and PIL alone at its top, so that the registry and a server import where
-other rewards' packages are missing; heavy packages are imported by the constructor.
+Its module imports numpy and PIL alone at its top, for servers; its constructor the rest.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ Check = Callable[[Mapping[str, Any], Sequence[str], Sequence[Mapping]], None]
 class Reward:
     """A scorer that keeps something: a model, processes, connections.
 
-    settings: config.rewards as a dict, with config.ocr_engine and `defaults` among them. Only the
-    constructor may load weights, so that a mistake shows before anything slow.
+    settings: config.rewards, with config.ocr_engine and `defaults`. Only the constructor loads.
     """
 
     needs_groups = False  # True: it compares the images of a group, so a call has whole groups
@@ -51,8 +49,7 @@ class Reward:
 class Plain:
     """A function as a reward. It gets the columns and settings that it names.
 
-    A function with one required parameter, if that is not a column's name, gets the Batch. Raises
-    ValueError for a parameter that nothing is known of. Called itself, it is the function.
+    With one required parameter of another name it gets the Batch; any other is a ValueError.
     """
 
     def __init__(

@@ -72,10 +72,7 @@ class Batch:
 def scatter(
     parts: Iterable[tuple[Sequence[int], Mapping[str, np.ndarray]]], num_rows: int
 ) -> dict[str, np.ndarray]:
-    """Put the scores of parts of a batch, each with its rows' numbers, in their places.
-
-    Returns {name: (num_rows,) float64}, NaN where a part lacks a column.
-    """
+    """Put scores of parts, each with its row numbers, in place: (num_rows,) float64 or NaN."""
     columns: dict[str, np.ndarray] = {}
     for rows, scores in parts:
         for name, values in scores.items():

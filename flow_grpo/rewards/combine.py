@@ -22,13 +22,11 @@ CLOSE_S = 10.0  # for the calls that are being made when a run ends
 
 
 class Scorer:
-    """The rewards of a run, each with a thread of its own.
+    """The rewards of a run, each with a thread of its own; their weighted sum is "avg".
 
-    The trained score is the weighted sum, under "avg"; a row that lacks a reward of non-zero weight
-    is NaN there. A reward of weight 0 is only monitored. held_out: names of further rewards, scored
-    where they are asked for. masks: a reward that fails gives NaN and a warning, not an exception.
-    group_size: images of a group, for rewards that compare them; comparing: which of those that
-    only their server knows do.
+    A row that lacks a reward of non-zero weight is NaN there. held_out: names scored where asked
+    for. masks: a reward that fails gives NaN and a warning. group_size: for rewards that compare;
+    comparing: those that only their server knows.
     """
 
     def __init__(
@@ -92,10 +90,7 @@ class Scorer:
         return scores | {"avg": total}
 
     def close(self) -> None:
-        """Drop what is queued, end the rewards, and wait for calls in the making, at most CLOSE_S.
-
-        Called once no score is wanted any more.
-        """
+        """End the rewards, drop what is queued, wait at most CLOSE_S for calls under way."""
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
         for scorer in self._scorers.values():
@@ -140,9 +135,7 @@ class Scorer:
 class Scoring:
     """Rows on their way through rewards: add() call by call, then wait for result().
 
-    Each batch is handed over as it comes; to a reward that compares, groups are, once they have
-    scorer.group_size rows, however many batches that takes. Those that a batch completes share a
-    call.
+    A reward that compares gets groups once they are whole; those that a batch completes, at once.
     """
 
     def __init__(self, scorer: Scorer, names: Collection[str]):
@@ -168,8 +161,7 @@ class Scoring:
     def result(self, patience_s: float | None = None) -> dict[str, np.ndarray]:
         """Wait for the scores of all rows, (N,) float64 each, in the order of add().
 
-        patience_s: for each call of a reward, None: however long it takes. NaN where a call lacks a
-        column. Raises RuntimeError naming the reward that failed, or took longer.
+        patience_s: for each call, None: endless. Raises RuntimeError naming the reward that failed.
         """
         assert not self._waiting, f"groups {sorted(self._waiting)} are not whole"
         columns = {}

@@ -20,11 +20,7 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def find(name: str) -> type[Reward] | Plain:
-    """Return the reward of a name.
-
-    name: a key of REWARDS, or the user's own "module:attribute"; the module may lie in the current
-    folder. Raises ValueError if there is none, or if it is a function that can't be called.
-    """
+    """Return the reward of a key of REWARDS or "module:attribute". Raises ValueError."""
     if name in REWARDS:
         found = REWARDS[name]
     elif ":" in name:
@@ -45,10 +41,7 @@ def find(name: str) -> type[Reward] | Plain:
 def check(
     name: str, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
 ) -> None:
-    """Raise ValueError if a reward does not exist or can't score these prompts. Loads nothing.
-
-    prompts, metadata: those of every row that will be scored.
-    """
+    """Raise ValueError if a reward does not exist or can't score all these. Loads nothing."""
     found = find(name)
     try:
         found.check({**found.defaults, **settings}, prompts, metadata)
@@ -59,8 +52,7 @@ def check(
 def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[[Batch], dict]:
     """Build a reward's scorer; its weights load here.
 
-    The scores of the user's own "module:attribute" may be named after the attribute, or be an array
-    without a name.
+    The user's own may name its scores after the attribute, or give an array without a name.
     """
     found = find(name)
     settings = {**found.defaults, **settings}

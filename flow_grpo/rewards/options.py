@@ -10,10 +10,7 @@ from flow_grpo.rewards import loading
 
 
 def settings(given: list[str], rewards: list[str]) -> dict[str, Any]:
-    """Return config.rewards and the rewards' own settings as --set KEY=VALUE changes them.
-
-    Raises ValueError.
-    """
+    """Return config.rewards and the rewards' settings, changed by --set; or raise ValueError."""
     config = base(None)
     own = {key: value for name in rewards for key, value in loading.find(name).defaults.items()}
     for each in given:

@@ -51,10 +51,8 @@ class Missing(Sequence):
 def read(folder: Path) -> list[Picture]:
     """List a folder's images, with what metadata.jsonl or prompts.txt says of them.
 
-    metadata.jsonl: {"file": a path from the folder, "prompt": ..., ...} a line; its rows decide
-    which images there are, reach the rewards as metadata, and may name reference images under
-    "image". prompts.txt: a line an image, in the order of their names.
-    Raises ValueError naming the file, the line and what is wrong with it.
+    metadata.jsonl: see json_rows; its rows' "file" decide which images there are. prompts.txt: a
+    line an image, by their names. Raises ValueError naming the file, the line and the fault.
     """
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; one with images is needed.")

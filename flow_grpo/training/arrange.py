@@ -17,8 +17,8 @@ def arrange(
 ) -> Arranged:
     """Let the objective arrange all ranks' rows; the same on every rank.
 
-    scores: (N,) fp64, NaN where missing. shuffle: a control that deals the outcome to random
-    leaves: advantages and weights or, where the objective selects by scores, these.
+    scores: (N,) fp64. shuffle: a control that deals advantages and weights, or the scores of an
+    objective that selects by them, to random leaves.
     """
     dealt = torch.arange(len(rows))  # the row whose outcome each gets
     if shuffle:
@@ -54,10 +54,7 @@ def total_weight(arranged: Arranged, update: list[list[np.ndarray]], num_points:
 
 
 def take_rows(rollout: Rollout, micro: np.ndarray, first: int) -> Rollout:
-    """Return a micro-batch's rows of this rank's rollout, with weight 0 where they only fill up.
-
-    first: the number of this rank's first row among all ranks'.
-    """
+    """Return a micro-batch of a rollout whose first row has the number `first`; a fill weighs 0."""
     fill, local = micro < 0, _numbers(micro) - first
     if (np.diff(local) == 1).all() and not fill.any():
         return rollout.rows(slice(int(local[0]), int(local[-1]) + 1))  # views, no copies

@@ -147,10 +147,9 @@ def table_of(run: Run, rollout: Rollout) -> RowTable:
 
 
 def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group: Tensor) -> Tensor:
-    """Return the one score (N,) that is trained, of all ranks; NaN where a reward is missing.
+    """Return the one score (N,) that is trained; NaN where a reward is missing.
 
-    config.reward_aggregation "gdpo": each reward normalised in its groups first; the objective then
-    only centres it.
+    gdpo: each reward normalised in its groups first; the objective then only centres it.
     """
     average = scores["avg"]
     if config.reward_aggregation == "sum":

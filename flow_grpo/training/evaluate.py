@@ -19,10 +19,7 @@ NUM_COLUMNS = 12  # images of a sheet's row
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Evaluate the averaged weights if there are any, log a row and save a sheet of images.
-
-    Returns what metrics() makes of the scores.
-    """
+    """Evaluate the average if there is one, log a row, save a sheet; return metrics()."""
     prompts = run.plan.eval_prompts
     with run.timer("eval"), run.snapshots.using("ema" if run.config.train.ema else "policy"):
         scores, images = score_prompts(run.evaluator, prompts, spread(len(prompts)))

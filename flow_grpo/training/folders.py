@@ -30,8 +30,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
 def resume_point(config: ml_collections.ConfigDict, identity: dict) -> Path | None:
     """Find the checkpoint that config.resume_from means; None: start anew.
 
-    identity: see identity(). Raises ValueError if there is none, it is damaged, or it belongs to
-    another model or to other trained weights.
+    Raises ValueError if there is none, or it is damaged or of another identity().
     """
     wanted = config.resume_from
     if not wanted:

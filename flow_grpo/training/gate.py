@@ -16,18 +16,14 @@ STEP_LIMIT = 1e-5  # of a log-prob that is computed again from the same velocity
 
 @torch.no_grad()
 def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
-    """Compare sampling with training before the first update; stop where they disagree.
+    """Compare sampling with training before the first update; raise RuntimeError if they disagree.
 
-    rows: as they were sampled, with the velocities that were predicted, before anything is scored
-    again; None where an objective keeps no steps. They are predicted once more as training does it.
-    The largest figures of each trained step stay in the run's gate.json:
+    rows: as sampled, with their velocities; None where no steps are kept. They are predicted again
+    as training does it. The largest figures of each trained step stay in the run's gate.json:
 
     step: |log-prob of the sampled velocity, scored again, less the rollout's|: the kernel.
     log_ratio: |log-prob of training's velocity less the rollout's|: what the loss sees.
     velocity: rms of the two velocities' difference over the rms of the sampled one.
-
-    train.old_log_prob "rollout" bounds the log-ratio, "replay" the velocity; both the step.
-    Raises RuntimeError naming the usual causes.
     """
     if rows is None or not rows.steps.shape[1]:
         return

@@ -1,7 +1,4 @@
-"""The epoch loop, the same for every model and objective.
-
-plan -> roll out -> score -> arrange -> update
-"""
+"""The epoch loop of all models and objectives: plan -> roll out -> score -> arrange -> update."""
 
 from __future__ import annotations
 
@@ -27,10 +24,7 @@ from flow_grpo.training.tracking import Statistics, memory
 
 
 def train(run: Run) -> None:
-    """Train up to config.num_epochs.
-
-    Raises Stopped where a signal or failing rewards end it, once the finished epochs are saved.
-    """
+    """Train up to num_epochs. Raises Stopped once the finished epochs are saved."""
     config, main_process = run.config, run.ranks.is_main
     finished = run.tracker.num_bytes  # of metrics.jsonl
     bar = progress(config.num_epochs, "epochs", shown=main_process, initial=run.epoch)

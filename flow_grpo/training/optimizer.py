@@ -50,10 +50,9 @@ class Updater:
         self.num_skipped = 0
 
     def finish(self, loss: float, norm: float) -> bool:
-        """Step, or skip the update if its loss or gradient is not finite.
+        """Step, or skip the update if its loss or gradient, of all ranks, is not finite.
 
-        Returns whether it stepped. Both numbers are of all ranks, which so decide alike.
-        Raises FloatingPointError after train.max_nonfinite_updates in a row that were skipped.
+        Returns whether it stepped. Raises FloatingPointError after too many skips in a row.
         """
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._skip(overflow=math.isfinite(loss))

@@ -20,9 +20,8 @@ POLICY = "default"  # the adapter that trains, as peft and diffusers call it
 class Snapshots:
     """Named copies of the engine's masters, and a way to run the module with one.
 
-    Under LoRA each is also an adapter of the module, in the policy's dtype, written when the copy
-    moves; a full fine-tune swaps weights instead. A LoRA's reference is the module without an
-    adapter, and gets a copy when it is moved for the first time. All ranks must make each call.
+    Under LoRA each is also an adapter, written when the copy moves; a full fine-tune swaps weights.
+    A LoRA's reference is no adapter, until it is moved. All ranks must make each call.
     """
 
     def __init__(self, engine: Engine, names: Iterable[str], use_lora: bool):
@@ -52,10 +51,7 @@ class Snapshots:
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Run the module with the weights of `name` ("policy": its own). Not to be nested.
-
-        Nor may the policy's forward and backward pass lie on both sides of it.
-        """
+        """Run with the weights of `name`; not nested, nor between a forward and its backward."""
         assert not self._in_use, "a snapshot is in use already"
         self._in_use = name != "policy"
         if name == "policy":
@@ -139,11 +135,7 @@ def _other_adapter(module: nn.Module, name: str) -> Iterator[None]:
 
 
 def _add_adapter(module: nn.Module, name: str, blank: bool) -> dict[str, nn.Parameter]:
-    """Give a module one more adapter, which does not train.
-
-    It equals the policy's, also in what of that does not train; blank: it does nothing.
-    Returns its weights by the names of the policy's.
-    """
+    """Add an adapter that equals the policy's, or does nothing; return its weights."""
     with _same_weights_train(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft: "This will lead to having multiple adapters"
         inject_adapter_in_model(deepcopy(module.peft_config[POLICY]), module, name)

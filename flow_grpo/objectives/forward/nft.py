@@ -64,10 +64,7 @@ class NFT(Objective):
         return "old"
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
-        """Noise the final latents at noise levels of the rollout's own grid.
-
-        At those of config.nft.steps, or at some that are drawn for each image.
-        """
+        """Noise the final latents at levels of the rollout's grid: nft.steps, or drawn ones."""
         device, sigmas = rows.final.device, self.schedule.sigmas
         points = []
         for k in range(len(self.steps) or self.num_times):
