@@ -125,7 +125,7 @@ class Conditioner:
         self.num_encoded += 1
         if item.prompt is None:
             return self.pipeline.negative(images, self.max_length)
-        return self.pipeline.encode([item.prompt], [images], self.max_length)[0]
+        return self.pipeline.encode(item.prompt, images, self.max_length)
 
 
 def collate(pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int) -> Conditioning:

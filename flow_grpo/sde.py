@@ -53,7 +53,7 @@ def step(
     dtype = torch.promote_types(latents.dtype, torch.float32)
     latents, velocity = latents.to(dtype), velocity.to(dtype)
     sigma, sigma_next, noise_level, sigma_guard = (
-        _per_row(value, latents) for value in (sigma, sigma_next, noise_level, sigma_guard)
+        per_row(value, latents) for value in (sigma, sigma_next, noise_level, sigma_guard)
     )
     kept_noise, std = kernel.split(sigma, sigma_next, noise_level, sigma_guard)
     if kind == "ode":
@@ -80,21 +80,15 @@ def mean_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
     return _row_mean((mean - other_mean) ** 2 / (2 * std**2))
 
 
-def leftover_noise(
-    kind: str,
-    sigma: float | Tensor,
-    sigma_next: float | Tensor,
-    noise_level: float | Tensor,
-    sigma_guard: float | Tensor,
-) -> Tensor:
+def leftover_noise(kind: str, *values: float | Tensor) -> Tensor:
     """Give the noise's total coefficient after one step, fp64; the model expects sigma_next.
 
+    values: sigma, sigma_next, noise_level and sigma_guard, which broadcast.
     Old and fresh noise add up as variances (arXiv:2509.05952, Figure 2): Flow-SDE and Dance-SDE
     leave too much, by g^2 dt^2 / sigma + g^4 dt^2 / (4 sigma^2).
     """
-    values = (sigma, sigma_next, noise_level, sigma_guard)
-    values = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values)
-    return torch.hypot(*KERNELS[kind].split(*values))
+    exact = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values)
+    return torch.hypot(*KERNELS[kind].split(*exact))
 
 
 def _flow_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
@@ -139,7 +133,7 @@ KERNELS = {
 STOCHASTIC = tuple(kind for kind in KERNELS if kind != "ode")
 
 
-def _per_row(value: float | Tensor, latents: Tensor) -> Tensor:
+def per_row(value: float | Tensor, latents: Tensor) -> Tensor:
     """Shape a scalar or (B,) as (B, 1, ...) in the latents' dtype; never waits for the device."""
     shape = (len(latents),) + (1,) * (latents.ndim - 1)
     if not isinstance(value, Tensor):

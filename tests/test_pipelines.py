@@ -205,11 +205,11 @@ def test_each_row_of_an_edit_is_padded_beyond_its_own_pictures(models):
         lambda module, args, inputs: seen.append(inputs["input_ids"]), with_kwargs=True
     )
     for text, images in ((APPLE, (picture(32, 96),)), (SIGN, tiny.pictures("qwenimage_edit_2509"))):
-        (cond,) = model.encode([text], [images], LENGTH)
+        cond = model.encode(text, images, LENGTH)
         num_tokens = (seen[-1] == model.pipe.processor.image_token_id).sum().item()
         assert num_tokens >= 12 * len(images)
         assert model.collate([cond], LENGTH)["mask"].shape == (1, LENGTH + num_tokens)
-        (cut,) = model.encode([text], [images], 8)
+        cut = model.encode(text, images, 8)
         assert torch.equal(cut.tensors["embeds"], cond.tensors["embeds"][: 8 + num_tokens])
     hook.remove()
 

@@ -61,13 +61,13 @@ class PatchedPipeline(Weights):
         """Pixels a latent, one way."""
         return self.pipe.vae_scale_factor
 
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        """Encode prompts without guidance or padding. images: a tuple of (H, W, 3) arrays a row."""
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
+        """Encode a prompt without guidance or padding. images: uint8 (H, W, 3), its references."""
         raise NotImplementedError
 
     def negative(self, images: tuple, max_length: int) -> Cond:
         """Encode what guidance subtracts."""
-        return self.encode([self.negative_prompt], [images], max_length)[0]
+        return self.encode(self.negative_prompt, images, max_length)
 
     def move(self, device: torch.device | str) -> None:
         self.pipe.to(device)

@@ -30,14 +30,11 @@ class Flux(Packed):
         self.embeds_guidance = pipe.transformer.config.guidance_embeds
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, pooled, _ = self.pipe.encode_prompt(
-            prompts, device=self.device, max_sequence_length=max_length
+            prompt, device=self.device, max_sequence_length=max_length
         )
-        return [
-            Cond({"embeds": e, "pooled": p})
-            for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
-        ]
+        return Cond({"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()})
 
     def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
         latents = self.initial_latents(size, noise)

@@ -46,13 +46,11 @@ class Flux2Klein(Packed):
                     )
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _ = self.pipe.encode_prompt(
-            prompts, device=self.device, max_sequence_length=max_length
+            prompt, device=self.device, max_sequence_length=max_length
         )
-        conds = [Cond({"embeds": e}) for e in embeds.cpu()]
-        self.keep_references(conds, images)
-        return conds
+        return self.with_references(Cond({"embeds": embeds[0].cpu()}), images)
 
     def negative(self, images: tuple, max_length: int) -> Cond:
         return super().negative((), max_length)  # both passes see the positive branch's references

@@ -33,9 +33,8 @@ class QwenImage(Packed, VideoVAE):
     negative_prompt = " "
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        rows = zip(prompts, images, strict=True)
-        return [Cond(self.text(prompt, references, max_length)) for prompt, references in rows]
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
+        return Cond(self.text(prompt, images, max_length))
 
     def text(self, prompt: str, references: tuple, max_length: int) -> dict[str, Tensor]:
         """Return the tokens "embeds" (L, C) that follow the template's instructions, on the CPU."""

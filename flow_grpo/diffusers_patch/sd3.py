@@ -16,19 +16,16 @@ class SD3(PatchedPipeline):
     has_attention_backends = False
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts,
+            prompt,
             None,
             None,
             do_classifier_free_guidance=False,
             max_sequence_length=max_length,
             device=self.device,
         )
-        return [
-            Cond({"embeds": e, "pooled": p})
-            for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
-        ]
+        return Cond({"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()})
 
     def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         if not self.pipe.scheduler.config.get("use_dynamic_shifting"):

@@ -41,14 +41,14 @@ class Wan(VideoVAE):
         return self.pipe.vae_scale_factor_spatial
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _ = self.pipe.encode_prompt(
-            prompts,
+            prompt,
             do_classifier_free_guidance=False,
             max_sequence_length=max_length,
             device=self.device,
         )
-        return [Cond({"embeds": e}) for e in embeds.cpu()]  # zeros up to max_length
+        return Cond({"embeds": embeds[0].cpu()})  # zeros up to max_length
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         frames = (size.num_frames - 1) // self.frames_a_latent + 1

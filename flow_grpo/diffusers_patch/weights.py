@@ -8,12 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from peft import (
-    LoraConfig,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from flow_grpo.records import Guidance
@@ -50,8 +45,7 @@ class Weights:
         """
         if dtype == torch.float16 and not cls.runs_in_fp16:
             raise ValueError(
-                f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16 and gives invalid "
-                f"images. Set config.mixed_precision=bf16."
+                f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16. Set it to bf16."
             )
         family = cls.variant(path, revision)
         absent = {
@@ -60,11 +54,7 @@ class Weights:
             if isinstance(value, (list, tuple))
             and (value[0] is None or not encoders and name.startswith(ENCODERS))
         }
-        dtypes = {
-            "default": dtype,
-            "transformer": transformer_dtype or dtype,
-            "vae": torch.float32,
-        }
+        dtypes = {"default": dtype, "transformer": transformer_dtype or dtype, "vae": torch.float32}
         given = (family.components(path, revision) if encoders else {}) | absent
         pipe = family.stock.from_pretrained(path, revision=revision, dtype=dtypes, **given)
         return family(pipe.to(device))
@@ -102,9 +92,9 @@ class Weights:
         added = [name for name, _ in self.transformer.named_parameters() if "lora_" in name]
         if not given or len(given) > len(added):
             raise ValueError(
-                f"the LoRA {path!r} does not fit {type(self.transformer).__name__}: of its "
-                f"{len(weights)} weights {len(given)} are a transformer's, and this one took "
-                f"{len(added)}. A LoRA of config.pretrained.model's transformer is needed."
+                f"the LoRA {path!r} does not fit {type(self.transformer).__name__}, which took "
+                f"{len(added)} of the {len(given)} of its {len(weights)} weights that are a "
+                f"transformer's. One of config.pretrained.model's transformer is needed."
             )
 
     def _lora_in_fp32(self) -> None:
@@ -201,14 +191,12 @@ class Weights:
         step = cls.frames_a_latent
         if step and num_frames % step != 1:
             raise ValueError(
-                f"config.num_frames={num_frames}: this model draws 1, {step + 1}, {2 * step + 1}, "
-                f"... frames, a multiple of {step} plus one. The nearest is "
-                f"{max(round((num_frames - 1) / step), 0) * step + 1}."
+                f"config.num_frames={num_frames}: a multiple of {step} plus one is needed. The "
+                f"nearest is {max(round((num_frames - 1) / step), 0) * step + 1}."
             )
         if not step and num_frames != 1:
             raise ValueError(
-                f"config.num_frames={num_frames}: {cls.__name__} draws images, not videos. "
-                f"Set config.num_frames=1."
+                f"config.num_frames={num_frames}: {cls.__name__} draws images. Set it to 1."
             )
 
 
@@ -221,8 +209,7 @@ def _load_peft(path: str, transformer: torch.nn.Module) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if missing or outcome.unexpected_keys:
         raise ValueError(
-            f"config.train.lora_path={path!r}: its adapter does not fit the model "
-            f"({len(missing)} weights missing, {len(outcome.unexpected_keys)} unknown, such as "
-            f"{(missing + outcome.unexpected_keys)[0]}). A LoRA of config.pretrained.model's "
-            f"transformer is needed."
+            f"config.train.lora_path={path!r}: {len(missing)} weights are missing, "
+            f"{len(outcome.unexpected_keys)} unknown ({(missing + outcome.unexpected_keys)[0]}). "
+            f"A LoRA of config.pretrained.model's transformer is needed."
         )

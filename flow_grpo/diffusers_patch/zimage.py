@@ -32,14 +32,14 @@ class ZImage(PatchedPipeline):
     ragged_text = True
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _ = self.pipe.encode_prompt(
-            list(prompts),  # encode_prompt writes into it
+            prompt,
             device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=max_length,
         )
-        return [Cond({"embeds": e.cpu()}) for e in embeds]
+        return Cond({"embeds": embeds[0].cpu()})
 
     def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         tokens = (size.height // self.vae_scale // 2) * (size.width // self.vae_scale // 2)

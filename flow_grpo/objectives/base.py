@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import ml_collections
@@ -15,11 +15,14 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.keys import Key
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Arranged, Guidance, Loss, Point, Rollout, RowTable
+from flow_grpo.records import Arranged, Loss, Point, Rollout, RowTable
 from flow_grpo.rollouts import Call, Calls, StepsOf
 from flow_grpo.sampling import Schedule
 
 Values = list[list[Tensor]]  # of each micro-batch, of each of its points: (M, ...)
+# (point, guidance=None) -> (M, ...) fp32; (micros, weights="policy", guidance=None) -> Values, by
+# weights that are loaded once, the policy's or a declared snapshot's. None: training's guidance.
+Velocity, Predict = Callable[..., Tensor], Callable[..., Values]
 
 
 @dataclass
@@ -30,26 +33,7 @@ class Micro:
     points: list[Point]
     velocity: Velocity  # by the weights that are loaded, (M, ...) fp32
     trained: list[Tensor | None]  # of each point: the rows of weight above 0; None: all
-    known: list[dict[str, Tensor]] = field(default_factory=list)  # of each point: name -> (M, ...)
-
-    def __post_init__(self):
-        self.known = self.known or [{} for _ in self.points]
-
-
-class Velocity(Protocol):
-    """Predicts the rows of a micro-batch."""
-
-    def __call__(self, point: Point, guidance: Guidance | None = None) -> Tensor:
-        """Return (M, ...) fp32. guidance: None: training's."""
-
-
-class Predict(Protocol):
-    """Predicts without a gradient."""
-
-    def __call__(
-        self, micros: list[Micro], weights: str = "policy", guidance: Guidance | None = None
-    ) -> Values:
-        """Return the velocity (M, ...) fp32 at every point, by "policy" or a declared snapshot."""
+    known: list[dict[str, Tensor]] | None = None  # of each point, from prepare(): name -> (M, ...)
 
 
 class Snapshots(Protocol):
@@ -151,10 +135,3 @@ class Objective:
 
     def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
         """Move snapshots after an epoch."""
-
-    def state(self) -> dict:
-        """Return the numbers that must live on, as JSON has them; a checkpoint holds them."""
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        """Take back what state() returned."""

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import update_wrapper
 from importlib.util import find_spec
+from inspect import Parameter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -62,20 +63,17 @@ class Plain:
         update_wrapper(self, function)
         self._function, self.check = function, check or Reward.check
         self.defaults, self.needs_groups = dict(settings or {}), needs_groups
-        known, every = {*COLUMNS, *self.defaults}, inspect.signature(function).parameters.values()
-        self._names = [p.name for p in every if p.name in known and p.kind != p.POSITIONAL_ONLY]
-        required = [
-            p.name
-            for p in every
-            if p.default is p.empty
-            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-            and p.name not in self.defaults
-        ]
+        every = inspect.signature(function).parameters
+        known, stars = {*COLUMNS, *self.defaults}, (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        named = (n for n, p in every.items() if p.kind != Parameter.POSITIONAL_ONLY)
+        self._names = [name for name in named if name in known]
+        required = (n for n, p in every.items() if p.default is p.empty and p.kind not in stars)
+        required = [name for name in required if name not in self.defaults]
         others = [name for name in required if name not in self._names]
         self._takes_batch = len(required) == len(others) == 1
         if (others or not self._names) and not self._takes_batch:
             raise ValueError(
-                f"{function!r} has parameters {list(inspect.signature(function).parameters)}. "
+                f"{function!r} has parameters {list(every)}. "
                 f"Needed are some of {', '.join((*COLUMNS, *self.defaults))}; or a single one, for "
                 f"the whole flow_grpo.rewards.batch.Batch."
             )

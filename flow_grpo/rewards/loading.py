@@ -21,21 +21,24 @@ def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def find(name: str) -> type[Reward] | Plain:
     """Return the reward of a key of REWARDS or "module:attribute". Raises ValueError."""
-    if name in REWARDS:
-        found = REWARDS[name]
-    elif ":" in name:
-        found = _own(name)
-    else:
+    if name not in REWARDS and ":" not in name:
         raise ValueError(
             f"there is no reward {name!r}; there are {', '.join(sorted(REWARDS))}, and "
             f"module:function is one's own.{did_you_mean(name, REWARDS)}"
         )
-    if isinstance(found, (type, Plain)):
+    what = f"the reward {name!r}"
+    found = REWARDS[name] if name in REWARDS else own.load(name, what, "function")
+    if isinstance(found, Plain) or (isinstance(found, type) and issubclass(found, Reward)):
         return found
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(
+            f"{what} is {found!r}; needed is a function, or a class of "
+            f"flow_grpo.rewards.base.Reward."
+        )
     try:
         return Plain(found)
     except ValueError as error:
-        raise ValueError(f"the reward {name!r} can't be called: {error}") from error
+        raise ValueError(f"{what} can't be called: {error}") from error
 
 
 def check(
@@ -74,13 +77,3 @@ class _Renamed(Reward):
     def close(self) -> None:
         if isinstance(self.scorer, Reward):
             self.scorer.close()
-
-
-def _own(name: str) -> Callable:
-    found = own.load(name, f"the reward {name!r}", "function")
-    if not callable(found) or (isinstance(found, type) and not issubclass(found, Reward)):
-        raise ValueError(
-            f"the reward {name!r} is {found!r}; needed is a function, or a class of "
-            f"flow_grpo.rewards.base.Reward."
-        )
-    return found

@@ -71,7 +71,7 @@ def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
             for of_ranks in updates:
                 micros = [micro_batch(numbers, inner) for numbers in of_ranks[rank]]
                 for micro, numbers in zip(micros, of_ranks[rank], strict=True):
-                    micro.known = known.get(_key(objective, numbers, inner), micro.known)
+                    micro.known = known.get(_key(objective, numbers, inner))
                 num_points = len(micros[0].points) if micros else 0
                 take_step(run, micros, arrange.total_weight(arranged, of_ranks, num_points))
                 bar.update(len(micros))
@@ -126,7 +126,8 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
     loss_sum = torch.zeros((), device=ranks.device)
     for i, micro in enumerate(micros):
         for k, point in enumerate(micro.points):
-            known = micro.known[k] | {name: values[i][k] for name, values in frozen.items()}
+            known = micro.known[k] if micro.known else {}
+            known = known | {name: values[i][k] for name, values in frozen.items()}
             last = i == len(micros) - 1 and k == len(micro.points) - 1
             with engine.accumulate(last):
                 velocity, rows = micro.velocity(point), micro.rows

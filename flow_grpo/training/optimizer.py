@@ -31,11 +31,7 @@ def learning_rate(train: ml_collections.ConfigDict, num_updates: int, total_upda
     warm = min(1.0, (num_updates + 1) / (train.lr_warmup_steps + 1))
     left = max(total_updates - train.lr_warmup_steps, 1)
     done = min(max(num_updates - train.lr_warmup_steps, 0) / left, 1.0)
-    shape = {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-    }
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return train.learning_rate * warm * shape[train.lr_scheduler]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import ml_collections
@@ -20,7 +19,7 @@ from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
 from flow_grpo.parallel.engine import Engine, Ranks
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import rollout_rows
-from flow_grpo.records import Conditioning, Guidance, Point, Rollout
+from flow_grpo.records import Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
 from flow_grpo.sampling import Schedule
 from flow_grpo.training.optimizer import Updater
@@ -68,15 +67,10 @@ class Run:
     def predictor(self, rows: Rollout) -> Velocity:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
 
-        @cache
-        def conditioning() -> Conditioning:
-            collated = collate(self.pipeline, rows.batch, self.schedule.pad_to)
-            return replace(collated, guidance=self.trained_guidance)
+        conditioning = collate(self.pipeline, rows.batch, self.schedule.pad_to)
 
         def velocity(point: Point, guidance: Guidance | None = None) -> Tensor:
-            guided = conditioning()
-            if guidance is not None:
-                guided = replace(guided, guidance=guidance)
+            guided = replace(conditioning, guidance=guidance or self.trained_guidance)
             return self.pipeline.velocity(self.model, point.latents, point.sigma, guided)
 
         return velocity

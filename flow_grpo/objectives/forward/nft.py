@@ -11,6 +11,7 @@ from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule
+from flow_grpo.sde import per_row
 
 
 class NFT(Objective):
@@ -76,7 +77,7 @@ class NFT(Objective):
             steps = steps.to(device)
             noise = randomness.normal("noising", names, rows.final.shape[1:]).to(device)
             sigma = sigmas[steps]
-            wide = _wide(sigma, noise)
+            wide = per_row(sigma, noise)
             latents = (1 - wide) * rows.final + wide * noise
             points.append(Point(latents, sigma, step=steps, column=k, noise=noise))
         return points
@@ -116,7 +117,7 @@ def contrast(
     quality = (0.5 + advantages.clamp(-adv_clip_max, adv_clip_max) / (2 * adv_clip_max)).clamp(0, 1)
     positive = beta * velocity + (1 - beta) * old
     negative = (1 + beta) * old - beta * velocity
-    wide = _wide(sigma, target)
+    wide = per_row(sigma, target)
     losses = []
     for implicit in (positive, negative):
         error = wide * (target - implicit)  # of the clean prediction
@@ -134,7 +135,3 @@ def old_decay(kind: str, num_updates: int) -> float:
     if kind == "half":
         return min(0.001 * num_updates, 0.5)
     return 0.0 if num_updates < 75 else min(0.0075 * (num_updates - 75), 0.999)
-
-
-def _wide(sigma: Tensor, like: Tensor) -> Tensor:
-    return torch.reshape(sigma, (-1,) + (1,) * (like.ndim - 1))
