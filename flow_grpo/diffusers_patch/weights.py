@@ -92,9 +92,9 @@ class Weights:
         added = [name for name, _ in self.transformer.named_parameters() if "lora_" in name]
         if not given or len(given) > len(added):
             raise ValueError(
-                f"the LoRA {path!r} does not fit {type(self.transformer).__name__}, which took "
-                f"{len(added)} of the {len(given)} of its {len(weights)} weights that are a "
-                f"transformer's. One of config.pretrained.model's transformer is needed."
+                f"the LoRA {path!r} does not fit {type(self.transformer).__name__}: of its "
+                f"{len(weights)} weights {len(given)} are a transformer's, and this one took "
+                f"{len(added)}. A LoRA of config.pretrained.model's transformer is needed."
             )
 
     def _lora_in_fp32(self) -> None:
@@ -209,7 +209,8 @@ def _load_peft(path: str, transformer: torch.nn.Module) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if missing or outcome.unexpected_keys:
         raise ValueError(
-            f"config.train.lora_path={path!r}: {len(missing)} weights are missing, "
-            f"{len(outcome.unexpected_keys)} unknown ({(missing + outcome.unexpected_keys)[0]}). "
-            f"A LoRA of config.pretrained.model's transformer is needed."
+            f"config.train.lora_path={path!r}: {len(missing)} weights missing, "
+            f"{len(outcome.unexpected_keys)} unknown, such as "
+            f"{(missing + outcome.unexpected_keys)[0]}. A LoRA of config.pretrained.model's "
+            f"transformer is needed."
         )
