@@ -58,7 +58,6 @@ class Key:
 
     @property
     def needed(self) -> str:
-        """What is allowed, in words."""
         noun, limits = NOUNS.get(self.kind, "value"), ""
         if self.kind in (int, float):
             lower = f"above {self.above:,}" if self.least is None else f"at least {self.least:,}"
@@ -148,7 +147,6 @@ def get(config: ml_collections.ConfigDict, name: str) -> Any:
 
 
 def has(config: ml_collections.ConfigDict, name: str) -> bool:
-    """Tell whether a config has section.key."""
     section, _, last = name.rpartition(".")
     return last in (config.get(section, ()) if section else config)
 

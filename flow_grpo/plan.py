@@ -112,24 +112,18 @@ class Plan:
         self, of_ranks: list[list[np.ndarray]], rows: list[np.ndarray]
     ) -> list[list[np.ndarray]]:
         """Make an update's micro-batches of its sets, equally many of equal size on all ranks."""
-        size = self.micro_batch_size
-        packed = [_packed(sets, size) for sets in of_ranks]
+        size, packed = self.micro_batch_size, [[] for _ in of_ranks]
+        for micros, sets in zip(packed, of_ranks, strict=True):
+            for each in sets:
+                assert len(each) <= size, f"a set of {len(each)} rows in a micro-batch of {size}"
+                if not micros or len(micros[-1]) + len(each) > size:
+                    micros.append([])
+                micros[-1] += each.tolist()
         for micros, mine in zip(packed, rows, strict=True):
             micros += [[] for _ in range(max(map(len, packed)) - len(micros))]
             for micro in micros:
                 micro += [~mine[0]] * (size - len(micro))
         return [[np.array(micro, dtype=np.int64) for micro in micros] for micros in packed]
-
-
-def _packed(sets: list[np.ndarray], size: int) -> list[list[int]]:
-    """Put sets one behind the other into micro-batches, each as a whole."""
-    micros: list[list[int]] = []
-    for each in sets:
-        assert len(each) <= size, f"a set of {len(each)} rows does not fit a micro-batch of {size}"
-        if not micros or len(micros[-1]) + len(each) > size:
-            micros.append([])
-        micros[-1] += each.tolist()
-    return micros
 
 
 def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
@@ -184,5 +178,4 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
 
 
 def eval_prompts(config: ml_collections.ConfigDict) -> list[Prompt]:
-    """Read the prompts that an evaluation draws."""
     return prompts.read(config.dataset, config.eval_split)[: config.eval_max_samples or None]

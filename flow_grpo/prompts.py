@@ -81,18 +81,14 @@ def _image_size(image: Path, where: str) -> tuple[int, int]:
         with Image.open(image) as opened:
             size, kind = opened.size, opened.format
             opened.verify()  # checksums, where the format has some; JPEG has none
-        if kind == "JPEG" and JPEG_END not in _tail(image):
-            raise OSError("its end is missing")
+        if kind == "JPEG":
+            with open(image, "rb") as file:  # some cameras write a little behind its end
+                file.seek(max(os.path.getsize(image) - 4096, 0))
+                if JPEG_END not in file.read():
+                    raise OSError("its end is missing")
         return size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: cannot read the image {image} ({error}).") from None
-
-
-def _tail(image: Path) -> bytes:
-    """The end of a file; some cameras write a little more behind a JPEG's end."""
-    with open(image, "rb") as file:
-        file.seek(max(os.path.getsize(image) - 4096, 0))
-        return file.read()
 
 
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:

@@ -169,7 +169,6 @@ class Point:
     noise: Tensor | None = None  # (B, ...) fp32, the x1 that noised the final latents
 
     def rows(self, rows: Rows) -> Point:
-        """Return it for some rows."""
         return _rows(self, rows)
 
 
@@ -210,14 +209,12 @@ class Arranged:
 
 
 def _rows(record: Rollout | Point, rows: Rows) -> Rollout | Point:
-    """Choose rows of all of a record's tensors."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     chosen = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
     return replace(record, **chosen)
 
 
 def _widened(values: Tensor, num_columns: int) -> Tensor:
-    """Append columns of zeros."""
     missing = num_columns - values.shape[1]
     zeros = values.new_zeros(len(values), missing, *values.shape[2:])
     return torch.cat([values, zeros], dim=1) if missing else values

@@ -132,7 +132,6 @@ def to_uint8(images: Tensor) -> list[np.ndarray]:
 def _initial(
     pipeline: PatchedPipeline, batch: PromptBatch, schedule: Schedule, randomness: Randomness
 ) -> Tensor:
-    """Return the rows' initial noise as the model's latents."""
     owners = [(row.group, 0 if schedule.same_latent else row.member) for row in batch.owners]
     noise = randomness.normal("init", owners, pipeline.noise_shape(batch.size))
     return pipeline.initial_latents(batch.size, _send(noise, pipeline.device))
@@ -154,7 +153,6 @@ def _step_noise(
 def _save(
     states: dict[int, Tensor], indices: np.ndarray, latents: Tensor, save: Collection[int]
 ) -> None:
-    """Save the states of rows that are at one of these sigmas."""
     for index in set(indices.tolist()) & set(save):
         rows = _to(latents.device, np.flatnonzero(indices == index))
         held = states.setdefault(index, torch.zeros_like(latents))

@@ -88,7 +88,6 @@ class PatchedPipeline(Weights):
                 setattr(self.pipe, name, None)
 
     def cut_decoding(self, tiling: bool, slicing: bool) -> None:
-        """Decode an image in tiles, or one image after the other, to take less memory."""
         if tiling:
             self.pipe.vae.enable_tiling()
         if slicing:
@@ -100,7 +99,6 @@ class PatchedPipeline(Weights):
         return cls.guides_by_two_passes and guidance.scale > cls.unguided.scale
 
     def needs_negative(self, guidance: Guidance) -> bool:
-        """Whether a second, unconditional pass is made."""
         return self.may_need_negative(guidance)
 
     def collate(self, conds: list[Cond], pad_to: int) -> dict[str, Tensor]:
@@ -115,9 +113,8 @@ class PatchedPipeline(Weights):
         shapes = {tuple(tuple(t.shape) for t in cond.tensors.values()) for cond in conds}
         if len(shapes) > 1:
             raise ValueError(
-                f"one call mixes conditionings of shapes {sorted(shapes)}: prompts whose reference "
-                f"images differ in size. Make sample.train_batch_size a divisor of "
-                f"sample.num_image_per_prompt."
+                f"one call mixes reference images of several sizes ({sorted(shapes)}). Make "
+                f"sample.train_batch_size a divisor of sample.num_image_per_prompt."
             )
         stacked = {
             name: torch.stack([cond.tensors[name] for cond in conds]).to(self.device)
@@ -241,7 +238,6 @@ class PatchedPipeline(Weights):
         return arguments
 
     def check_size(self, size: Size) -> None:
-        """Raise ValueError unless the transformer can produce this size."""
         multiple = self.vae_scale * 2
         if size.height % multiple or size.width % multiple:
             raise ValueError(
@@ -277,6 +273,5 @@ class VideoVAE(PatchedPipeline):
         return super().decode(latents, size).movedim(2, 1)
 
     def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        """Encode videos, or images as videos of one frame."""
         videos = [image if image.ndim == 4 else image[None] for image in images]
         return super().latents(videos, size)

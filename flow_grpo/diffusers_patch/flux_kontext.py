@@ -42,9 +42,7 @@ class FluxKontext(Edits, Flux):
         height, width = (int(side * scale) // multiple for side in (height, width))
         return max(height, 1) * multiple, max(width, 1) * multiple
 
-    def image_tokens(
-        self, latents: Tensor, positive: dict[str, Tensor], size: Size
-    ) -> tuple[Tensor, Tensor]:
+    def image_tokens(self, latents, positive, size: Size) -> tuple[Tensor, Tensor]:
         tokens, ids = super().image_tokens(latents, positive, size)
         reference = positive["reference_0"]
         height, width = (side // 2 for side in reference.shape[2:])

@@ -82,11 +82,9 @@ class QwenImage(Packed, VideoVAE):
         width = max(embeds.shape[1] for embeds in both)
         joined = {"embeds": torch.cat([pad(e, (0, 0, 0, width - e.shape[1])) for e in both])}
         if "mask" in positive or "mask" in negative or both[0].shape[1] != both[1].shape[1]:
-            masks = (
-                pad(rows.get("mask", _all(rows["embeds"])), (0, width - rows["embeds"].shape[1]))
-                for rows in (positive, negative)
-            )
-            joined["mask"] = torch.cat(list(masks))
+            ones = [torch.ones(e.shape[:2], dtype=torch.bool, device=e.device) for e in both]
+            masks = positive.get("mask", ones[0]), negative.get("mask", ones[1])
+            joined["mask"] = torch.cat([pad(m, (0, width - m.shape[1])) for m in masks])
         return joined
 
     def combine(self, conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
@@ -116,7 +114,3 @@ class QwenImage(Packed, VideoVAE):
 
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         return super().decode(latents, size)[:, 0]
-
-
-def _all(embeds: Tensor) -> Tensor:
-    return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)

@@ -82,9 +82,7 @@ class QwenImageEdit(Edits, QwenImage):
         pixels = pixels.unsqueeze(2).to(self.device, self.pipe.vae.dtype)
         return self.pipe._encode_vae_image(pixels, generator=None)[0, :, 0].float()
 
-    def image_tokens(
-        self, latents: Tensor, positive: dict[str, Tensor], size: Size
-    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    def image_tokens(self, latents, positive, size: Size) -> tuple[Tensor, list]:
         tokens, sizes = super().image_tokens(latents, positive, size)
         references = references_of(positive)
         sizes += [(1, r.shape[2] // 2, r.shape[3] // 2) for r in references]

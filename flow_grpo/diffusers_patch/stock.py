@@ -46,7 +46,6 @@ def call(
 
 
 def last_sigmas(pipeline: PatchedPipeline) -> Tensor:
-    """Return the noise levels of the stock pipeline's last call, on the CPU."""
     return pipeline.pipe.scheduler.sigmas.cpu()
 
 

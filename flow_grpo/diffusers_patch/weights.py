@@ -123,7 +123,6 @@ class Weights:
             ) from None
 
     def save_transformer(self, folder: Path) -> None:
-        """Write the transformer as the stock pipeline loads it."""
         self.transformer.save_pretrained(folder)
 
     @classmethod

@@ -40,15 +40,12 @@ class Ranks:
         return operations.reduce(values, "sum")
 
     def gather_objects(self, value: Any) -> list:
-        """Return the value of each rank, by rank."""
         return operations.gather_object([value])
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the main rank's value."""
         return operations.broadcast_object_list([value])[0]
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
         if self.num_ranks > 1:
             on_gpu = self.device.type == "cuda"
             distributed.barrier(device_ids=[self.device.index] if on_gpu else None)
@@ -159,5 +156,4 @@ class Engine(ABC):
         """Continue the search."""
 
     def leave(self) -> None:
-        """Part from the other ranks."""
         self._accelerator.end_training()

@@ -18,7 +18,8 @@ import numpy as np
 from flow_grpo.rewards.batch import Batch
 
 COLUMNS = ("images", "prompts", "metadata", "references", "group")  # that a function may name
-Check = Callable[[Mapping[str, Any], Sequence[str], Sequence[Mapping]], None]
+Settings = Mapping[str, Any]
+Check = Callable[[Settings, Sequence[str], Sequence[Mapping]], None]
 
 
 class Reward:
@@ -30,13 +31,11 @@ class Reward:
     needs_groups = False  # True: it compares the images of a group, so a call has whole groups
     defaults: ClassVar[Mapping[str, Any]] = {}  # settings of its own
 
-    def __init__(self, settings: Mapping[str, Any], device: str):
+    def __init__(self, settings: Settings, device: str):
         pass
 
     @classmethod
-    def check(
-        cls, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
-    ) -> None:
+    def check(cls, settings: Settings, prompts: Sequence[str], metadata: Sequence[Mapping]) -> None:
         """Raise ValueError if the settings or a prompt can't be scored; called before loading."""
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -53,13 +52,7 @@ class Plain:
     With one required parameter of another name it gets the Batch; any other is a ValueError.
     """
 
-    def __init__(
-        self,
-        function: Callable,
-        check: Check | None = None,
-        settings: Mapping[str, Any] | None = None,
-        needs_groups: bool = False,
-    ):
+    def __init__(self, function: Callable, check=None, settings=None, needs_groups: bool = False):
         update_wrapper(self, function)
         self._function, self.check = function, check or Reward.check
         self.defaults, self.needs_groups = dict(settings or {}), needs_groups
@@ -81,9 +74,7 @@ class Plain:
     def __call__(self, *arguments, **named) -> Any:
         return self._function(*arguments, **named)
 
-    def scorer(self, settings: Mapping[str, Any]) -> Callable[[Batch], Any]:
-        """Return the function as every scorer is called, with a Batch."""
-
+    def scorer(self, settings: Settings) -> Callable[[Batch], Any]:
         def score(batch: Batch) -> Any:
             columns = {name: each for name, each in vars(batch).items() if name in COLUMNS}
             known = {**settings, **columns}
@@ -94,16 +85,13 @@ class Plain:
 
 
 def reward(
-    *,
-    check: Check | None = None,
-    settings: Mapping[str, Any] | None = None,
-    needs_groups: bool = False,
+    *, check: Check | None = None, settings: Settings | None = None, needs_groups: bool = False
 ) -> Callable[[Callable], Plain]:
     """Give a plain function what a class has: a check, settings with defaults, whole groups."""
     return lambda function: Plain(function, check, settings, needs_groups)
 
 
-def check_model(settings: Mapping[str, Any], key: str) -> None:
+def check_model(settings: Settings, key: str) -> None:
     """Raise ValueError unless config.rewards.<key> is a folder, a file or could be a hub id."""
     path = settings[key]
     if not path:
@@ -124,7 +112,6 @@ def check_package(module: str, extra: str) -> None:
 
 
 def only_images(images: list[np.ndarray], reward: str) -> list[np.ndarray]:
-    """Return the images. Raises ValueError for a video."""
     for image in images:
         if image.ndim != 3:
             raise ValueError(f"{reward} scores images (H, W, 3), and got {image.shape}.")

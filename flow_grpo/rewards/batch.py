@@ -52,9 +52,8 @@ class Batch:
             metadata=[self.metadata[i] for i in rows],
             references=self.references and [self.references[i] for i in rows],
             group=None if self.group is None else self.group[rows],
-            errors={j: self.errors[i] for j, i in enumerate(rows) if i in self.errors}
-            if self.errors
-            else None,
+            errors=self.errors
+            and {j: self.errors[i] for j, i in enumerate(rows) if i in self.errors},
         )
 
     def units(self) -> list[list[int]]:

@@ -57,7 +57,6 @@ class Scorer:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, device: str) -> Scorer:
-        """Load what a config asks for."""
         where = servers.of(config)
         return cls(
             config.reward_fn,
@@ -71,7 +70,6 @@ class Scorer:
         )
 
     def start(self, held_out: bool = False) -> Scoring:
-        """Begin the scoring of an epoch's or an evaluation's rows."""
         return Scoring(self, self._scorers if held_out else self.weights)
 
     def score(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -81,7 +79,6 @@ class Scorer:
     def combine(
         self, columns: Mapping[str, dict[str, np.ndarray]], num_rows: int
     ) -> dict[str, np.ndarray]:
-        """Put the columns of each reward together and add up "avg"."""
         total = np.zeros(num_rows)
         for name, weight in self.weights.items():
             if weight:
@@ -99,7 +96,6 @@ class Scorer:
         wait([call for call in self._calls if not call.cancelled()], CLOSE_S)
 
     def hand_over(self, name: str, batch: Batch) -> Future:
-        """Start a reward's call in its thread."""
         call = self._threads[name].submit(self._call, name, batch)
         self._calls.add(call)
         return call

@@ -15,7 +15,6 @@ from flow_grpo.rewards.registry import REWARDS
 
 
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Gather the keys of a config that rewards read."""
     return {**config.rewards, "ocr_engine": config.ocr_engine}
 
 

@@ -32,7 +32,6 @@ def settings(given: list[str], rewards: list[str]) -> dict[str, Any]:
 
 
 def device(rewards: list[str]) -> str:
-    """Return where the rewards' models go if nobody says."""
     if not any(isinstance(loading.find(name), type) for name in rewards):
         return "cpu"  # functions hold no model, and torch takes seconds
     from torch import cuda

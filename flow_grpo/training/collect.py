@@ -101,7 +101,8 @@ def weigh(
 ) -> tuple[Arranged, dict[str, float]]:
     """Turn the scores of all ranks into what trains when; give this rank's rows their share."""
     config, rollout = run.config, sampled.rollout
-    rows, world = table_of(run, rollout), _world(run, scores)
+    rows, ranks = table_of(run, rollout), run.ranks.gather_objects(scores)
+    world = {n: torch.from_numpy(np.concatenate([each[n] for each in ranks])) for n in scores}
     leaf_scores = combine(config, world, rows.group[rows.leaf])
     all_scores = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     all_scores[rows.leaf] = leaf_scores
@@ -128,7 +129,6 @@ def weigh(
 
 
 def table_of(run: Run, rollout: Rollout) -> RowTable:
-    """Put what is known of all ranks' rows side by side."""
     rank = run.ranks.rank
     columns = {
         "group": rollout.batch.group,
@@ -157,11 +157,3 @@ def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group:
     weights = {name: weight for name, weight in config.reward_fn.items() if weight}
     combined = advantages.gdpo_advantages({name: scores[name] for name in weights}, weights, group)
     return torch.where(average.isnan(), average, combined)
-
-
-def _world(run: Run, scores: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """Put the scores of all ranks' leaves together."""
-    ranks = run.ranks.gather_objects(scores)
-    return {
-        name: torch.from_numpy(np.concatenate([each[name] for each in ranks])) for name in scores
-    }

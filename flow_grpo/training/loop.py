@@ -22,6 +22,8 @@ from flow_grpo.training.gate import gate
 from flow_grpo.training.run import Run
 from flow_grpo.training.tracking import Statistics, memory
 
+SHOWN = ("reward/avg", "reward/zero_std_fraction", "images_per_second")
+
 
 def train(run: Run) -> None:
     """Train up to num_epochs. Raises Stopped once the finished epochs are saved."""
@@ -52,7 +54,8 @@ def train(run: Run) -> None:
             run.evaluator.stop.check()
             bar.update()
             if main_process:
-                tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
+                shown = (f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in SHOWN)
+                tqdm.write(f"epoch {run.epoch}: {', '.join(shown)}")
         _evaluate(run)
     except Stopped:
         save(run, finished)
@@ -60,7 +63,6 @@ def train(run: Run) -> None:
 
 
 def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
-    """Take the epoch's optimizer steps."""
     objective, rank = run.objective, run.ranks.rank
     micro_batch = partial(_micro_batch, run, sampled, arranged, epoch)
     num_calls = sum(len(of_ranks[rank]) for inner in arranged.updates for of_ranks in inner)
@@ -169,8 +171,3 @@ def _epoch_metrics(run: Run) -> dict[str, float]:
     pictures = run.plan.num_groups * run.plan.group_size
     skipped = {"skipped_updates": run.updater.num_skipped}
     return seconds | memory() | {"images_per_second": pictures / spent} | skipped
-
-
-def _summary(metrics: dict[str, float]) -> str:
-    named = ("reward/avg", "reward/zero_std_fraction", "images_per_second")
-    return ", ".join(f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in named)

@@ -50,8 +50,17 @@ class Updater:
 
         Returns whether it stepped. Raises FloatingPointError after too many skips in a row.
         """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._skip(overflow=math.isfinite(loss))
+        overflow = math.isfinite(loss) and not math.isfinite(norm)
+        if overflow or not math.isfinite(loss):
+            self.engine.discard(overflow)
+            self.num_skipped += 1
+            self.num_skipped_in_a_row += not (overflow and self.engine.looks_for_scale)
+            if self.num_skipped_in_a_row >= self.train.max_nonfinite_updates:
+                raise FloatingPointError(
+                    f"{self.num_skipped_in_a_row} updates in a row had a non-finite loss or "
+                    f"gradient. Lower config.train.learning_rate, or use "
+                    f"config.mixed_precision=bf16 or no."
+                )
             return False
         self.rate = learning_rate(self.train, self.num_updates, self.total_updates)
         for group in self.engine.optimizer.param_groups:
@@ -60,13 +69,3 @@ class Updater:
         self.num_updates += 1
         self.num_skipped_in_a_row = 0
         return True
-
-    def _skip(self, overflow: bool) -> None:
-        self.engine.discard(overflow)
-        self.num_skipped += 1
-        self.num_skipped_in_a_row += not (overflow and self.engine.looks_for_scale)
-        if self.num_skipped_in_a_row >= self.train.max_nonfinite_updates:
-            raise FloatingPointError(
-                f"{self.num_skipped_in_a_row} updates in a row had a non-finite loss or gradient. "
-                f"Lower config.train.learning_rate, or use config.mixed_precision=bf16 or no."
-            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -60,10 +60,6 @@ class Run:
         """The transformer as the engine wrapped it."""
         return self.evaluator.model
 
-    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        named = self.pipeline.transformer.named_parameters()
-        return ((name, param) for name, param in named if param.requires_grad)
-
     def predictor(self, rows: Rollout) -> Velocity:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
 
@@ -90,7 +86,6 @@ class Run:
             return [[micro.velocity(point, guidance) for point in micro.points] for micro in micros]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
-        """List the stochastic steps of these groups in an epoch, (len(groups), K) int64."""
         return rollouts.trained_steps(self.config.sample, groups, self.config.seed, epoch)
 
     def calls(self, rank: int, epoch: int) -> list[Call]:
@@ -102,7 +97,6 @@ class Run:
         return self.objective.rollout(list(rows), lambda groups: self.trained_steps(groups, epoch))
 
     def passes(self) -> dict[str, int]:
-        """Count an epoch's passes through the transformer, see Plan.passes."""
         calls = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
         return self.plan.passes(
             self.config,
@@ -119,5 +113,4 @@ class Run:
         self.objective.after_update(self.snapshots, done)
 
     def log(self, kind: str, metrics: dict[str, float]) -> None:
-        """Write a row of metrics. kind: update | epoch | eval."""
         self.tracker.log(kind, self.epoch, self.updater.num_updates, metrics)

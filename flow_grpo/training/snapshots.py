@@ -104,7 +104,6 @@ class Snapshots:
 
     @torch.no_grad()
     def _show(self, name: str) -> None:
-        """Write a copy into its adapter."""
         if self._use_lora:
             for key, value in self._engine.full(self._held[name]):
                 self._adapters[name][key].copy_(value)
@@ -112,7 +111,6 @@ class Snapshots:
 
 @contextmanager
 def no_adapter(module: nn.Module) -> Iterator[None]:
-    """Run a module without its LoRA."""
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     with _same_weights_train(module):
         for layer in layers:

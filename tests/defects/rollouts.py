@@ -72,8 +72,8 @@ DEFECTS = [
         "rewards-of-the-epoch-before",
         "asynchronous rewards, one epoch late",
         COLLECT,
-        "    rows, world = table_of(",
-        '    scores, run.late = getattr(run, "late", scores), scores\n    rows, world = table_of(',
+        "    rows, ranks = table_of(",
+        '    scores, run.late = getattr(run, "late", scores), scores\n    rows, ranks = table_of(',
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
     ),
     Defect(

@@ -50,8 +50,7 @@ class NFT(Objective):
         if steps != sorted(set(steps) & set(known)):
             raise ValueError(
                 f"config.nft.steps={tuple(steps)}: distinct, ascending steps from 0 to {known[-1]} "
-                f"are needed, as config.sample.num_steps={len(known)}; or () to draw "
-                f"nft.num_times."
+                f"are needed, as config.sample.num_steps={len(known)}; or () to draw num_times."
             )
 
     def __init__(self, config, schedule: Schedule):

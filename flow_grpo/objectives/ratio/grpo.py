@@ -39,10 +39,9 @@ class GRPO(Objective):
         guidance, _ = guidances(config)
         if family.may_need_negative(guidance) and not train.cfg:
             raise ValueError(
-                f"config.train.cfg=False with config.sample.guidance_scale="
-                f"{sample.guidance_scale}: the trained policy would not be the one that "
-                f"sampled. Set config.train.cfg=True or config.sample.guidance_scale="
-                f"{family.unguided.scale:g}."
+                f"config.train.cfg=False with config.sample.guidance_scale={sample.guidance_scale}"
+                f": the trained policy would not be the one that sampled. Set config.train.cfg=True"
+                f" or config.sample.guidance_scale={family.unguided.scale:g}."
             )
         most = sde.KERNELS[sample.sde_type].max_level
         if not 0 < sample.noise_level <= most:
@@ -55,10 +54,8 @@ class GRPO(Objective):
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)
         train = config.train
-        self.clip_range = train.clip_range
-        self.beta, self.kl_mode = train.beta, train.kl_mode
+        self.train, self.beta = train, train.beta
         self.replays = train.old_log_prob == "replay"
-        self.gate_tolerance = train.gate_tolerance
         if self.beta:
             self.snapshots = ("reference",)
         self.step_weight = terms.std_weights(schedule) if train.step_weight == "std" else None
@@ -86,12 +83,12 @@ class GRPO(Objective):
         old = known["old_log_prob"] if self.replays else rows.log_probs[:, point.column]
         log_ratio = (step.log_prob - old).clamp(-20, 20)
         advantages = rows.at("advantages", point.column)
-        value, stats = terms.clipped_surrogate(log_ratio, advantages, self.clip_range)
+        value, stats = terms.clipped_surrogate(log_ratio, advantages, self.train.clip_range)
         if self.step_weight is not None:
             value = value * self.step_weight[point.step]
         if self.beta:
             reference = known["reference"]
-            kl = terms.kl(self.kl_mode, self.schedule, rows, point, step, velocity, reference)
+            kl = terms.kl(self.train.kl_mode, self.schedule, rows, point, step, velocity, reference)
             value = value + self.beta * kl
             stats["kl"] = kl.detach()
         return Loss(value, stats)
@@ -101,5 +98,5 @@ class GRPO(Objective):
 
     def gate_limits(self) -> dict[str, float]:
         if self.replays:
-            return {"velocity": self.gate_tolerance}
-        return {"log_ratio": self.clip_range / 10}
+            return {"velocity": self.train.gate_tolerance}
+        return {"log_ratio": self.train.clip_range / 10}

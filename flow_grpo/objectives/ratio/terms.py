@@ -38,7 +38,6 @@ STATISTICS = {
 
 
 def kept_points(rows: Rollout, schedule: Schedule) -> list[Point]:
-    """List the states before the kept steps."""
     return [
         Point(rows.latents[:, k], schedule.sigmas[steps], step=steps, column=k)
         for k, steps in enumerate(rows.steps.unbind(1))
@@ -93,14 +92,6 @@ def std_weights(schedule: Schedule) -> Tensor:
     """Return each step's std over the mean std of all steps but the last, (N - 1,)."""
     sigmas = schedule.sigmas
     zeros = torch.zeros(schedule.num_steps - 1, 1, device=sigmas.device)
-    step = sde.step(
-        schedule.kind,
-        zeros,
-        zeros,
-        sigmas[:-2],
-        sigmas[1:-1],
-        schedule.noise_level,
-        sigma_guard=sigmas[1],
-        noise=zeros,
-    )
+    place, guard = (zeros, zeros, sigmas[:-2], sigmas[1:-1]), sigmas[1]
+    step = sde.step(schedule.kind, *place, schedule.noise_level, sigma_guard=guard, noise=zeros)
     return step.std.flatten() / step.std.mean()
