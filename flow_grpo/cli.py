@@ -1,7 +1,5 @@
 """What commands show: one message at a mistake, a hint, a bar; and how they read a user's rows."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """Encode each distinct (prompt, reference images) once; keep the result in memory or on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A key of a config: default, meaning and range, declared once, and the one check of them all."""
 
-from __future__ import annotations
-
 import ast
 import math
 from collections.abc import Mapping
@@ -41,12 +39,11 @@ class Key:
     below: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = [b for b in (self.least, self.above, self.most, self.below) if b is not None]
-        paired = (self.least is None) != (self.above is None)
-        paired = paired and (self.most is None) != (self.below is None)
-        is_number = self.kind in (int, float)
-        assert paired if is_number else not bounds, f"{self}: a number needs a bound at either end"
-        assert all(map(math.isfinite, bounds)), f"{self}: its bounds must be finite"
+        ends = (self.least, self.above), (self.most, self.below)
+        lower, upper = ([bound for bound in end if bound is not None] for end in ends)
+        needed = int(self.kind in (int, float))
+        assert len(lower) == len(upper) == needed, f"{self}: a number needs a bound at either end"
+        assert all(map(math.isfinite, lower + upper)), f"{self}: its bounds must be finite"
         assert self.default is not None or self.of, f"{self}: say which type it is `of`"
         assert self.allows(self.default), f"{self}: its default is not allowed"
 

@@ -1,7 +1,5 @@
 """What a user names as module:attribute instead of something of ours."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pkgutil import resolve_name

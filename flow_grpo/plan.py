@@ -1,7 +1,5 @@
 """The arithmetic of an epoch: groups, micro-batches, updates, passes through the transformer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 `python -m flow_grpo.prompts check dataset/mine` says what is in the files of a data set.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """Random numbers as functions of what is drawn, never of a rank, a batch or a call order."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

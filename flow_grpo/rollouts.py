@@ -1,7 +1,5 @@
 """Who is drawn, in which segments, and which of their steps are stochastic and trained."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

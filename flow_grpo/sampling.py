@@ -1,7 +1,5 @@
 """The denoising loop with log-probabilities, and the same step scored again for the gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """What a model must provide: a stock pipeline, cut into what sampling and training call."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 

@@ -1,9 +1,7 @@
 """FLUX.1: packed latents (H/16 * W/16, 64), embedded guidance, a shift that grows with the size."""
 
-from __future__ import annotations
-
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
@@ -25,10 +23,6 @@ class Flux(Packed):
     runs_in_fp16 = False
     guides_by_two_passes = False
 
-    def __init__(self, pipe: DiffusionPipeline):
-        super().__init__(pipe)
-        self.embeds_guidance = pipe.transformer.config.guidance_embeds
-
     @torch.no_grad()
     def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, pooled, _ = self.pipe.encode_prompt(
@@ -48,7 +42,7 @@ class Flux(Packed):
 
     def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
         positive, guidance = conditioning["positive"], None
-        if self.embeds_guidance:
+        if self.transformer.config.guidance_embeds:
             guidance = sigma.new_full(sigma.shape, conditioning.guidance.scale)
         tokens, ids = self.image_tokens(latents, positive, conditioning.size)
         embeds = positive["embeds"].to(self.input_dtype)

@@ -1,7 +1,5 @@
 """FLUX.2 klein: text to image and editing; a token is 2 x 2 latents, (H/16 * W/16, 128)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline

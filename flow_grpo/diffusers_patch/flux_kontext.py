@@ -1,7 +1,5 @@
 """FLUX.1 Kontext (arXiv:2506.15742): FLUX.1 with a reference image's tokens at the end."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from diffusers import FluxKontextPipeline

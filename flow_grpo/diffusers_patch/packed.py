@@ -1,7 +1,5 @@
 """What models share whose token is 2 x 2 latents: packed states, a shift that grows with them."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Qwen-Image (arXiv:2508.02324): packed latents (H/16 * W/16, 64), guidance that keeps its norm."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor

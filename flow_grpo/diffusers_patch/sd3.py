@@ -1,7 +1,5 @@
 """Stable Diffusion 3, 3.5 (arXiv:2403.03206): latents (16, H/8, W/8), guidance by two passes."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The stock pipeline that a model was cut from: called as its users call it, and watched."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Wan2.1 text to video, and Wan2.2 TI2V 5B (arXiv:2503.20314): latents (16, F/4, H/8, W/8)."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Z-Image and Z-Image-Turbo (arXiv:2511.22699): one stream of image and text, time 1 - sigma."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import ZImagePipeline
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What an objective declares and gives to each stage of an epoch. It holds no loop, does no I/O."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol

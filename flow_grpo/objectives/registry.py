@@ -1,7 +1,5 @@
 """What is optimised: a name in config.objective, and the class behind it."""
 
-from __future__ import annotations
-
 import re
 
 from flow_grpo import own

@@ -1,7 +1,5 @@
 """Which engine trains: the one that accelerate's launcher was asked for."""
 
-from __future__ import annotations
-
 import os
 
 from flow_grpo.parallel.deepspeed import DeepSpeed

@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO stages 1 and 2: each rank steps its own part of the weights, in fp32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module

@@ -1,7 +1,5 @@
 """What training asks of an engine, and what all ranks do together."""
 
-from __future__ import annotations
-
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """One process, or several with a whole copy of everything each (DDP)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext

@@ -3,8 +3,6 @@
 weights-<part>: policy/<weight>, <snapshot>/<weight>. optimizer-<part>: <stepped tensor>/<moment>.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Leave in order at SIGTERM, SIGINT, the death of the launcher, or when rewards fail."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

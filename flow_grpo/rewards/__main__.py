@@ -7,8 +7,6 @@ line, {"file": "a.png", "prompt": "...", "tag": "..."}, as scripts/evaluate.py -
 writes it, or a prompts.txt with a line an image in the order of their names.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -58,8 +56,8 @@ def score(
     parts = []
     for start in tqdm(range(0, len(found), batch_size), "score", leave=False, disable=None):
         rows = slice(start, start + batch_size)
-        images = [picture.load() for picture in found[rows]]
-        references = [picture.load_references() for picture in found[rows]]
+        images = [pictures.load(picture.file) for picture in found[rows]]
+        references = [tuple(map(pictures.load, each.references)) for each in found[rows]]
         known = (column[rows] for column in columns)
         try:
             parts.append(
@@ -95,11 +93,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--reward", action="append", default=[], help="may be given several times")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of config.rewards in config/base.py, such as clip=/models/clip",
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of config.rewards"
     )
     parser.add_argument("--out", type=Path, help="of a line an image; default: FOLDER/scores.csv")
     parser.add_argument("--batch-size", type=int, default=16)

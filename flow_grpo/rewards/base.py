@@ -3,8 +3,6 @@
 Its module imports numpy and PIL alone at its top, for servers; its constructor the rest.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence

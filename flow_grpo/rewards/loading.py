@@ -1,7 +1,5 @@
 """From a name in config.reward_fn to a scorer: found, checked before weights load, then built."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

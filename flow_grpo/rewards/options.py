@@ -1,7 +1,5 @@
 """What the commands that score without a run share: --set, and the device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from config.base import COMMON, base

@@ -22,13 +22,6 @@ class Picture:
     metadata: dict | None = None
     references: tuple[Path, ...] = ()
 
-    def load(self) -> np.ndarray:
-        """Return uint8 (H, W, 3), or (F, H, W, 3) of a file with several frames."""
-        return _read(self.file)
-
-    def load_references(self) -> tuple[np.ndarray, ...]:
-        return tuple(_read(path) for path in self.references)
-
 
 class Missing(Sequence):
     """Stands for prompts that a folder does not have; who looks at it raises ValueError."""
@@ -84,7 +77,8 @@ def _picture(where: str, row: dict, references: list[Path], folder: Path) -> Pic
     return Picture(folder / row["file"], row.get("prompt"), row, tuple(references))
 
 
-def _read(path: Path) -> np.ndarray:
+def load(path: Path) -> np.ndarray:
+    """Return uint8 (H, W, 3), or (F, H, W, 3) of a file with several frames."""
     try:
         with Image.open(path) as opened:
             frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(opened)]

@@ -3,8 +3,6 @@
 The value under its own name is trained, others are logged; NaN: "could not be scored".
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from flow_grpo.rewards.base import Reward

@@ -1,7 +1,5 @@
 """Between scoring and the updates: who trains when, and this rank's share of it."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

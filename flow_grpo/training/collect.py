@@ -1,7 +1,5 @@
 """The first half of an epoch: roll out, score, and weigh the rows of all ranks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """Where a run keeps what, and which checkpoint it may continue from."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The gate: before a run's first update, training must score exactly what was sampled."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

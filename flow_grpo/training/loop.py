@@ -1,7 +1,5 @@
 """The epoch loop of all models and objectives: plan -> roll out -> score -> arrange -> update."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

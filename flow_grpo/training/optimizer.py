@@ -1,7 +1,5 @@
 """The optimizer, its learning rate, and which of its steps are taken."""
 
-from __future__ import annotations
-
 import math
 
 import ml_collections

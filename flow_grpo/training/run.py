@@ -1,7 +1,5 @@
 """Everything that a running training holds, and what its phases share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path

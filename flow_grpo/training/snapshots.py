@@ -1,7 +1,5 @@
 """Copies of the trained weights: the average that is evaluated, the old policy, the reference."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext

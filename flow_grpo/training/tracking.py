@@ -1,7 +1,5 @@
 """What a run reports: metrics, images, phase times, statistics per step index."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource

@@ -1,7 +1,5 @@
 """DiffusionNFT (arXiv:2509.16117): contrast two implicit policies on noised final images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Flow-GRPO (arXiv:2505.05470): a clipped policy gradient over the trained denoising steps."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from flow_grpo import sde

@@ -1,7 +1,5 @@
 """What objectives on the ratio of two log-probabilities share: keys, points, surrogate, KL."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
