@@ -21,11 +21,9 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 class Key:
     """A key of a config, and the values that it may have.
 
-    default: a bool, number or text, a tuple or dict of these, or None: not set.
-    meaning: what it is, its unit, special values; "" where the name says it all.
-    of: the type of an entry, or of what is not None; only where the default does not tell it.
-    choices: the only texts allowed. least, most, above and below bound a number or the entries of
-    a tuple or dict; every number has a finite bound at either end.
+    default: a bool, number or text, a tuple or dict of these, or None: not set. of: the type of an
+    entry, or of what is not None, where the default does not tell it. least, most, above and below
+    bound a number or the entries of a tuple or dict; every number has a bound at either end.
     """
 
     default: Any

@@ -90,10 +90,7 @@ def _image_size(image: Path, where: str) -> tuple[int, int]:
 
 
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
-    """Give the prompt of each group slot of an epoch.
-
-    Epochs walk through one permutation after another, so that each prompt comes equally often.
-    """
+    """Give the prompt of each group slot, by one permutation of all prompts after another."""
     slots = range(epoch * num_groups, (epoch + 1) * num_groups)
     orders: dict[int, list[int]] = {}
     for lap in {slot // num_prompts for slot in slots}:
@@ -136,10 +133,7 @@ def eval_batches(
 
 
 def check(folder: str) -> list[str]:
-    """Describe a data set, a line a fact, having decoded every image.
-
-    Raises ValueError naming the file and line that can't be read.
-    """
+    """Describe a data set, having decoded every image, a line a fact. Raises ValueError."""
     root, facts, seen = Path(folder), [], {}
     for split in SPLITS:
         names = (f"{split}.txt", f"{split}_metadata.jsonl")

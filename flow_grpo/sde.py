@@ -36,13 +36,11 @@ def step(
 ) -> Step:
     """Step from sigma to sigma_next, or score the step that was taken.
 
-    kind: of KERNELS.
     velocity, latents: (B, ...). sigma > sigma_next, noise_level, sigma_guard: scalars or (B,).
     noise_level: a of "sde", eta of "dance" and "cps", up to the kernel's max_level.
     sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
     next_latents: (B, ...) where the step went, a constant to the gradient; else noise: (B, ...)
     standard normal. A stochastic kind takes exactly one of the two and draws nothing itself.
-
     log_prob is the Gaussian's log-density divided by the number of elements, so that a ratio of two
     is the D-th root of the true one; without has_variance it is -mean((next - mean)^2) alone.
     Where a kernel that has it gives a std of 0 it is not finite: call "ode" there.

@@ -24,10 +24,7 @@ def call(
     decode: bool = True,
     **given,
 ) -> tuple[list[Tensor], list[np.ndarray]]:
-    """Call the stock pipeline on `noise`; return the latents after each step, and uint8 images.
-
-    given: its prompt, or embeddings, and what else is to differ.
-    """
+    """Call the stock pipeline on `noise`; return the latents after each step, and images."""
     seen: list[Tensor] = []
     arguments = pipeline.stock_arguments(size, guidance, noise, images)
     if "prompt_embeds" in given:

@@ -121,10 +121,7 @@ class Engine(ABC):
             (folder / state.INDEX).write_text(json.dumps(index) + "\n")
 
     def load(self, folder: Path) -> Parts:
-        """Continue from what save() wrote; the optimizer's settings stay. Returns `further`.
-
-        Raises ValueError if it was written for other weights, or by another number of ranks.
-        """
+        """Continue from what save() wrote, or raise ValueError; return `further`."""
         part = self.ranks.rank % self.num_parts
         weights, moments, scale = state.read(folder, part, self.num_parts, self._layout())
         mine = {name for name in weights if name.startswith(POLICY)}

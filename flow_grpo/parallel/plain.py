@@ -69,7 +69,7 @@ class Plain(Engine):
         self.optimizer.zero_grad()
 
     def discard(self, overflow: bool) -> None:
-        # It remembers what norm() unscaled until it is updated.
+        # The scaler remembers what norm() unscaled until it is updated.
         self.scaler.update(None if overflow else self.scaler.get_scale())
         self.optimizer.zero_grad()
 

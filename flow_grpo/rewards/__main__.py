@@ -40,7 +40,9 @@ def main(argv: list[str]) -> None:
                 raise ValueError(f"--reward={name} compares the images of a rollout's group.")
         settings = options.settings(args.set, args.reward)
         found = pictures.read(args.folder)
-        columns = _columns(found, args.folder)
+        columns = [each.prompt for each in found], [each.metadata for each in found]
+        if None in columns[0]:
+            columns = Missing(args.folder), Missing(args.folder)
         for name in args.reward:
             loading.check(name, settings, *columns)
         out = args.out or args.folder / "scores.csv"
@@ -100,13 +102,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="of rewards that are models; default: cuda, or cpu")
     parser.add_argument("--list", action="store_true", help="list the rewards and end")
     return parser.parse_args(argv)
-
-
-def _columns(found: list[Picture], folder: Path) -> tuple:
-    """The prompts and the metadata; if one is not known, what says so to who looks at them."""
-    if any(picture.prompt is None for picture in found):
-        return Missing(folder), Missing(folder)
-    return [picture.prompt for picture in found], [picture.metadata for picture in found]
 
 
 if __name__ == "__main__":

@@ -25,10 +25,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def resume_point(config: ml_collections.ConfigDict, identity: dict) -> Path | None:
-    """Find the checkpoint that config.resume_from means; None: start anew.
-
-    Raises ValueError if there is none, or it is damaged or of another identity().
-    """
+    """Find the checkpoint of config.resume_from, None: start anew; or raise ValueError."""
     wanted = config.resume_from
     if not wanted:
         return None

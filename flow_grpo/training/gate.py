@@ -3,13 +3,21 @@
 import torch
 from torch import Tensor
 
-from flow_grpo.objectives.base import Objective
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Rollout
 from flow_grpo.sampling import Schedule, replay
 from flow_grpo.training.run import Run
 
 STEP_LIMIT = 1e-5  # of a log-prob that is computed again from the same velocity
+
+CAUSES = {
+    "step": "The kernel, its noise level or the sigmas differ between sampling and training.",
+    "log_ratio": "Usual causes: low precision (config.mixed_precision), another batch size, "
+    "guidance or padding in training, another attention kernel, dropout. "
+    "config.train.old_log_prob=replay allows for precision and batch size.",
+    "velocity": "Usual causes: another guidance, padding or sigma in training, dropout, a "
+    "precision that is too low (config.mixed_precision). config.train.gate_tolerance is the limit.",
+}
 
 
 @torch.no_grad()
@@ -32,7 +40,13 @@ def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
         measured = measure(run.objective.schedule, rows, point.column, velocity(point))
         for name, value in measured.items():
             figures[name][point.column] = run.ranks.gather(value.max()).max().item()
-    _check(run.objective, figures)
+    for name, limit in ({"step": STEP_LIMIT} | run.objective.gate_limits()).items():
+        if not all(value <= limit for value in figures[name].values()):  # NaN is not
+            raise RuntimeError(
+                f"before the first update the largest {name} of each trained step is "
+                f"{figures[name]}; at most {limit:.3g} is needed: training does not score what was "
+                f"sampled. {CAUSES[name]} All figures: {figures}."
+            )
     run.tracker.write("gate.json", {"epoch": epoch} | figures)
 
 
@@ -45,24 +59,3 @@ def measure(schedule: Schedule, rows: Rollout, column: int, velocity: Tensor) ->
         "log_ratio": (replay(schedule, rows, column, velocity).log_prob - old).abs(),
         "velocity": apart,
     }
-
-
-CAUSES = {
-    "step": "The kernel, its noise level or the sigmas differ between sampling and training.",
-    "log_ratio": "Usual causes: low precision (config.mixed_precision), another batch size, "
-    "guidance or padding in training, another attention kernel, dropout. "
-    "config.train.old_log_prob=replay allows for precision and batch size.",
-    "velocity": "Usual causes: another guidance, padding or sigma in training, dropout, a "
-    "precision that is too low (config.mixed_precision). config.train.gate_tolerance is the limit.",
-}
-
-
-def _check(objective: Objective, figures: dict[str, dict[int, float]]) -> None:
-    limits = {"step": STEP_LIMIT} | objective.gate_limits()
-    for name, limit in limits.items():
-        if not all(value <= limit for value in figures[name].values()):  # NaN is not
-            raise RuntimeError(
-                f"before the first update the largest {name} of each trained step is "
-                f"{figures[name]}; at most {limit:.3g} is needed: training does not score what was "
-                f"sampled. {CAUSES[name]} All figures: {figures}."
-            )

@@ -37,7 +37,9 @@ def train(run: Run) -> None:
             scores = collect.score(run, sampled)
             arranged, metrics = collect.weigh(run, sampled, scores, run.epoch)
             if run.epoch % config.eval_freq == 0:
-                _show(run, sampled)
+                size = run.plan.group_size  # of a sheet's rows
+                name = f"rollout-{run.updater.num_updates:06d}"
+                run.tracker.save_images(name, sampled.images[: 4 * size], size)
             sampled.images = []
             if not gate_open:
                 gate(run, sampled.for_gate, run.epoch)
@@ -154,13 +156,6 @@ def _evaluate(run: Run) -> None:
     evaluate(run)
     if run.epoch and run.ranks.is_main:
         redraw(run.folder)
-
-
-def _show(run: Run, sampled: Sampled) -> None:
-    """Save a sheet of an epoch's images, a group in each row."""
-    name = f"rollout-{run.updater.num_updates:06d}"
-    size = run.plan.group_size
-    run.tracker.save_images(name, sampled.images[: 4 * size], size)
 
 
 def _epoch_metrics(run: Run) -> dict[str, float]:
