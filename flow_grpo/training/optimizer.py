@@ -56,7 +56,8 @@ class Updater:
             if self.num_skipped_in_a_row >= self.train.max_nonfinite_updates:
                 raise FloatingPointError(
                     f"{self.num_skipped_in_a_row} updates in a row had a non-finite loss or "
-                    "gradient. Lower config.train.learning_rate, or use config.mixed_precision=bf16."
+                    f"gradient. Lower config.train.learning_rate, or use "
+                    f"config.mixed_precision=bf16 or no."
                 )
             return False
         self.rate = learning_rate(self.train, self.num_updates, self.total_updates)
