@@ -1,7 +1,7 @@
 """Every key of a run, once: its default, meaning and unit, and the values that are allowed.
 
 A run is a function that starts from base() and states what it changes. What an objective alone
-reads stands with it, as in flow_grpo/objectives/ratio/keys.py.
+reads stands with it, as in flow_grpo/objectives/ratio/terms.py.
 """
 
 import inspect

@@ -1,7 +1,6 @@
-"""Scores to group-relative advantages, in fp64. A group is the images of one prompt.
+"""Scores to group-relative advantages, in fp64; a group is the images of one prompt.
 
-NaN means "could not be scored": such a row counts in no mean or std and its advantage is 0.
-No result depends on the order of the rows, not in the last bit, so ranks may gather in any order.
+NaN, "could not be scored", counts nowhere and gets 0. No bit depends on the order of the rows.
 """
 
 import torch
@@ -13,11 +12,10 @@ def group_advantages(
 ) -> Tensor:
     """Centre each score on its group's mean and divide by a standard deviation.
 
-    scores: (N,) rewards of all ranks, NaN where missing. group: (N,) int64, equal for images of one
-    prompt. std: "group" (GRPO, arXiv:2402.03300), "global", over all scores (Flow-GRPO's default,
-    arXiv:2505.05470), or "none"; population std, plus epsilon.
-    Returns (N,) float64; exactly 0 in a group whose scores are all equal (to 1e-8 relative). If
-    no group has a second row, the whole batch is the group.
+    scores: (N,), NaN where missing. group: (N,) int64. std: of "group" (GRPO, arXiv:2402.03300), of
+    all, "global" (Flow-GRPO, arXiv:2505.05470), or "none"; population std, plus epsilon. Returns
+    (N,) float64, exactly 0 where a group's scores are equal (to 1e-8 relative). If no group has a
+    second row, the whole batch is the group.
     """
     assert std in ("group", "global", "none"), std
     present = ~torch.isnan(scores)
@@ -35,10 +33,8 @@ def gdpo_advantages(
 ) -> Tensor:
     """Normalise each reward within its groups, add them up by weight, and normalise over the batch.
 
-    Unlike a weighted sum of rewards it does not depend on their scales (GDPO, arXiv:2601.05242).
-    scores: (N,) for each key of weights; a row that misses one of them counts in none.
-    group: (N,) int64. floor: smallest std that is divided by. Returns (N,) float64; exactly 0 in a
-    group that has no spread in any reward.
+    scores: (N,) for each key of weights (GDPO, arXiv:2601.05242); a row that misses one counts in
+    none. floor: smallest std that is divided by. Returns (N,) float64.
     """
     names = sorted(weights)
     table = torch.stack([scores[name].double() for name in names])  # (rewards, N)
@@ -54,11 +50,7 @@ def gdpo_advantages(
 
 
 def zero_std_fraction(scores: Tensor, group: Tensor) -> float:
-    """Give the fraction of groups that teach nothing, as their scores are all equal or missing.
-
-    scores: (N,), NaN where missing. group: (N,) int64; if no group has a second row, the whole
-    batch is the group.
-    """
+    """Give the fraction of groups that teach nothing, as their scores are all equal or missing."""
     index = _group_index(group)
     present = ~torch.isnan(scores)
     centred, _ = _centre(scores[present].double(), index[present])

@@ -1,12 +1,9 @@
 """Encode each distinct (prompt, reference images) once; keep the result in memory or on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +11,6 @@ from typing import NamedTuple
 import ml_collections
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.records import Cond, Conditioning, Guidance, PromptBatch
@@ -28,21 +24,15 @@ class Item(NamedTuple):
 
 
 class Store:
-    """Conditionings on disk, one safetensors file each.
-
-    A file's name is a hash of all that it depends on, so that no stale one is found: `identity`
-    (model, revision, precision, length ...), the prompt, and the bytes of its reference images.
-    """
+    """Conditionings on disk, each named by a hash of identity, prompt, and reference images."""
 
     def __init__(self, folder: Path, identity: dict):
         self.folder = folder
         self.identity = identity
 
     def path(self, item: Item) -> Path:
-        whole = self.identity | {
-            "prompt": item.prompt,
-            "images": [_digest(path) for path in item.image_paths],
-        }
+        images = [_digest(path) for path in item.image_paths]
+        whole = self.identity | {"prompt": item.prompt, "images": images}
         name = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
@@ -78,9 +68,8 @@ class Store:
 class Conditioner:
     """Encodes prompts one at a time, so that an embedding depends on nothing beside its prompt.
 
-    The most recently used ones stay on the CPU, up to `cache_bytes`. With a store nothing is
-    encoded: all must be in it. offload: the text encoders are on the device only from the first
-    prompt that is new to rest().
+    The latest stay on the CPU, up to `cache_bytes`. A store must hold all that is asked for.
+    offload: the text encoders are on the device only from the first new prompt to rest().
     """
 
     def __init__(
@@ -101,29 +90,24 @@ class Conditioner:
         self._awake = True  # the encoders are on the device
         self.num_encoded = 0
 
-    def cond(self, prompt: str, image_paths: tuple, images: tuple) -> Cond:
-        """Return the conditioning of a prompt. image_paths name `images` in the cache."""
-        return self._cached(
-            Item(prompt, image_paths),
-            lambda: self.pipeline.encode([prompt], [images], self.max_length)[0],
-        )
-
-    def negative(self, image_paths: tuple, images: tuple) -> Cond:
-        """Return what guidance subtracts for a prompt with these reference images."""
-        return self._cached(
-            Item(None, image_paths), lambda: self.pipeline.negative(images, self.max_length)
-        )
+    def cond(self, item: Item, images: tuple) -> Cond:
+        """Return an item's conditioning. images: those that its paths name, uint8 (H, W, 3)."""
+        if item not in self._cache:
+            self._cache[item] = self.store.load(item) if self.store else self._encode(item, images)
+            self._held_bytes += self._cache[item].num_bytes()
+        self._cache.move_to_end(item)
+        while self._held_bytes > self.cache_bytes and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._held_bytes -= oldest.num_bytes()
+        return self._cache[item]
 
     def branches(
         self, rows: list[tuple[str, tuple, tuple]], guidance: Guidance
     ) -> dict[str, list[Cond]]:
-        """Encode what the model needs of rows under this guidance, for a PromptBatch.
-
-        rows: each a prompt, the paths of its reference images, and the images.
-        """
-        branches = {"positive": [self.cond(*row) for row in rows]}
+        """Encode rows, each (prompt, paths of its reference images, these), for a PromptBatch."""
+        branches = {"positive": [self.cond(Item(*row[:2]), row[2]) for row in rows]}
         if self.pipeline.needs_negative(guidance):
-            branches["negative"] = [self.negative(paths, images) for _, paths, images in rows]
+            branches["negative"] = [self.cond(Item(None, row[1]), row[2]) for row in rows]
         return branches
 
     def rest(self) -> None:
@@ -132,33 +116,22 @@ class Conditioner:
             self.pipeline.move_encoders("cpu")
             self._awake = False
 
-    def _cached(self, item: Item, encode: Callable[[], Cond]) -> Cond:
-        if item in self._cache:
-            self._cache.move_to_end(item)
-            return self._cache[item]
-        cond = self._cache[item] = self.store.load(item) if self.store else self._encoded(encode)
-        self._held_bytes += cond.num_bytes()
-        while self._held_bytes > self.cache_bytes and len(self._cache) > 1:
-            _, oldest = self._cache.popitem(last=False)
-            self._held_bytes -= oldest.num_bytes()
-        return cond
-
-    def _encoded(self, encode: Callable[[], Cond]) -> Cond:
+    def _encode(self, item: Item, images: tuple) -> Cond:
         if not self._awake:
             self.pipeline.move_encoders(self.pipeline.device)
             self._awake = True
         self.num_encoded += 1
-        return encode()
+        if item.prompt is None:
+            return self.pipeline.negative(images, self.max_length)
+        return self.pipeline.encode(item.prompt, images, self.max_length)
 
 
 def collate(pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int) -> Conditioning:
     """Return what a call of the model needs of a batch: rows (B, ...) of each branch."""
-
-    def rows(conds: list[Cond]) -> dict[str, Tensor]:
-        together = pipeline.collate(conds, pad_to)
-        return {name: value[batch.index.to(value.device)] for name, value in together.items()}
-
-    branches = {name: rows(conds) for name, conds in batch.branches.items()}
+    branches = {}
+    for branch, conds in batch.branches.items():
+        distinct = pipeline.collate(conds, pad_to)
+        branches[branch] = {n: value[batch.index.to(value.device)] for n, value in distinct.items()}
     return Conditioning(branches, batch.guidance, batch.size)
 
 

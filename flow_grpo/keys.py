@@ -1,7 +1,5 @@
 """A key of a config: default, meaning and range, declared once, and the one check of them all."""
 
-from __future__ import annotations
-
 import ast
 import math
 from collections.abc import Mapping
@@ -23,11 +21,9 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 class Key:
     """A key of a config, and the values that it may have.
 
-    default: a bool, number or text, a tuple or dict of these, or None: not set.
-    meaning: what it is, its unit, special values; "" where the name says it all.
-    of: the type of an entry, or of what is not None; only where the default does not tell it.
-    choices: the only texts allowed. least, most, above and below bound a number or the entries of
-    a tuple or dict; every number has a finite bound at either end.
+    default: a bool, number or text, a tuple or dict of these, or None: not set. of: the type of an
+    entry, or of what is not None, where the default does not tell it. least, most, above and below
+    bound a number or the entries of a tuple or dict; every number has a bound at either end.
     """
 
     default: Any
@@ -41,12 +37,11 @@ class Key:
     below: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = [b for b in (self.least, self.above, self.most, self.below) if b is not None]
-        paired = (self.least is None) != (self.above is None)
-        paired = paired and (self.most is None) != (self.below is None)
-        is_number = self.kind in (int, float)
-        assert paired if is_number else not bounds, f"{self}: a number needs a bound at either end"
-        assert all(map(math.isfinite, bounds)), f"{self}: its bounds must be finite"
+        ends = (self.least, self.above), (self.most, self.below)
+        lower, upper = ([bound for bound in end if bound is not None] for end in ends)
+        needed = int(self.kind in (int, float))
+        assert len(lower) == len(upper) == needed, f"{self}: a number needs a bound at either end"
+        assert all(map(math.isfinite, lower + upper)), f"{self}: its bounds must be finite"
         assert self.default is not None or self.of, f"{self}: say which type it is `of`"
         assert self.allows(self.default), f"{self}: its default is not allowed"
 
@@ -58,7 +53,6 @@ class Key:
 
     @property
     def needed(self) -> str:
-        """What is allowed, in words."""
         noun, limits = NOUNS.get(self.kind, "value"), ""
         if self.kind in (int, float):
             lower = f"above {self.above:,}" if self.least is None else f"at least {self.least:,}"
@@ -148,16 +142,12 @@ def get(config: ml_collections.ConfigDict, name: str) -> Any:
 
 
 def has(config: ml_collections.ConfigDict, name: str) -> bool:
-    """Tell whether a config has section.key."""
     section, _, last = name.rpartition(".")
     return last in (config.get(section, ()) if section else config)
 
 
 def check(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> None:
-    """Raise ValueError unless every key's value is one that it allows.
-
-    keys: by name, section.key. The error names the key, its value, what is needed and a remedy.
-    """
+    """Raise ValueError naming key, value, need and remedy unless each value is allowed."""
     for name, key in keys.items():
         value = get(config, name)
         if not key.allows(value):

@@ -1,7 +1,5 @@
 """What a user names as module:attribute instead of something of ours."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pkgutil import resolve_name
@@ -9,9 +7,9 @@ from typing import Any
 
 
 def load(name: str, what: str, kind: str) -> Any:
-    """Import "module:attribute"; the module may lie in the current folder.
+    """Import "module:attribute", maybe from the current folder, or raise ValueError.
 
-    what: how the error names it. kind: of attribute that is needed. Raises ValueError if it fails.
+    what: how the error names it. kind: of attribute that is needed.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

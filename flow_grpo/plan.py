@@ -1,7 +1,5 @@
 """The arithmetic of an epoch: groups, micro-batches, updates, passes through the transformer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,8 +68,7 @@ class Plan:
     ) -> dict[str, int]:
         """Count an epoch's passes of one image through the transformer, on all ranks.
 
-        of_row: what an objective predicts at a row. guided: sampling makes two passes a step.
-        num_sampled: steps that are sampled, of all rows. Evaluation is not counted.
+        of_row: what an objective predicts at a row. num_sampled: steps, of all rows.
         """
         train, rows = config.train, self.num_groups * self.group_size
         trained = rows * (2 if guided and train.cfg else 1)
@@ -83,33 +80,17 @@ class Plan:
         }
 
     def in_order(self, rows: list[np.ndarray], epoch: int) -> Updates:
-        """Cut each rank's rows, in their order, into micro-batches and deal these to updates.
-
-        rows: of each rank, a multiple of micro_batch_size.
-        """
+        """Cut each rank's rows, in their order, into micro-batches and deal these to updates."""
         size = self.micro_batch_size
         cut = [[part[i : i + size] for i in range(0, len(part), size)] for part in rows]
-        updates: Updates = []
-        for inner in range(self.num_inner_epochs):
-            orders = [
-                micro_batch_order(len(part), self.num_updates, rank, self.seed, epoch, inner)
-                for rank, part in enumerate(cut)
-            ]
-            updates.append(
-                [
-                    [[part[i] for i in order[n]] for part, order in zip(cut, orders, strict=True)]
-                    for n in range(self.num_updates)
-                ]
-            )
-        return updates
+        return self.in_sets(cut, rows, epoch)
 
     def in_sets(self, sets: list[list[np.ndarray]], rows: list[np.ndarray], epoch: int) -> Updates:
         """Pack sets of rows, such as pairs, whole into micro-batches; other rows are left out.
 
         sets: of each rank, each of at most micro_batch_size rows. Each run of num_updates sets,
-        rank after rank, gives one to every update, so that these do not depend on the ranks. rows:
-        all of each rank, of which the first fills up what is too short, with weight 0, so that all
-        ranks make equal calls.
+        rank after rank, gives one to every update, which so does not depend on the ranks. rows: of
+        each rank, of which the first, with weight 0, fills up what is short.
         """
         updates: Updates = []
         owners = [(rank, each) for rank, mine in enumerate(sets) for each in mine]
@@ -129,55 +110,22 @@ class Plan:
         self, of_ranks: list[list[np.ndarray]], rows: list[np.ndarray]
     ) -> list[list[np.ndarray]]:
         """Make an update's micro-batches of its sets, equally many of equal size on all ranks."""
-        size = self.micro_batch_size
-        packed = [_packed(sets, size) for sets in of_ranks]
-        most = max(map(len, packed))
-        return [
-            _filled(micros, most, size, fill=~mine[0])
-            for micros, mine in zip(packed, rows, strict=True)
-        ]
-
-
-def _packed(sets: list[np.ndarray], size: int) -> list[np.ndarray]:
-    """Put sets one behind the other into micro-batches, each as a whole."""
-    micros: list[list[int]] = []
-    for each in sets:
-        assert len(each) <= size, f"a set of {len(each)} rows does not fit a micro-batch of {size}"
-        if not micros or len(micros[-1]) + len(each) > size:
-            micros.append([])
-        micros[-1] += each.tolist()
-    return [np.array(micro) for micro in micros]
-
-
-def _filled(micros: list[np.ndarray], count: int, size: int, fill: int) -> list[np.ndarray]:
-    """Bring micro-batches to a size and their list to a count."""
-    micros = micros + [np.array([], dtype=np.int64)] * (count - len(micros))
-    return [np.append(micro, [fill] * (size - len(micro))).astype(np.int64) for micro in micros]
-
-
-def micro_batch_order(
-    num_micro_batches: int, num_updates: int, rank: int, seed: int, epoch: int, inner_epoch: int
-) -> list[list[int]]:
-    """Deal this rank's micro-batches to the optimizer steps of one pass.
-
-    Each run of `num_updates` micro-batches gives one to every update, in an order drawn for that
-    run among all ranks' runs: one rank with twice the micro-batches makes the same updates as two.
-    """
-    updates: list[list[int]] = [[] for _ in range(num_updates)]
-    num_runs = num_micro_batches // num_updates
-    for run in range(num_runs):
-        order = list(range(num_updates))
-        randomness.rng(seed, "updates", epoch, inner_epoch, rank * num_runs + run).shuffle(order)
-        for offset, update in enumerate(order):
-            updates[update].append(run * num_updates + offset)
-    return updates
+        size, packed = self.micro_batch_size, [[] for _ in of_ranks]
+        for micros, sets in zip(packed, of_ranks, strict=True):
+            for each in sets:
+                assert len(each) <= size, f"a set of {len(each)} rows in a micro-batch of {size}"
+                if not micros or len(micros[-1]) + len(each) > size:
+                    micros.append([])
+                micros[-1] += each.tolist()
+        for micros, mine in zip(packed, rows, strict=True):
+            micros += [[] for _ in range(max(map(len, packed)) - len(micros))]
+            for micro in micros:
+                micro += [~mine[0]] * (size - len(micro))
+        return [[np.array(micro, dtype=np.int64) for micro in micros] for micros in packed]
 
 
 def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
-    """Read the prompts and return the epoch's arithmetic.
-
-    Raises ValueError where the numbers do not divide.
-    """
+    """Read the prompts and do an epoch's arithmetic. Raises ValueError if it does not divide."""
     sample, train = config.sample, config.train
     rows = sample.train_batch_size * sample.num_batches_per_epoch  # of each rank
     total, group_size = world_size * rows, sample.num_image_per_prompt
@@ -187,7 +135,7 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
             f"sample.num_batches_per_epoch {sample.num_batches_per_epoch} = {total} images, not "
             f"a multiple of sample.num_image_per_prompt {group_size}. Change one of the four."
         )
-    micro_batch_size = _micro_batch_size(config)
+    micro_batch_size = sample.train_batch_size if train.batch_size is None else train.batch_size
     if rows % micro_batch_size:
         raise ValueError(
             f"config.train.batch_size={micro_batch_size} does not divide the {rows} images of a "
@@ -201,7 +149,18 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
             f"config.sample.num_batches_per_epoch."
         )
     train_prompts = prompts.read(config.dataset, "train")
-    _check_buckets(config, train_prompts)
+    sizes = {prompt.image_sizes for prompt in train_prompts}
+    calls = {
+        "sample.train_batch_size": sample.train_batch_size,
+        "train.batch_size": micro_batch_size,
+    }
+    for key, batch_size in calls.items():
+        if len(sizes) > 1 and group_size % batch_size:
+            raise ValueError(
+                f"config.{key}={batch_size}: the reference images have {len(sizes)} sizes, so a "
+                f"call must stay within one prompt's group. A divisor of "
+                f"sample.num_image_per_prompt {group_size} is needed."
+            )
     return Plan(
         world_size=world_size,
         num_groups=total // group_size,
@@ -217,25 +176,4 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
 
 
 def eval_prompts(config: ml_collections.ConfigDict) -> list[Prompt]:
-    """Read the prompts that an evaluation draws."""
     return prompts.read(config.dataset, config.eval_split)[: config.eval_max_samples or None]
-
-
-def _check_buckets(config: ml_collections.ConfigDict, train_prompts: list[Prompt]) -> None:
-    sizes = {prompt.image_sizes for prompt in train_prompts}
-    calls = {
-        "sample.train_batch_size": config.sample.train_batch_size,
-        "train.batch_size": _micro_batch_size(config),
-    }
-    for key, batch_size in calls.items():
-        if len(sizes) > 1 and config.sample.num_image_per_prompt % batch_size:
-            raise ValueError(
-                f"config.{key}={batch_size}: the reference images have {len(sizes)} sizes, so a "
-                f"call must stay within one prompt's group. A divisor of "
-                f"sample.num_image_per_prompt {config.sample.num_image_per_prompt} is needed."
-            )
-
-
-def _micro_batch_size(config: ml_collections.ConfigDict) -> int:
-    chosen = config.train.batch_size
-    return config.sample.train_batch_size if chosen is None else chosen

@@ -1,13 +1,8 @@
-"""Prompt files, and which prompt each row of an epoch gets. No torch.
+"""Prompt files, and which prompt each row of an epoch gets.
 
-    python -m flow_grpo.prompts check dataset/mine
-
-reads all files of a data set and says what is in them.
+`python -m flow_grpo.prompts check dataset/mine` says what is in the files of a data set.
 """
 
-from __future__ import annotations
-
-import json
 import os
 import sys
 from collections import Counter
@@ -21,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from flow_grpo import randomness
-from flow_grpo.cli import user_errors
+from flow_grpo.cli import json_rows, lines, user_errors
 
 SPLITS = ("train", "dev", "test")
 JPEG_END = b"\xff\xd9"
@@ -50,11 +45,9 @@ def _read_image(path: str) -> np.ndarray:
 
 
 def read(folder: str, split: str) -> list[Prompt]:
-    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl.
+    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl (see json_rows).
 
-    A jsonl row needs "prompt"; "image" (a path or a list of paths, relative to the folder) is
-    optional, and the whole row reaches the rewards as metadata.
-    Raises ValueError naming the file, the line and what is wrong with it.
+    A jsonl row reaches the rewards as metadata. Raises ValueError naming file, line and fault.
     """
     root = Path(folder)
     text, rows = root / f"{split}.txt", root / f"{split}_metadata.jsonl"
@@ -66,64 +59,38 @@ def read(folder: str, split: str) -> list[Prompt]:
             f"config.dataset={folder!r}: exactly one of {text.name} and {rows.name} is needed in "
             f"this folder; there is {found}.{hint if found == 'neither' else ''}"
         )
-    path = text if text.is_file() else rows
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at other Unicode line ends
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}).") from None
-    parse = _parse_text if path is text else _parse_row
-    prompts = [parse(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
+    if text.is_file():
+        prompts = [Prompt(line.strip()) for _, line in lines(text)]
+    else:
+        prompts = [_prompt(*row) for row in json_rows(rows, "prompt")]
     if not prompts:
+        path = text if text.is_file() else rows
         raise ValueError(f"config.dataset={folder!r}: {path} has no prompts.")
     return prompts
 
 
-def _parse_text(line: str, path: Path, number: int) -> Prompt:
-    return Prompt(line.strip())
+def _prompt(where: str, row: dict, images: list[Path]) -> Prompt:
+    sizes = tuple(_image_size(image, where) for image in images)
+    return Prompt(row["prompt"], row, tuple(map(str, images)), sizes)
 
 
-def _parse_row(line: str, path: Path, number: int) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ValueError(f'{path}, line {number}: an object with a "prompt" text is needed.')
-    named = row.get("image", [])
-    names = [named] if isinstance(named, str) else named
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f'{path}, line {number}: "image" must be a path or a list of paths.')
-    images = tuple(str(path.parent / name) for name in names)
-    return Prompt(row["prompt"], row, images, tuple(_image_size(i, path, number) for i in images))
-
-
-def _image_size(image: str, path: Path, number: int) -> tuple[int, int]:
+def _image_size(image: Path, where: str) -> tuple[int, int]:
     try:
         with Image.open(image) as opened:
             size, kind = opened.size, opened.format
             opened.verify()  # checksums, where the format has some; JPEG has none
-        if kind == "JPEG" and JPEG_END not in _tail(image):
-            raise OSError("its end is missing")
+        if kind == "JPEG":
+            with open(image, "rb") as file:  # some cameras write a little behind its end
+                file.seek(max(os.path.getsize(image) - 4096, 0))
+                if JPEG_END not in file.read():
+                    raise OSError("its end is missing")
         return size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path}, line {number}: cannot read the image {image} ({error})."
-        ) from None
-
-
-def _tail(image: str) -> bytes:
-    """The end of a file; some cameras write a little more behind a JPEG's end."""
-    with open(image, "rb") as file:
-        file.seek(max(os.path.getsize(image) - 4096, 0))
-        return file.read()
+        raise ValueError(f"{where}: cannot read the image {image} ({error}).") from None
 
 
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
-    """Give the prompt of each group slot of an epoch.
-
-    Epochs walk through one random permutation of the prompts after another, so that each prompt
-    comes equally often, whatever the world size and wherever a run resumes.
-    """
+    """Give the prompt of each group slot, by one permutation of all prompts after another."""
     slots = range(epoch * num_groups, (epoch + 1) * num_groups)
     orders: dict[int, list[int]] = {}
     for lap in {slot // num_prompts for slot in slots}:
@@ -137,8 +104,7 @@ def rollout_rows(
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield the (group, member) of each row, a list a batch of this rank.
 
-    Rows lie group after group and are cut into equal runs, so the same rows share a call on any
-    number of ranks.
+    Rows lie group after group, so the same ones share a call on any number of ranks.
     """
     for batch in range(rank * num_batches, (rank + 1) * num_batches):
         rows = range(batch * batch_size, (batch + 1) * batch_size)
@@ -148,10 +114,10 @@ def rollout_rows(
 def eval_batches(
     prompts: list[Prompt], batch_size: int, rank: int, world_size: int
 ) -> list[list[int]]:
-    """Deal prompts to ranks in batches of equal size; every rank gets equally many.
+    """Deal prompts to ranks, equally many batches each, of equal size.
 
-    Prompts whose reference images differ in size never share a batch. Batches are filled up, and
-    ranks without one are given a batch again: whoever gathers must drop rows seen before.
+    Prompts whose references differ in size share no batch. What is short is filled up by rows that
+    come again: whoever gathers must drop them.
     """
     batch_size = min(batch_size, len(prompts))
     buckets: dict[tuple, list[int]] = {}
@@ -167,26 +133,22 @@ def eval_batches(
 
 
 def check(folder: str) -> list[str]:
-    """Describe a data set, a line a fact, having decoded every image.
-
-    Counts, tags, image sizes, repeated rows, rows that two splits share: these make a test easier
-    than it looks. Raises ValueError naming the file and line that can't be read.
-    """
-    root, lines, seen = Path(folder), [], {}
+    """Describe a data set, having decoded every image, a line a fact. Raises ValueError."""
+    root, facts, seen = Path(folder), [], {}
     for split in SPLITS:
         names = (f"{split}.txt", f"{split}_metadata.jsonl")
         if any((root / name).is_file() for name in names):
             rows = read(folder, split)
             seen[split] = {(row.text, row.images) for row in rows}
-            lines += _facts(split, rows, len(seen[split]))
+            facts += _facts(split, rows, len(seen[split]))
     if not seen:
         raise ValueError(f"{folder}: no train.txt, train_metadata.jsonl or other split is there.")
-    lines += [f"there is no {split} split" for split in ("train", "test") if split not in seen]
+    facts += [f"there is no {split} split" for split in ("train", "test") if split not in seen]
     for first, second in combinations(seen, 2):
         shared = seen[first] & seen[second]
         example = f", such as {min(shared)[0]!r}" if shared else ""
-        lines.append(f"{first} and {second} share {len(shared)} rows{example}")
-    return lines
+        facts.append(f"{first} and {second} share {len(shared)} rows{example}")
+    return facts
 
 
 def _facts(split: str, rows: list[Prompt], num_distinct: int) -> Iterator[str]:

@@ -1,7 +1,5 @@
 """Random numbers as functions of what is drawn, never of a rank, a batch or a call order."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +13,8 @@ from torch import Tensor
 def integer_seed(seed: int, purpose: str, *coordinates: int) -> int:
     """Hash a draw's name to an integer in [0, 2**63), the range of torch.Generator.manual_seed.
 
-    seed: the run's. purpose: what is drawn ("init", "step", "window" ...).
-    coordinates: those of epoch, inner epoch, group, member and step that the draw depends on, in
-    this order; group is the slot in the epoch. Raises TypeError if one is not an integer.
+    purpose: what is drawn ("init", "step" ...). coordinates: those of epoch, inner epoch, group,
+    member and step that it depends on, in this order; integers, or a TypeError.
     """
     # No digit, sign or comma is a "|", so equal messages have equal arguments.
     numbers = ",".join(f"{index(number):d}" for number in (seed, *coordinates))
@@ -34,8 +31,7 @@ def rng(seed: int, purpose: str, *coordinates: int) -> random.Random:
 class Randomness:
     """Random numbers of rows, each a function of (seed, purpose, coordinates) alone.
 
-    coordinates: those that all rows share, such as (epoch,) or (epoch, inner epoch). Drawn on the
-    CPU, so that machines agree.
+    coordinates: those that all rows share, such as (epoch,). Drawn on the CPU: machines agree.
     """
 
     seed: int

@@ -35,9 +35,8 @@ class Guidance:
 class Cond:
     """The unpadded conditioning of one distinct (prompt, reference images)."""
 
-    tensors: dict[
-        str, Tensor
-    ]  # without a batch dimension, on the CPU: embeddings, reference latents
+    # Without a batch dimension, on the CPU: embeddings, reference latents.
+    tensors: dict[str, Tensor]
 
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -72,35 +71,26 @@ class PromptBatch:
     def rows(self, rows: Rows) -> PromptBatch:
         """Return some rows, with the conditionings that they use."""
         used, index = torch.unique(self.index[rows], return_inverse=True)
-        return replace(
-            self,
-            branches={
-                name: [conds[i] for i in used.tolist()] for name, conds in self.branches.items()
-            },
-            index=index,
-            owners=_chosen(self.owners, rows),
-            prompts=_chosen(self.prompts, rows),
-            metadata=_chosen(self.metadata, rows),
-            references=self.references and _chosen(self.references, rows),
-        )
+        branches = {n: [conds[i] for i in used.tolist()] for n, conds in self.branches.items()}
+        chosen = torch.arange(len(self))[rows].tolist()
+        columns = {name: getattr(self, name) for name in OF_ROWS}
+        lists = {name: column and [column[i] for i in chosen] for name, column in columns.items()}
+        return replace(self, branches=branches, index=index, **lists)
 
     @staticmethod
     def cat(parts: list[PromptBatch]) -> PromptBatch:
-        first = parts[0]
-        counts = [len(part.branches["positive"]) for part in parts[:-1]]
-        offsets = torch.tensor([0, *counts]).cumsum(0)
+        first, counts = parts[0], [len(part.branches["positive"]) for part in parts[:-1]]
+        offsets = torch.tensor([0, *counts]).cumsum(0).tolist()
+        names = [name for name in OF_ROWS if getattr(first, name) is not None]
         return replace(
             first,
-            branches={
-                name: [cond for part in parts for cond in part.branches[name]]
-                for name in first.branches
-            },
-            index=torch.cat([p.index + o for p, o in zip(parts, offsets.tolist(), strict=True)]),
-            owners=[owner for part in parts for owner in part.owners],
-            prompts=[prompt for part in parts for prompt in part.prompts],
-            metadata=[row for part in parts for row in part.metadata],
-            references=first.references and [row for part in parts for row in part.references],
+            branches={n: sum((part.branches[n] for part in parts), []) for n in first.branches},
+            index=torch.cat([part.index + o for part, o in zip(parts, offsets, strict=True)]),
+            **{name: sum((getattr(part, name) for part in parts), []) for name in names},
         )
+
+
+OF_ROWS = ("owners", "prompts", "metadata", "references")
 
 
 @dataclass
@@ -112,7 +102,6 @@ class Conditioning:
     size: Size
 
     def __getitem__(self, branch: str) -> dict[str, Tensor]:
-        """Return a branch's rows. Fails, naming it, where the guidance needs one that is absent."""
         assert branch in self.branches, (
             f"{self.guidance} needs the branch {branch!r}; this conditioning has "
             f"{', '.join(self.branches)}"
@@ -124,8 +113,7 @@ class Conditioning:
 class Rollout:
     """N denoised rows, one for each segment; those that were drawn whole are leaves.
 
-    K is the number of stochastic steps whose states were kept, 0 where only `final` is. A row with
-    fewer than another has zeros behind its own.
+    K: the stochastic steps that were kept. A row with fewer than another has zeros behind them.
     """
 
     batch: PromptBatch
@@ -147,26 +135,19 @@ class Rollout:
 
     def rows(self, rows: Rows) -> Rollout:
         """Return some rows: views of these where they are a slice."""
-        tensors = {
-            f.name: value[rows]
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, batch=self.batch.rows(rows), **tensors)
+        return replace(_rows(self, rows), batch=self.batch.rows(rows))
 
     @staticmethod
     def cat(parts: list[Rollout]) -> Rollout:
         """Put parts together; an optional field that one of them lacks is left out."""
         num_steps = max(part.steps.shape[1] for part in parts)
-        columns: dict[str, Tensor | None] = {}
-        for f in fields(Rollout):
-            values = [getattr(part, f.name) for part in parts]
-            if f.name != "batch":
-                present = all(isinstance(value, Tensor) for value in values)
-                wide = f.name in PER_STEP
-                values = [_widened(v, num_steps) if wide and present else v for v in values]
-                columns[f.name] = torch.cat(values) if present else None
-        return Rollout(batch=PromptBatch.cat([part.batch for part in parts]), **columns)
+        columns = {"batch": PromptBatch.cat([part.batch for part in parts])}
+        for name in (f.name for f in fields(Rollout) if f.name != "batch"):
+            values = [getattr(part, name) for part in parts]
+            if name in PER_STEP:
+                values = [v if v is None else _widened(v, num_steps) for v in values]
+            columns[name] = None if any(v is None for v in values) else torch.cat(values)
+        return Rollout(**columns)
 
     def at(self, name: str, column: int) -> Tensor:
         """Return `advantages` or `weights` (N,) at one of the steps, or what holds for all."""
@@ -188,15 +169,7 @@ class Point:
     noise: Tensor | None = None  # (B, ...) fp32, the x1 that noised the final latents
 
     def rows(self, rows: Rows) -> Point:
-        """Return it for some rows."""
-        noise = None if self.noise is None else self.noise[rows]
-        return replace(
-            self,
-            latents=self.latents[rows],
-            sigma=self.sigma[rows],
-            step=self.step[rows],
-            noise=noise,
-        )
+        return _rows(self, rows)
 
 
 @dataclass
@@ -235,13 +208,13 @@ class Arranged:
     weights: Tensor  # (N,) or (N, K) fp64; an update's loss is its mean weighted by these
 
 
-def _chosen(items: list, rows: Rows) -> list:
-    return items[rows] if isinstance(rows, slice) else [items[i] for i in rows.tolist()]
+def _rows(record: Rollout | Point, rows: Rows) -> Rollout | Point:
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    chosen = {name: value[rows] for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(record, **chosen)
 
 
 def _widened(values: Tensor, num_columns: int) -> Tensor:
-    """Append columns of zeros."""
     missing = num_columns - values.shape[1]
-    if not missing:
-        return values
-    return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], dim=1)
+    zeros = values.new_zeros(len(values), missing, *values.shape[2:])
+    return torch.cat([values, zeros], dim=1) if missing else values

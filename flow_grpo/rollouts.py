@@ -1,15 +1,10 @@
-"""Who is drawn, in which segments, and which of their steps are stochastic and trained.
-
-A strategy turns a rank's rows, call by call, into calls of denoise(): a small function each. It is
-a pure function of what is drawn, so that every rank knows how many calls every other one makes.
-"""
-
-from __future__ import annotations
+"""Who is drawn, in which segments, and which of their steps are stochastic and trained."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import ml_collections
 import numpy as np
 
 from flow_grpo import randomness
@@ -69,8 +64,7 @@ def independent(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]:
 def shared_prefix(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]:
     """Walk the deterministic steps before a group's first stochastic one once for all its rows.
 
-    For groups that start from one initial noise; it changes nothing but the number of forwards.
-    In a call of several groups all rows wait for the one that starts first.
+    For groups of one initial noise. All rows of a call wait for the group that starts first.
     """
     groups = list(dict.fromkeys(group for rows in calls for group, _ in rows))
     starts = dict(zip(groups, steps_of(groups)[:, 0].tolist(), strict=True))
@@ -93,11 +87,7 @@ def shared_prefix(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]
 
 
 def branches(calls: Calls, steps_of: StepsOf, num_steps: int) -> list[Call]:
-    """Let the members of a group branch off one deterministic trunk.
-
-    The trunk walks from the group's one initial noise to its first stochastic step; each member
-    goes on from there as a branch, with noise of its own in the stochastic steps.
-    """
+    """Let members branch off their group's trunk, which ends at its first stochastic step."""
     found = shared_prefix(calls, steps_of, num_steps)
     return [
         call._replace(rows=[Row(r.group, 0, (r.member,)) for r in call.rows]) if call.leaf else call
@@ -134,98 +124,47 @@ def _marked(grid: np.ndarray, steps: np.ndarray) -> np.ndarray:
 
 
 def trained_steps(
-    num_steps: int,
-    groups: Iterable[int],
-    *,
-    size: int,
-    span: tuple[int, int],
-    fixed: tuple[int, ...],
-    seed: int,
-    epoch: int,
+    sample: ml_collections.ConfigDict, groups: Iterable[int], seed: int, epoch: int
 ) -> np.ndarray:
-    """List the trained steps of each group; step i goes from sigma i to sigma i + 1.
+    """List the trained steps of each group, (len(groups), K) int64; step i starts at sigma i.
 
-    groups: slots in the epoch. fixed: these steps for all. Otherwise size 0: every step but the
-    last (Flow-GRPO, arXiv:2505.05470); size w: w consecutive steps, the first of them uniform in
-    {span[0], ..., span[1] - w}, one draw per group (Flow-GRPO-Fast).
-    Returns (len(groups), K) int64, ascending along K. K does not depend on the group.
+    groups: slots in the epoch. sde_steps: these. Otherwise sde_window_size 0: all but the last
+    (arXiv:2505.05470); w: w consecutive ones, the first uniform in {first, ..., end - w} of
+    sde_window_range, one draw per group (Flow-GRPO-Fast).
     """
-    groups = list(groups)
-    if fixed or size == 0:
-        steps = np.array(fixed or range(num_steps - 1), dtype=np.int64)
+    groups, num_steps, size = list(groups), sample.num_steps, sample.sde_window_size
+    if sample.sde_steps or size == 0:
+        steps = np.array(tuple(sample.sde_steps) or range(num_steps - 1), dtype=np.int64)
         return np.tile(steps, (len(groups), 1))
-    first, end = span
+    first, end = sample.sde_window_range
     starts = [randomness.rng(seed, "window", epoch, g).randint(first, end - size) for g in groups]
     return np.array(starts, dtype=np.int64)[:, None] + np.arange(size)
 
 
-def check(num_steps: int, size: int, span: tuple[int, int], fixed: tuple[int, ...]) -> None:
-    """Refuse settings that leave no step to train, or that would train the last one.
+def check(sample: ml_collections.ConfigDict) -> None:
+    """Raise ValueError where settings, each within its range, are at odds or train the last step.
 
-    The last step ends at sigma 0, where its std is so small that log-probs lose all precision.
-    Raises ValueError, naming the keys, the values and the remedy.
+    That ends at sigma 0, where its std is so small that log-probs lose all precision.
     """
-    if num_steps < 2:
+    fixed, span = tuple(sample.sde_steps), tuple(sample.sde_window_range)
+    size, last = sample.sde_window_size, sample.num_steps - 1
+    if fixed and size:
         raise ValueError(
-            f"config.sample.num_steps is {num_steps}; at least 2 are needed, as the last step is "
-            "never trained. Raise config.sample.num_steps."
+            f"config.sample.sde_steps={fixed} and config.sample.sde_window_size={size}: only one "
+            "that chooses the trained steps is needed. Set config.sample.sde_window_size to 0 or "
+            "config.sample.sde_steps to ()."
         )
-    if fixed:
-        _check_fixed(num_steps, size, tuple(fixed))
-    elif size != 0:
-        _check_span(num_steps, size, tuple(span))
-
-
-def _check_fixed(num_steps: int, size: int, fixed: tuple[int, ...]) -> None:
-    if size:
+    if list(fixed) != sorted(set(fixed)) or (fixed and fixed[-1] >= last):
         raise ValueError(
-            f"config.sample.sde_steps is {fixed} and config.sample.sde_window_size is {size}; "
-            "needed: only one that chooses the trained steps. Set config.sample.sde_window_size "
-            "to 0 or config.sample.sde_steps to ()."
+            f"config.sample.sde_steps={fixed}: distinct, ascending steps from 0 to {last - 1} are "
+            f"needed, as config.sample.num_steps={last + 1} and the last step is never trained. "
+            "Change config.sample.sde_steps, or raise config.sample.num_steps."
         )
-    if list(fixed) != sorted(set(fixed)) or fixed[0] < 0 or fixed[-1] > num_steps - 2:
+    if size and not (len(span) == 2 and span[0] + size <= span[1] <= last):
         raise ValueError(
-            f"config.sample.sde_steps is {fixed}; needed: distinct, ascending steps from 0 to "
-            f"{num_steps - 2}, as config.sample.num_steps is {num_steps} and the last step is "
-            "never trained. Change config.sample.sde_steps, or raise config.sample.num_steps."
-        )
-
-
-def _check_span(num_steps: int, size: int, span: tuple[int, ...]) -> None:
-    found = f"config.sample.sde_window_size is {size}, config.sample.sde_window_range is {span}"
-    if size < 0 or len(span) != 2 or not all(isinstance(step, int) for step in span):
-        raise ValueError(
-            f"{found}; a size of at least 0 and a range (first, end) are needed. Set "
-            "config.sample.sde_window_size to 0 to train every step but the last."
-        )
-    first, end = span
-    if not (0 <= first and first + size <= end <= num_steps - 1):
-        raise ValueError(
-            f"{found} and config.sample.num_steps is {num_steps}; needed: 0 <= first and "
-            f"first + size <= end <= {num_steps - 1}, as the last step is never trained. Set "
-            "config.sample.sde_window_range, for example to "
-            f"(0, {min(num_steps - 1, max(size, num_steps // 2))}), or shrink "
+            f"config.sample.sde_window_size={size} and config.sample.sde_window_range={span} with "
+            f"config.sample.num_steps={last + 1}: (first, end) with first + size <= end <= {last} "
+            "is needed, as the last step is never trained. Set config.sample.sde_window_range, for "
+            f"example to (0, {min(last, max(size, (last + 1) // 2))}), or shrink "
             "config.sample.sde_window_size."
         )
-
-
-def progressive_start(
-    iteration: int,
-    *,
-    num_steps: int,
-    size: int,
-    stride: int,
-    iterations_per_position: int,
-    offset: int = 0,
-    roll_back: bool = True,
-) -> int:
-    """Give the first trained step of a window that slides towards the image.
-
-    After the last position the window returns to the offset, or stays there without roll_back.
-    Source: MixGRPO (arXiv:2507.21802).
-    """
-    num_positions = (num_steps - 1 - size - offset) // stride + 1
-    assert num_positions > 0, f"no window of {size} fits into {num_steps} steps from {offset}"
-    position = iteration // iterations_per_position
-    position = position % num_positions if roll_back else min(position, num_positions - 1)
-    return offset + position * stride

@@ -1,7 +1,5 @@
 """The denoising loop with log-probabilities, and the same step scored again for the gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
@@ -58,12 +56,11 @@ def denoise(
     save: Collection[int] = (),
     on_step: Callable[[], None] = lambda: None,
 ) -> Denoised:
-    """Walk B rows along their segment; nothing is decoded.
+    """Walk B rows along their segment, a forward pass a step; nothing is decoded.
 
     model: the transformer as training calls it. leaf: the rows end as images. keep: of KEPT. start:
     (B, ...) fp32, the states of the rows' parents; used where a row has one. save: indices of
-    sigmas whose states are returned. Steps that are not stochastic are Euler's. A call makes as
-    many forward passes as its segment has steps, whatever the rows'.
+    sigmas whose states are returned. Steps that are not stochastic are Euler's.
     """
     latents = _initial(pipeline, batch, schedule, randomness)
     device, sigmas = latents.device, schedule.sigmas
@@ -73,7 +70,7 @@ def denoise(
     if schedule.kind == "ode" or schedule.noise_level == 0:
         segment = replace(segment, stochastic=np.zeros_like(segment.stochastic))
     conditioning = collate(pipeline, batch, schedule.pad_to)
-    grid, kept = _to(device, segment.grid), _Kept(segment, latents, keep)
+    grid, kept = _to(device, segment.grid), _room(segment, latents, keep)
     states: dict[int, Tensor] = {}
     for i in range(grid.shape[1] - 1):
         _save(states, segment.grid[:, i], latents, save)
@@ -82,17 +79,28 @@ def denoise(
         before, place = latents, (velocity, latents, now, then)
         # A row that waits steps from a sigma to the same one, and so stays where it is.
         latents = sde.step("ode", *place, 0.0, sigma_guard=sigmas[1]).next_latents
-        if segment.stochastic[:, i].any():
+        if len(chosen := np.flatnonzero(segment.stochastic[:, i])):
             noise = _step_noise(randomness, batch, segment, i, latents)
             taken = sde.step(
                 schedule.kind, *place, schedule.noise_level, sigma_guard=sigmas[1], noise=noise
             )
-            on_rows = _to(device, np.flatnonzero(segment.stochastic[:, i]))
+            on_rows = _to(device, chosen)
+            columns = _to(device, segment.stochastic[chosen, :i].sum(1))  # of what is kept
             latents[on_rows] = taken.next_latents[on_rows]
-            kept.store(i, before, latents, taken, velocity)
+            values = {"latents": before, "next_latents": latents, "log_probs": taken.log_prob}
+            values |= {"means": taken.mean, "velocities": velocity}
+            for name in kept.keys() & values.keys() if keep else ():
+                kept[name][on_rows, columns] = values[name][on_rows]
         on_step()
     _save(states, segment.grid[:, -1], latents, save)
-    return Denoised(kept.rollout(batch, latents, leaf), states)
+    rollout = Rollout(
+        batch=batch,
+        final=latents,
+        leaf=torch.full((len(batch),), leaf),
+        parent=torch.from_numpy(segment.parent),
+        **kept,
+    )
+    return Denoised(rollout, states)
 
 
 def parents(done: list[Denoised], segment: Segment) -> Tensor | None:
@@ -122,7 +130,6 @@ def to_uint8(images: Tensor) -> list[np.ndarray]:
 def _initial(
     pipeline: PatchedPipeline, batch: PromptBatch, schedule: Schedule, randomness: Randomness
 ) -> Tensor:
-    """Return the rows' initial noise as the model's latents."""
     owners = [(row.group, 0 if schedule.same_latent else row.member) for row in batch.owners]
     noise = randomness.normal("init", owners, pipeline.noise_shape(batch.size))
     return pipeline.initial_latents(batch.size, _send(noise, pipeline.device))
@@ -144,56 +151,19 @@ def _step_noise(
 def _save(
     states: dict[int, Tensor], indices: np.ndarray, latents: Tensor, save: Collection[int]
 ) -> None:
-    """Save the states of rows that are at one of these sigmas."""
     for index in set(indices.tolist()) & set(save):
         rows = _to(latents.device, np.flatnonzero(indices == index))
         held = states.setdefault(index, torch.zeros_like(latents))
         held[rows] = latents[rows]
 
 
-class _Kept:
-    """What is kept of the stochastic steps, (B, K) each."""
-
-    def __init__(self, segment: Segment, latents: Tensor, keep: Collection[str]):
-        stochastic = segment.stochastic if keep else np.zeros_like(segment.stochastic)
-        self._segment = replace(segment, stochastic=stochastic)
-        shape = (len(latents), int(stochastic[0].sum()))
-        wide = (*shape, *latents.shape[1:])
-        self._log_probs = latents.new_empty(shape)
-        self._states = [latents.new_empty(wide) for _ in range(2)]
-        self._more = {name: latents.new_empty(wide) for name in KEPT[2:] if name in keep}
-        self._columns = stochastic.cumsum(1) - 1
-
-    def store(
-        self, position: int, before: Tensor, after: Tensor, taken: sde.Step, velocity: Tensor
-    ) -> None:
-        """Keep a step of the rows in which it was stochastic."""
-        if not self._log_probs.shape[1]:
-            return
-        chosen = self._segment.stochastic[:, position]
-        rows = _to(before.device, np.flatnonzero(chosen))
-        columns = _to(before.device, self._columns[chosen, position])
-        values = {"means": taken.mean, "velocities": velocity}
-        pairs = [(self._states[0], before), (self._states[1], after)]
-        pairs += [(self._log_probs, taken.log_prob)]
-        pairs += [(held, values[name]) for name, held in self._more.items()]
-        for held, value in pairs:
-            held[rows, columns] = value[rows]
-
-    def rollout(self, batch: PromptBatch, final: Tensor, leaf: bool) -> Rollout:
-        return Rollout(
-            batch=batch,
-            steps=_to(final.device, self._segment.kept(0)),
-            next_steps=_to(final.device, self._segment.kept(1)),
-            latents=self._states[0],
-            next_latents=self._states[1],
-            log_probs=self._log_probs,
-            final=final,
-            leaf=torch.full((len(batch),), leaf),
-            parent=torch.from_numpy(self._segment.parent),
-            means=self._more.get("means"),
-            velocities=self._more.get("velocities"),
-        )
+def _room(segment: Segment, latents: Tensor, keep: Collection[str]) -> dict[str, Tensor]:
+    """Return by a Rollout's fields what is kept of the stochastic steps, (B, K, ...) each."""
+    shape = (len(latents), int(segment.stochastic[0].sum()) if keep else 0)
+    wide = ["latents", "next_latents", *(name for name in KEPT[2:] if name in keep)]
+    room = {name: latents.new_empty(*shape, *latents.shape[1:]) for name in wide}
+    steps, after = (_to(latents.device, segment.kept(n)[:, : shape[1]]) for n in (0, 1))
+    return room | {"log_probs": latents.new_empty(shape), "steps": steps, "next_steps": after}
 
 
 def replay(schedule: Schedule, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:

@@ -1,12 +1,8 @@
 """One denoising step of a flow-matching model, and the log-probability of where it went.
 
-A state at noise level sigma is x = (1 - sigma) x0 + sigma x1, with x0 clean, x1 Gaussian and
-velocity = x1 - x0; sampling runs from sigma 1 to 0. A velocity thus predicts both ends:
-X0 = x - sigma * velocity and X1 = x + (1 - sigma) * velocity. Every stochastic kernel is
-
-    next = (1 - sigma_next) X0 + kept_noise * X1 + std * noise
-
-and differs from the others only in kept_noise and std.
+A state is x = (1 - sigma) x0 + sigma x1, x0 clean, x1 Gaussian, velocity = x1 - x0. A velocity
+predicts both ends: X0 = x - sigma * velocity, X1 = x + (1 - sigma) * velocity. All kernels are
+next = (1 - sigma_next) X0 + kept_noise * X1 + std * noise.
 """
 
 from collections.abc import Callable
@@ -15,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Split = tuple[Tensor, Tensor]  # what X1 keeps in the mean, the noise's std
 
 
 class Step(NamedTuple):
@@ -38,13 +36,11 @@ def step(
 ) -> Step:
     """Step from sigma to sigma_next, or score the step that was taken.
 
-    kind: of KERNELS.
     velocity, latents: (B, ...). sigma > sigma_next, noise_level, sigma_guard: scalars or (B,).
     noise_level: a of "sde", eta of "dance" and "cps", up to the kernel's max_level.
     sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
     next_latents: (B, ...) where the step went, a constant to the gradient; else noise: (B, ...)
     standard normal. A stochastic kind takes exactly one of the two and draws nothing itself.
-
     log_prob is the Gaussian's log-density divided by the number of elements, so that a ratio of two
     is the D-th root of the true one; without has_variance it is -mean((next - mean)^2) alone.
     Where a kernel that has it gives a std of 0 it is not finite: call "ode" there.
@@ -55,7 +51,7 @@ def step(
     dtype = torch.promote_types(latents.dtype, torch.float32)
     latents, velocity = latents.to(dtype), velocity.to(dtype)
     sigma, sigma_next, noise_level, sigma_guard = (
-        _per_row(value, latents) for value in (sigma, sigma_next, noise_level, sigma_guard)
+        per_row(value, latents) for value in (sigma, sigma_next, noise_level, sigma_guard)
     )
     kept_noise, std = kernel.split(sigma, sigma_next, noise_level, sigma_guard)
     if kind == "ode":
@@ -68,9 +64,8 @@ def step(
     if next_latents is None:
         assert noise.shape == latents.shape, (noise.shape, latents.shape)
         next_latents = mean + std * noise.to(dtype)
-    else:
-        assert next_latents.shape == latents.shape, (next_latents.shape, latents.shape)
-        next_latents = next_latents.to(dtype)
+    next_latents = next_latents.to(dtype)
+    assert next_latents.shape == latents.shape, (next_latents.shape, latents.shape)
     log_prob = -_row_mean((next_latents.detach() - mean) ** 2)
     if kernel.has_variance:
         row_std = std.flatten()
@@ -79,58 +74,40 @@ def step(
 
 
 def mean_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
-    """Measure the KL divergence of two steps of equal std, per element.
-
-    mean, other_mean: (B, ...). std: (B, 1, ...). Returns (B,); times the number of elements: nats.
-    """
+    """Measure the KL divergence (B,) of steps (B, ...) of equal std (B, 1, ...), per element."""
     return _row_mean((mean - other_mean) ** 2 / (2 * std**2))
 
 
-def leftover_noise(
-    kind: str,
-    sigma: float | Tensor,
-    sigma_next: float | Tensor,
-    noise_level: float | Tensor,
-    sigma_guard: float | Tensor,
-) -> Tensor:
-    """Give the noise's total coefficient after one step; sigma_next is what the model expects.
+def leftover_noise(kind: str, *values: float | Tensor) -> Tensor:
+    """Give the noise's total coefficient after one step, fp64; the model expects sigma_next.
 
-    Scalars or tensors that broadcast. Old and fresh noise add up as variances (arXiv:2509.05952,
-    Figure 2): Flow-SDE and Dance-SDE leave too much, by g^2 dt^2 / sigma + g^4 dt^2 / (4 sigma^2).
-    Returns fp64, on the CPU.
+    values: sigma, sigma_next, noise_level and sigma_guard, which broadcast.
+    Old and fresh noise add up as variances (arXiv:2509.05952, Figure 2): Flow-SDE and Dance-SDE
+    leave too much, by g^2 dt^2 / sigma + g^4 dt^2 / (4 sigma^2).
     """
-    values = (sigma, sigma_next, noise_level, sigma_guard)
-    values = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values)
-    return torch.hypot(*KERNELS[kind].split(*values))
+    exact = (torch.as_tensor(value, dtype=torch.float64, device="cpu") for value in values)
+    return torch.hypot(*KERNELS[kind].split(*exact))
 
 
-def _flow_sde(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
-    guarded = torch.where(sigma == 1, sigma_guard, sigma)
+def _flow_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
+    guarded = torch.where(sigma == 1, guard, sigma)
     return _diffuse(sigma, sigma_next, noise_level * torch.sqrt(sigma / (1 - guarded)))
 
 
-def _dance_sde(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
+def _dance_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     return _diffuse(sigma, sigma_next, noise_level)
 
 
-def _cps(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
+def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     angle = noise_level * (pi / 2)
     return sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
 
 
-def _euler(
-    sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, sigma_guard: Tensor
-) -> tuple[Tensor, Tensor]:
+def _euler(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     return sigma_next, torch.zeros_like(sigma_next)
 
 
-def _diffuse(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> tuple[Tensor, Tensor]:
+def _diffuse(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> Split:
     """Split as an SDE of this diffusion coefficient does that keeps the marginals."""
     dt = sigma - sigma_next
     return sigma_next - diffusion**2 * dt / (2 * sigma), diffusion * torch.sqrt(dt)
@@ -139,8 +116,7 @@ def _diffuse(sigma: Tensor, sigma_next: Tensor, diffusion: Tensor) -> tuple[Tens
 class Kernel(NamedTuple):
     """One way to step: what distinguishes it from the others."""
 
-    # (sigma, sigma_next, noise_level, sigma_guard) -> what X1 keeps in the mean, the noise's std
-    split: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    split: Callable[[Tensor, Tensor, Tensor, Tensor], Split]  # sigma, sigma_next, level, guard
     default_level: float  # of noise
     max_level: float
     has_variance: bool  # log_prob is divided by the variance, which grows with sigma - sigma_next
@@ -155,7 +131,7 @@ KERNELS = {
 STOCHASTIC = tuple(kind for kind in KERNELS if kind != "ode")
 
 
-def _per_row(value: float | Tensor, latents: Tensor) -> Tensor:
+def per_row(value: float | Tensor, latents: Tensor) -> Tensor:
     """Shape a scalar or (B,) as (B, 1, ...) in the latents' dtype; never waits for the device."""
     shape = (len(latents),) + (1,) * (latents.ndim - 1)
     if not isinstance(value, Tensor):

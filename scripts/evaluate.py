@@ -30,7 +30,7 @@ from flow_grpo.evaluation.evaluate import score_prompts, spread
 from flow_grpo.launch import entry, model_files, preflight, provenance, settings, weights
 from flow_grpo.launch.build import build_evaluator
 from flow_grpo.launch.weights import Weights
-from flow_grpo.parallel import launched
+from flow_grpo.parallel import choose
 from flow_grpo.parallel.stop import Stopped
 from flow_grpo.prompts import Prompt
 from flow_grpo.report.sheets import captioned_sheet, side_by_side
@@ -112,7 +112,7 @@ def read(argv: list[str]) -> Job:
     names = args.checkpoint or [weights.BASE]
     if len(names) > 2:
         raise ValueError(f"--checkpoint was given {len(names)} times: one or two are needed.")
-    launched.refuse_shards()
+    choose.refuse_shards()
     prompts = preflight.check_evaluation(config)
     found = [weights.find(name) for name in names]
     for each in found:

@@ -105,7 +105,8 @@ def take(engine, number: int) -> dict:
         engine.discard(overflow=True)
         accumulate(engine, number)
     between = weights(engine)
-    engine.learning_rate = SETTINGS["lr"] / (1 + number)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = SETTINGS["lr"] / (1 + number)
     engine.step(norm.item())
     return {"before": before, "norm": norm, "between": between, "after": masters(engine)}
 

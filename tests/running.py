@@ -55,6 +55,11 @@ SMALL = {
 }
 
 
+def trained_parameters(run: Run) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    named = run.pipeline.transformer.named_parameters()
+    return ((name, param) for name, param in named if param.requires_grad)
+
+
 def arguments(folder: Path, **overrides) -> list[str]:
     """Return a command line; keys are config keys with "__" for the dot.
 

@@ -94,7 +94,7 @@ def test_nft_samples_with_its_old_policy(arguments):
     run = running.prepare(arguments(objective="nft", sample__noise_level=0.0))
     (before,) = epochs(run, 1)
     with torch.no_grad():
-        for _, param in run.trained_parameters():
+        for _, param in running.trained_parameters(run):
             param.mul_(1.1)
     (after,) = epochs(run, 1)
     assert torch.equal(after.final, before.final)

@@ -320,7 +320,8 @@ def test_a_pair_without_a_verdict_counts_half_and_a_picture_without_any_is_nan(a
 
 
 def test_without_groups_there_is_nothing_to_compare(ask):
-    assert loading.needs_groups("unifiedreward_pairs") and not loading.needs_groups("qwenvl")
+    assert loading.find("unifiedreward_pairs").needs_groups
+    assert not loading.find("qwenvl").needs_groups
     found, endpoint = ask("unifiedreward_pairs", widest, 3)
     assert np.isnan(found["unifiedreward_pairs"]).all() and not endpoint.requests
 

@@ -26,7 +26,7 @@ def save(run, value: int, *, updated: bool) -> None:
     """Save the state of epoch `value`, which its weights tell. updated: not all were skipped."""
     run.epoch = value
     run.updater.num_updates += updated
-    for _, param in run.trained_parameters():
+    for _, param in running.trained_parameters(run):
         param.data.fill_(value)
     checkpoint.save(run, 0)
 
@@ -77,7 +77,7 @@ def killed_save(run, number: int, happens: Callable[[], None], *, updated: bool)
 def resume(run) -> int:
     """Resume, and return the epoch that weights and state agree on."""
     checkpoint.load(run, folders.resume_point(run.config, run.identity))
-    values = {param.unique().item() for _, param in run.trained_parameters()}
+    values = {param.unique().item() for _, param in running.trained_parameters(run)}
     assert values == {run.epoch}
     return run.epoch
 

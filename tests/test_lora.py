@@ -62,7 +62,7 @@ def test_a_peft_adapter_gives_the_velocity_that_it_gave_when_it_was_saved(files,
         "adapter_model.safetensors",
     }
     run = start(files, folder, logdir=tmp_path)
-    trained = dict(run.trained_parameters())
+    trained = dict(running.trained_parameters(run))
     assert trained and all("lora_" in name for name in trained)
     found = run.pipeline.transformer(**inputs())[0]
     torch.testing.assert_close(found, saved(**inputs())[0], rtol=0, atol=0)

@@ -149,12 +149,14 @@ def test_a_lora_trains_every_target_and_nothing_at_learning_rate_zero(files, nam
     for rate in (0.0, 1e-2):
         argv = arguments(files, name, run_name=f"{name}-{rate}", train__learning_rate=rate)
         run = running.prepare(argv, family(name))
-        start = {key: value.clone() for key, value in run.trained_parameters()}
+        start = {key: value.clone() for key, value in running.trained_parameters(run)}
         for target in run.pipeline.lora_target_modules:
             assert any(f".{target}.lora_A." in key for key in start), target
         assert entry.execute(run) == 0
         moved = {
-            key for key, value in run.trained_parameters() if not torch.equal(start[key], value)
+            key
+            for key, value in running.trained_parameters(run)
+            if not torch.equal(start[key], value)
         }
         assert moved == (set(start) if rate else set())
 

@@ -16,7 +16,7 @@ def test_a_non_finite_loss_skips_its_update_and_is_counted(files):
     entry.execute(run)
     assert run.updater.num_updates == 3 and run.updater.num_skipped == 1
     assert read_metrics(run.folder, "epoch")[-1]["skipped_updates"] == 1
-    assert all(torch.isfinite(param).all() for _, param in run.trained_parameters())
+    assert all(torch.isfinite(param).all() for _, param in running.trained_parameters(run))
 
 
 def test_updates_that_stay_non_finite_stop_the_run(files):
@@ -37,7 +37,7 @@ def test_an_fp16_overflow_is_no_update_and_lowers_the_scale(files):
     # As on a GPU in fp16, with gradients that overflow until the scale is low enough.
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     run.engine.scaler = scaler
-    _, param = next(iter(run.trained_parameters()))
+    _, param = next(iter(running.trained_parameters(run)))
     param.register_hook(lambda g: g * float("inf") if scaler.get_scale() > 2**14 else g)
     entry.execute(run)
     assert (run.updater.num_skipped, run.updater.num_updates) == (2, 10)
@@ -59,7 +59,7 @@ def test_in_fp16_too_a_non_finite_loss_is_a_fault_and_leaves_the_scale_alone(fil
 
 def test_an_infinite_gradient_behind_a_finite_loss_is_skipped(files):
     run = running.prepare(running.arguments(files, run_name="inf"))
-    _, param = next(iter(run.trained_parameters()))
+    _, param = next(iter(running.trained_parameters(run)))
     calls = []
 
     def overflow(gradient):
@@ -69,4 +69,4 @@ def test_an_infinite_gradient_behind_a_finite_loss_is_skipped(files):
     param.register_hook(overflow)
     entry.execute(run)
     assert run.updater.num_skipped == 1 and run.updater.num_updates == 3
-    assert all(torch.isfinite(p).all() for _, p in run.trained_parameters())
+    assert all(torch.isfinite(p).all() for _, p in running.trained_parameters(run))

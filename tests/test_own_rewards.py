@@ -139,8 +139,8 @@ def test_a_function_s_own_check_is_asked_before_anything_loads():
 
 
 def test_a_function_may_compare():
-    assert loading.needs_groups("my_rewards:compares")
-    assert not loading.needs_groups("my_rewards:bare")
+    assert loading.find("my_rewards:compares").needs_groups
+    assert not loading.find("my_rewards:bare").needs_groups
 
 
 def test_a_class_is_built_with_the_settings_and_the_device():

@@ -11,7 +11,7 @@ from diffusers import FluxPipeline
 from fixtures import sample
 from tiny import LENGTH, picture, prompt_batch, qwen
 
-from flow_grpo.conditioning import Conditioner, collate
+from flow_grpo.conditioning import Conditioner, Item, collate
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.diffusers_patch.flux_kontext import FluxKontext
 from flow_grpo.diffusers_patch.qwenimage import QwenImage
@@ -205,11 +205,11 @@ def test_each_row_of_an_edit_is_padded_beyond_its_own_pictures(models):
         lambda module, args, inputs: seen.append(inputs["input_ids"]), with_kwargs=True
     )
     for text, images in ((APPLE, (picture(32, 96),)), (SIGN, tiny.pictures("qwenimage_edit_2509"))):
-        (cond,) = model.encode([text], [images], LENGTH)
+        cond = model.encode(text, images, LENGTH)
         num_tokens = (seen[-1] == model.pipe.processor.image_token_id).sum().item()
         assert num_tokens >= 12 * len(images)
         assert model.collate([cond], LENGTH)["mask"].shape == (1, LENGTH + num_tokens)
-        (cut,) = model.encode([text], [images], 8)
+        cut = model.encode(text, images, 8)
         assert torch.equal(cut.tensors["embeds"], cond.tensors["embeds"][: 8 + num_tokens])
     hook.remove()
 
@@ -237,7 +237,7 @@ def test_each_distinct_prompt_is_encoded_once(models, name):
     conditioner = Conditioner(model, LENGTH)
     passes = []
     hook = model.pipe.text_encoder.register_forward_hook(lambda *_: passes.append(1))
-    conds = [conditioner.cond(text, ("a.png",), images) for text in [APPLE, SIGN] * 4]
+    conds = [conditioner.cond(Item(text, ("a.png",)), images) for text in [APPLE, SIGN] * 4]
     hook.remove()
     assert len(passes) == conditioner.num_encoded == 2
     assert conds[0] is conds[2] and conds[1] is conds[7] and conds[0] is not conds[1]

@@ -146,7 +146,7 @@ def test_a_run_killed_in_its_third_epoch_continues_bit_for_bit(files):
     )
     assert running.metrics(folder) == running.metrics(whole.folder)
     for (name, ours), (_, theirs) in zip(
-        resumed.trained_parameters(), whole.trained_parameters(), strict=True
+        running.trained_parameters(resumed), running.trained_parameters(whole), strict=True
     ):
         assert torch.equal(ours, theirs), name
 

@@ -3,13 +3,14 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from toy import plan_of
 
-from flow_grpo.plan import micro_batch_order
 from flow_grpo.prompts import (
     Prompt,
     check,
@@ -108,13 +109,27 @@ def test_evaluation_reaches_every_prompt_in_equal_batches_of_one_size(world, bat
 PASSES = [(4, 2), (8, 4), (6, 1), (6, 6), (12, 3)]
 
 
+def dealt(num_micro_batches, num_updates, world=1, seed=0, epoch=3, inner=0):
+    """Which micro-batches of one row each update has, as [update][rank]."""
+    plan = replace(
+        plan_of(4, 4),
+        micro_batch_size=1,
+        num_updates=num_updates,
+        num_inner_epochs=inner + 1,
+        seed=seed,
+    )
+    rows = np.split(np.arange(world * num_micro_batches), world)
+    updates = plan.in_order(rows, epoch)[inner]
+    return [[np.concatenate(of_rank).tolist() for of_rank in update] for update in updates]
+
+
 @pytest.mark.parametrize("num_micro_batches, num_updates", PASSES)
 def test_a_pass_uses_every_micro_batch_once_and_updates_are_equal(num_micro_batches, num_updates):
-    updates = micro_batch_order(num_micro_batches, num_updates, 1, 0, 5, 0)
+    updates = [of_ranks[1] for of_ranks in dealt(num_micro_batches, num_updates, world=2)]
     assert len(updates) == num_updates
     assert {len(update) for update in updates} == {num_micro_batches // num_updates}
     used = sorted(number for update in updates for number in update)
-    assert used == list(range(num_micro_batches))
+    assert used == list(range(num_micro_batches, 2 * num_micro_batches))
 
 
 @pytest.mark.parametrize("num_micro_batches, num_updates", PASSES)
@@ -122,17 +137,15 @@ def test_a_pass_uses_every_micro_batch_once_and_updates_are_equal(num_micro_batc
 def test_ranks_make_the_updates_of_one_rank_with_all_micro_batches(
     world, num_micro_batches, num_updates
 ):
-    n = num_micro_batches
-    ranks = [micro_batch_order(n, num_updates, rank, 0, 3, 1) for rank in range(world)]
-    one = micro_batch_order(world * n, num_updates, 0, 0, 3, 1)
-    for update, alone in enumerate(one):
-        together = [rank * n + i for rank in range(world) for i in ranks[rank][update]]
-        assert sorted(together) == sorted(alone)
+    ranks = dealt(num_micro_batches, num_updates, world, inner=1)
+    one = dealt(world * num_micro_batches, num_updates, inner=1)
+    for together, (alone,) in zip(ranks, one, strict=True):
+        assert sorted(sum(together, [])) == sorted(alone)
 
 
 def test_passes_epochs_and_seeds_mix_micro_batches_differently():
     orders = {
-        str(micro_batch_order(24, 4, 0, seed, epoch, inner))
+        str(dealt(24, 4, 1, seed, epoch, inner))
         for seed in range(3)
         for epoch in range(3)
         for inner in range(3)

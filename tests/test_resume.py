@@ -88,7 +88,7 @@ def test_a_branch_from_an_old_checkpoint_replaces_what_came_after_it(files):
     assert [path.name for path in folders.checkpoints(new.folder)] == names
     assert steps(new.folder) == [1, 2, 3, 4, 5, 6]
     after = running.checkpoint_weights(new.folder / "checkpoints" / "checkpoint-6")
-    name, param = next(iter(new.trained_parameters()))
+    name, param = next(iter(running.trained_parameters(new)))
     assert after[f"policy/{name}"].equal(param) and not before[f"policy/{name}"].equal(param)
 
 

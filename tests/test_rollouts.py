@@ -3,13 +3,27 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flow_grpo import rollouts
+from config.base import COMMON
+from flow_grpo import keys, rollouts
+
+
+def sample_of(num_steps, size, span, fixed):
+    sample = keys.build(COMMON).sample
+    sample.num_steps, sample.sde_window_size = num_steps, size
+    sample.sde_window_range, sample.sde_steps = tuple(span), tuple(fixed)
+    return sample
+
+
+def check(num_steps, size, span, fixed):
+    """As preflight does: each key's own range first."""
+    config = keys.build(COMMON)
+    config.sample = sample_of(num_steps, size, span, fixed)
+    keys.check(config, COMMON)
+    rollouts.check(config.sample)
 
 
 def steps_of(groups, num_steps=10, size=3, span=(0, 5), fixed=(), seed=0, epoch=0):
-    return rollouts.trained_steps(
-        num_steps, groups, size=size, span=span, fixed=fixed, seed=seed, epoch=epoch
-    )
+    return rollouts.trained_steps(sample_of(num_steps, size, span, fixed), groups, seed, epoch)
 
 
 def test_size_zero_trains_every_step_but_the_last():
@@ -68,7 +82,7 @@ def test_windows_are_the_same_for_ever():
 def test_what_can_be_trained_passes_the_check_and_never_holds_the_last_step(
     num_steps, size, span, fixed
 ):
-    rollouts.check(num_steps, size, span, fixed)
+    check(num_steps, size, span, fixed)
     steps = steps_of(range(50), num_steps, size, span, fixed)
     assert steps.min() >= 0 and steps.max() <= num_steps - 2
 
@@ -76,15 +90,15 @@ def test_what_can_be_trained_passes_the_check_and_never_holds_the_last_step(
 @pytest.mark.parametrize(
     "num_steps, size, span, fixed, key, found, remedy",
     [
-        (1, 0, (0, 0), (), "num_steps", "1", "Raise config.sample.num_steps"),
+        (1, 0, (0, 0), (), "num_steps", "1", "at least 2 and at most 1,000"),
         (10, 3, (0, 10), (), "sde_window_range", "(0, 10)", "Set config.sample.sde_window_range"),
         (10, 3, (3, 5), (), "sde_window_range", "(3, 5)", "Set config.sample.sde_window_range"),
-        (10, 2, (-1, 5), (), "sde_window_range", "(-1, 5)", "Set config.sample.sde_window_range"),
+        (10, 2, (-1, 5), (), "sde_window_range", "(-1, 5)", "The default is (0, 5)"),
         (6, 6, (0, 5), (), "sde_window_size", "6", "shrink config.sample.sde_window_size"),
-        (10, -1, (0, 5), (), "sde_window_size", "-1", "Set config.sample.sde_window_size"),
+        (10, -1, (0, 5), (), "sde_window_size", "-1", "The default is 0"),
         (10, 2, (0,), (), "sde_window_range", "(0,)", "(first, end)"),
         (10, 0, (0, 5), (9,), "sde_steps", "(9,)", "Change config.sample.sde_steps"),
-        (10, 0, (0, 5), (-1, 2), "sde_steps", "(-1, 2)", "Change config.sample.sde_steps"),
+        (10, 0, (0, 5), (-1, 2), "sde_steps", "(-1, 2)", "The default is ()"),
         (10, 0, (0, 5), (2, 2), "sde_steps", "(2, 2)", "Change config.sample.sde_steps"),
         (10, 0, (0, 5), (3, 2), "sde_steps", "(3, 2)", "Change config.sample.sde_steps"),
         (10, 2, (0, 5), (1, 2), "sde_steps", "(1, 2)", "config.sample.sde_window_size to 0"),
@@ -94,48 +108,15 @@ def test_an_impossible_window_is_refused_with_key_value_and_remedy(
     num_steps, size, span, fixed, key, found, remedy
 ):
     with pytest.raises(ValueError) as error:
-        rollouts.check(num_steps, size, span, fixed)
+        check(num_steps, size, span, fixed)
     message = str(error.value)
-    assert f"config.sample.{key} is {found}" in message
+    assert f"config.sample.{key}={found}" in message
     assert "needed" in message and remedy in message
 
 
 @pytest.mark.parametrize("num_steps, size", [(10, 3), (6, 5), (4, 3), (28, 9)])
 def test_the_suggested_range_passes_the_check(num_steps, size):
     with pytest.raises(ValueError) as error:
-        rollouts.check(num_steps, size, (0, 99), ())
+        check(num_steps, size, (0, 99), ())
     end = int(str(error.value).split("for example to (0, ")[1].split(")")[0])
-    rollouts.check(num_steps, size, (0, end), ())
-
-
-MIXGRPO = dict(num_steps=25, size=4, stride=1, iterations_per_position=25)
-
-
-def test_a_progressive_window_slides_and_rolls_back():
-    iterations = (0, 24, 25, 50, 499, 500, 524, 525)
-    starts = [rollouts.progressive_start(i, **MIXGRPO) for i in iterations]
-    assert starts == [0, 0, 1, 2, 19, 20, 20, 0]
-
-
-def test_a_progressive_window_stays_at_the_end_without_roll_back():
-    starts = [rollouts.progressive_start(i, **MIXGRPO, roll_back=False) for i in (500, 525, 9999)]
-    assert starts == [20, 20, 20]
-
-
-@pytest.mark.parametrize("size, stride, offset", [(4, 1, 0), (4, 3, 2), (1, 5, 0), (2, 2, 6)])
-def test_a_progressive_window_never_reaches_the_last_step(size, stride, offset):
-    starts = [
-        rollouts.progressive_start(
-            i, num_steps=10, size=size, stride=stride, iterations_per_position=1, offset=offset
-        )
-        for i in range(40)
-    ]
-    assert min(starts) == starts[0] == offset
-    assert max(starts) + size <= 9 < max(starts) + stride + size
-
-
-def test_a_progressive_window_that_does_not_fit_is_refused():
-    with pytest.raises(AssertionError, match="no window of 9 fits into 10 steps from 1"):
-        rollouts.progressive_start(
-            0, num_steps=10, size=9, stride=1, iterations_per_position=1, offset=1
-        )
+    check(num_steps, size, (0, end), ())

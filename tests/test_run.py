@@ -88,7 +88,9 @@ def test_a_large_kl_coefficient_holds_the_policy_at_the_reference(files):
         run = running.train(argv)
         start = run.snapshots.state_dict() or running.prepare(argv[:-1]).snapshots.state_dict()
         held = {key.removeprefix("reference/"): value for key, value in start.items()}
-        return sum((p - held[name]).abs().sum().item() for name, p in run.trained_parameters())
+        return sum(
+            (p - held[name]).abs().sum().item() for name, p in running.trained_parameters(run)
+        )
 
     assert distance(1e4) < 0.9 * distance(1e-9)
 
@@ -163,7 +165,7 @@ def test_bf16_trains_within_the_gate_and_differs_from_fp32(files):
     full = running.train(running.arguments(files, run_name="fp32", **settings))
     assert max(running.gate(low.folder).values()) <= low.objective.gate_limits()["log_ratio"]
     assert low.pipeline.input_dtype == torch.bfloat16
-    assert {p.dtype for _, p in low.trained_parameters()} == {torch.float32}
+    assert {p.dtype for _, p in running.trained_parameters(low)} == {torch.float32}
     low_loss, full_loss = (read_metrics(r.folder, "update")[1]["loss"] for r in (low, full))
     assert low_loss != full_loss
 
@@ -239,7 +241,7 @@ def test_nft_runs_through_the_same_loop_with_its_old_policy(files):
     run = running.prepare(argv)
     start = {k: v.clone() for k, v in run.snapshots.state_dict().items()}
     entry.execute(run)
-    name, param = next(iter(run.trained_parameters()))
+    name, param = next(iter(running.trained_parameters(run)))
     old = run.snapshots.state_dict()[f"old/{name}"]
     decays = [min(0.001 * n, 0.5) for n in (2, 4)]
     assert not torch.equal(old, start[f"old/{name}"]) and not torch.equal(old, param)

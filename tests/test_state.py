@@ -12,10 +12,10 @@ pytestmark = pytest.mark.usefixtures("fresh_logs")
 
 def test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation(files):
     run = running.prepare(running.arguments(files, run_name="still", train__learning_rate=0.0))
-    before = {name: param.clone() for name, param in run.trained_parameters()}
+    before = {name: param.clone() for name, param in running.trained_parameters(run)}
     entry.execute(run)
     assert run.updater.num_updates == 4
-    assert all(torch.equal(param, before[name]) for name, param in run.trained_parameters())
+    assert all(torch.equal(param, before[name]) for name, param in running.trained_parameters(run))
     first, last = read_metrics(run.folder, "eval")
     assert first["avg"] == last["avg"]
 
@@ -30,7 +30,7 @@ def test_the_ema_follows_every_update_by_its_schedule(files):
         num_epochs=3,
     )
     run = running.prepare(argv)
-    name, param = next(iter(run.trained_parameters()))
+    name, param = next(iter(running.trained_parameters(run)))
     expected, done = param.detach().clone(), []
     step = run.engine.step
 

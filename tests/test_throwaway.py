@@ -90,7 +90,7 @@ def counted(run):
 @pytest.mark.parametrize("use_lora", [True, False])
 def test_pairs_train_on_two_images_of_a_group_and_the_rest_costs_no_forward(files, use_lora):
     run = prepared(files, Pairs, use_lora, "pairs", eval_max_samples=1)
-    before = {name: param.clone() for name, param in run.trained_parameters()}
+    before = {name: param.clone() for name, param in running.trained_parameters(run)}
     seen = counted(run)
     entry.execute(run)
     trained = 2 * GROUPS
@@ -98,7 +98,9 @@ def test_pairs_train_on_two_images_of_a_group_and_the_rest_costs_no_forward(file
     assert seen == {True: trained, False: sampled + trained}  # the reference's
     rows = read_metrics(run.folder, "update")
     assert len(rows) == 2 and rows[0]["error"] == 0 if not use_lora else rows[0]["error"] != 0
-    assert any(not torch.equal(param, before[name]) for name, param in run.trained_parameters())
+    assert any(
+        not torch.equal(param, before[name]) for name, param in running.trained_parameters(run)
+    )
 
 
 @pytest.mark.usefixtures("fresh_logs")
@@ -143,7 +145,7 @@ def as_rank(files, folder, objective_class):
     )
     seen = counted(run)
     entry.execute(run)
-    weights = {name: param.detach() for name, param in run.trained_parameters()}
+    weights = {name: param.detach() for name, param in running.trained_parameters(run)}
     torch.save({"weights": weights, "seen": seen}, Path(folder) / f"{run.ranks.rank}.pt")
     entry.leave(0)
 
@@ -166,9 +168,11 @@ def test_two_ranks_train_as_one_does(files, tmp_path, objective_class):
         train__learning_rate=1.0,
         sample__sde_window_range=(1, 4),
     )
-    before = {name: param.clone() for name, param in one.trained_parameters()}
+    before = {name: param.clone() for name, param in running.trained_parameters(one)}
     entry.execute(one)
-    moved = [(param - before[name]).abs().max().item() for name, param in one.trained_parameters()]
-    for name, param in one.trained_parameters():
+    moved = [
+        (param - before[name]).abs().max().item() for name, param in running.trained_parameters(one)
+    ]
+    for name, param in running.trained_parameters(one):
         close = {"rtol": 0, "atol": 2e-2 * max(moved)}
         torch.testing.assert_close(param.detach(), found[0]["weights"][name], **close)

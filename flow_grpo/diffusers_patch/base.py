@@ -1,7 +1,5 @@
 """What a model must provide: a stock pipeline, cut into what sampling and training call."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 
@@ -31,9 +29,8 @@ JOINT_ATTENTION = (  # the projections of images and text in an MMDiT block
 class PatchedPipeline(Weights):
     """A model family. A subclass states the stock class and overrides what differs.
 
-    `model` in velocity() is the transformer as accelerate wrapped it: sampling and training call
-    the same object. Latents, sigmas and velocities are fp32; `input_dtype` is what the transformer
-    is fed with.
+    `model` in velocity() is the transformer as accelerate wrapped it. Latents, sigmas and
+    velocities are fp32; `input_dtype` is what the transformer is fed with.
     """
 
     unguided: Guidance = Guidance(1.0)  # means a single, conditional pass
@@ -62,19 +59,15 @@ class PatchedPipeline(Weights):
         """Pixels a latent, one way."""
         return self.pipe.vae_scale_factor
 
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        """Encode rows of (prompt, reference images) in one call, without guidance or padding.
-
-        images: a tuple of uint8 (H, W, 3) arrays a row, empty where the model takes none.
-        """
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
+        """Encode a prompt without guidance or padding. images: uint8 (H, W, 3), its references."""
         raise NotImplementedError
 
     def negative(self, images: tuple, max_length: int) -> Cond:
         """Encode what guidance subtracts."""
-        return self.encode([self.negative_prompt], [images], max_length)[0]
+        return self.encode(self.negative_prompt, images, max_length)
 
     def move(self, device: torch.device | str) -> None:
-        """Bring all of the model to a device."""
         self.pipe.to(device)
 
     def move_vae(self, device: torch.device | str) -> None:
@@ -93,7 +86,6 @@ class PatchedPipeline(Weights):
                 setattr(self.pipe, name, None)
 
     def cut_decoding(self, tiling: bool, slicing: bool) -> None:
-        """Decode an image in tiles, or one image after the other, to take less memory."""
         if tiling:
             self.pipe.vae.enable_tiling()
         if slicing:
@@ -105,15 +97,13 @@ class PatchedPipeline(Weights):
         return cls.guides_by_two_passes and guidance.scale > cls.unguided.scale
 
     def needs_negative(self, guidance: Guidance) -> bool:
-        """Whether a second, unconditional pass is made."""
         return self.may_need_negative(guidance)
 
     def collate(self, conds: list[Cond], pad_to: int) -> dict[str, Tensor]:
-        """Stack conditionings, on the device. pad_to: tokens, one number for the whole epoch.
+        """Stack conditionings, on the device; the reference images of a call are of one size.
 
-        pad_to 0: to the call's longest. Ragged text is padded with zeros; its "lengths" (B,) stay
-        on the CPU.
-        Raises ValueError where the reference images of one call differ in size.
+        pad_to: tokens, one number for the whole epoch; 0: to the call's longest. Ragged text is
+        padded with zeros; its "lengths" (B,) stay on the CPU.
         """
         if self.ragged_text:
             lengths = torch.tensor([len(cond.tensors["embeds"]) for cond in conds])
@@ -121,9 +111,8 @@ class PatchedPipeline(Weights):
         shapes = {tuple(tuple(t.shape) for t in cond.tensors.values()) for cond in conds}
         if len(shapes) > 1:
             raise ValueError(
-                f"one call mixes conditionings of shapes {sorted(shapes)}. Prompts whose reference "
-                f"images differ in size must not share a call: make sample.train_batch_size a "
-                f"divisor of sample.num_image_per_prompt."
+                f"one call mixes reference images of several sizes ({sorted(shapes)}). Make "
+                f"sample.train_batch_size a divisor of sample.num_image_per_prompt."
             )
         stacked = {
             name: torch.stack([cond.tensors[name] for cond in conds]).to(self.device)
@@ -164,27 +153,31 @@ class PatchedPipeline(Weights):
     def velocity(
         self, model: Callable, latents: Tensor, sigma: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """Predict x1 - x0 with guidance, exactly as the stock pipeline's denoising loop does.
-
-        latents: (B, ...) fp32. sigma: (B,) fp32. Returns (B, ...) fp32.
-        """
+        """Predict x1 - x0 exactly as the stock loop does, (B, ...) fp32. sigma: (B,) fp32."""
         raise NotImplementedError
 
     def guide(
-        self, predict: Callable[[dict[str, Tensor]], Tensor], conditioning: Conditioning
+        self, predict: Callable, tokens: Tensor, time: Tensor, conditioning: Conditioning
     ) -> Tensor:
         """Guide by two passes one after the other, or by one if `batches_guidance`.
 
-        predict: the velocity of a branch's rows, which may be twice the latents'.
+        predict: (a branch's rows, tokens, time) -> what the transformer says; tokens come in
+        `input_dtype`, and in one pass tokens and time come twice.
         """
+
+        def velocity(rows: dict[str, Tensor]) -> Tensor:
+            times = len(rows["embeds"]) // len(tokens)
+            inputs = (torch.cat([each] * times) for each in (tokens.to(self.input_dtype), time))
+            return predict(rows, *inputs).float()
+
         positive = conditioning["positive"]
         if not self.needs_negative(conditioning.guidance):
-            return predict(positive)
+            return velocity(positive)
         negative = conditioning["negative"]
         if self.batches_guidance:
-            passes = predict(self.join(positive, negative)).chunk(2)
+            passes = velocity(self.join(positive, negative)).chunk(2)
         else:
-            passes = predict(positive), predict(negative)
+            passes = velocity(positive), velocity(negative)
         return self.combine(*passes, conditioning.guidance)
 
     def join(self, positive: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,10 +203,9 @@ class PatchedPipeline(Weights):
 
     @torch.no_grad()
     def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        """Encode images of this size as the transformer sees them, decode()'s inverse.
+        """Encode images, B of uint8 ([F,] H, W, 3), as states: the inverse of decode().
 
-        images: B of uint8 (H, W, 3); of a video (F, H, W, 3). Returns the means of the VAE's
-        posteriors, (B, ...) fp32, in the layout of initial_latents().
+        Returns the means of the VAE's posteriors, (B, ...) fp32, laid out as initial_latents().
         """
         pixels = torch.stack([torch.as_tensor(image) for image in images]).movedim(-1, 1)
         shape = (size.num_frames, size.height, size.width)[-(pixels.ndim - 2) :]
@@ -231,10 +223,7 @@ class PatchedPipeline(Weights):
     def stock_arguments(
         self, size: Size, guidance: Guidance, noise: Tensor, images: tuple = ()
     ) -> dict:
-        """Return, beside the prompt, what makes the stock pipeline draw the same images.
-
-        noise: (B, *noise_shape). images: the rows' common reference images.
-        """
+        """Return, beside the prompt, what makes the stock pipeline draw the same from `noise`."""
         arguments = {
             "height": size.height,
             "width": size.width,
@@ -247,7 +236,6 @@ class PatchedPipeline(Weights):
         return arguments
 
     def check_size(self, size: Size) -> None:
-        """Raise ValueError unless the transformer can produce this size."""
         multiple = self.vae_scale * 2
         if size.height % multiple or size.width % multiple:
             raise ValueError(
@@ -256,34 +244,32 @@ class PatchedPipeline(Weights):
             )
 
 
-def repeat_rows(tensor: Tensor, num_rows: int) -> Tensor:
-    """Repeat all rows (B, ...) until there are num_rows, a multiple of B."""
-    times = num_rows // len(tensor)
-    return tensor if times == 1 else torch.cat([tensor] * times)
-
-
 def _padded(cond: Cond, pad_to: int) -> Cond:
     embeds = cond.tensors["embeds"]
     assert len(embeds) <= pad_to, f"{len(embeds)} tokens do not fit into {pad_to}"
     return Cond(cond.tensors | {"embeds": pad(embeds, (0, 0, 0, pad_to - len(embeds)))})
 
 
-def unscale_channels(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Give latents (B, C, F, h, w) of a VAE for videos each channel's mean and std back."""
-    mean, std = _mean_and_std(vae, latents)
-    return latents / (1.0 / std) + mean  # the stock pipelines' arithmetic
+class VideoVAE(PatchedPipeline):
+    """Its VAE takes videos, (B, C, F, h, w), and each channel has a mean and std of its own."""
 
+    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        mean, std = self.channel_scales(latents)
+        return latents / (1.0 / std) + mean  # the stock pipelines' arithmetic
 
-def scale_channels(vae: torch.nn.Module, latents: Tensor) -> Tensor:
-    """Undo unscale_channels."""
-    mean, std = _mean_and_std(vae, latents)
-    return (latents - mean) * (1.0 / std)
+    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
+        mean, std = self.channel_scales(latents)
+        return (latents - mean) * (1.0 / std)
 
+    def channel_scales(self, latents: Tensor) -> list[Tensor]:
+        """Return each channel's mean and std, (C, 1, ...)."""
+        config, shape = self.pipe.vae.config, (-1,) + (1,) * (latents.ndim - 2)
+        values = (config.latents_mean, config.latents_std)
+        return [latents.new_tensor(each).view(shape) for each in values]
 
-def _mean_and_std(vae: torch.nn.Module, latents: Tensor) -> list[Tensor]:
-    """Return each channel's (C, 1, 1, 1)."""
-    config = vae.config
-    return [
-        torch.tensor(values, device=latents.device, dtype=latents.dtype).view(-1, 1, 1, 1)
-        for values in (config.latents_mean, config.latents_std)
-    ]
+    def decode(self, latents: Tensor, size: Size) -> Tensor:
+        return super().decode(latents, size).movedim(2, 1)
+
+    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
+        videos = [image if image.ndim == 4 else image[None] for image in images]
+        return super().latents(videos, size)

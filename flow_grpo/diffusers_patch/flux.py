@@ -1,9 +1,7 @@
 """FLUX.1: packed latents (H/16 * W/16, 64), embedded guidance, a shift that grows with the size."""
 
-from __future__ import annotations
-
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline
+from diffusers import FluxPipeline
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
@@ -25,19 +23,12 @@ class Flux(Packed):
     runs_in_fp16 = False
     guides_by_two_passes = False
 
-    def __init__(self, pipe: DiffusionPipeline):
-        super().__init__(pipe)
-        self.embeds_guidance = pipe.transformer.config.guidance_embeds
-
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, pooled, _ = self.pipe.encode_prompt(
-            prompts, device=self.device, max_sequence_length=max_length
+            prompt, device=self.device, max_sequence_length=max_length
         )
-        return [
-            Cond({"embeds": e, "pooled": p})
-            for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
-        ]
+        return Cond({"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()})
 
     def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
         latents = self.initial_latents(size, noise)
@@ -46,15 +37,12 @@ class Flux(Packed):
     def image_tokens(
         self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, Tensor]:
-        """Return what the transformer sees, (B, T, C), and where each token lies, (T, 3).
-
-        The image that is denoised comes first.
-        """
+        """Return the tokens (B, T, C), those of the image first, and where each lies, (T, 3)."""
         return latents, position_ids(0, *self.grid(size), latents.device)
 
     def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
         positive, guidance = conditioning["positive"], None
-        if self.embeds_guidance:
+        if self.transformer.config.guidance_embeds:
             guidance = sigma.new_full(sigma.shape, conditioning.guidance.scale)
         tokens, ids = self.image_tokens(latents, positive, conditioning.size)
         embeds = positive["embeds"].to(self.input_dtype)

@@ -1,7 +1,5 @@
 """FLUX.2 klein: text to image and editing; a token is 2 x 2 latents, (H/16 * W/16, 128)."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
@@ -10,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, repeat_rows
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION
 from flow_grpo.diffusers_patch.flux import position_ids
 from flow_grpo.diffusers_patch.packed import Packed, pack, references_of, unpack
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
@@ -46,13 +44,11 @@ class Flux2Klein(Packed):
                     )
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _ = self.pipe.encode_prompt(
-            prompts, device=self.device, max_sequence_length=max_length
+            prompt, device=self.device, max_sequence_length=max_length
         )
-        conds = [Cond({"embeds": e}) for e in embeds.cpu()]
-        self.keep_references(conds, images)
-        return conds
+        return self.with_references(Cond({"embeds": embeds[0].cpu()}), images)
 
     def negative(self, images: tuple, max_length: int) -> Cond:
         return super().negative((), max_length)  # both passes see the positive branch's references
@@ -63,8 +59,7 @@ class Flux2Klein(Packed):
     def reference_latents(self, image: np.ndarray) -> Tensor:
         """Encode an image, uint8 (H, W, 3), to latents (4 C, H/16, W/16), fp32.
 
-        At its own size, shrunk to reference_area pixels if it is larger, and cut around its
-        middle to multiples of 16.
+        Shrunk to reference_area pixels if it is larger, cut around its middle to multiples of 16.
         """
         processor, multiple = self.pipe.image_processor, self.vae_scale * 2
         picture = processor._resize_if_exceeds_area(Image.fromarray(image), self.reference_area)
@@ -95,20 +90,19 @@ class Flux2Klein(Packed):
         words = torch.arange(positive["embeds"].shape[1], device=device)
         time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
-        def predict(rows: dict[str, Tensor]) -> Tensor:
-            num_rows = len(rows["embeds"])
+        def predict(rows: dict[str, Tensor], tokens: Tensor, time: Tensor) -> Tensor:
             output = model(
-                hidden_states=repeat_rows(tokens.to(self.input_dtype), num_rows),
-                timestep=repeat_rows(time, num_rows),
+                hidden_states=tokens,
+                timestep=time,
                 guidance=None,
                 encoder_hidden_states=rows["embeds"].to(self.input_dtype),
                 txt_ids=pad(words[:, None], (3, 0)),
                 img_ids=places,
                 return_dict=False,
             )[0]
-            return output[:, : latents.shape[1]].float()
+            return output[:, : latents.shape[1]]
 
-        return self.guide(predict, conditioning)
+        return self.guide(predict, tokens, time, conditioning)
 
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
         mean, std = self.token_mean_and_std()

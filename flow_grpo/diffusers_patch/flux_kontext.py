@@ -1,7 +1,5 @@
 """FLUX.1 Kontext (arXiv:2506.15742): FLUX.1 with a reference image's tokens at the end."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
@@ -27,9 +25,7 @@ class FluxKontext(Edits, Flux):
     def reference_latents(self, image: np.ndarray) -> Tensor:
         """Encode an image, uint8 (H, W, 3), to latents (C, h, w), fp32.
 
-        As the stock pipeline with _auto_resize=False: at the image's own size, each side cut to a
-        multiple of a token's pixels. The stock pipeline knows no limit; here an image of more than
-        reference_area pixels is first shrunk to that area.
+        As the stock pipeline with _auto_resize=False, but shrunk to reference_area if it is larger.
         """
         height, width = self.reference_size(*image.shape[:2])
         processor = self.pipe.image_processor
@@ -44,9 +40,7 @@ class FluxKontext(Edits, Flux):
         height, width = (int(side * scale) // multiple for side in (height, width))
         return max(height, 1) * multiple, max(width, 1) * multiple
 
-    def image_tokens(
-        self, latents: Tensor, positive: dict[str, Tensor], size: Size
-    ) -> tuple[Tensor, Tensor]:
+    def image_tokens(self, latents, positive, size: Size) -> tuple[Tensor, Tensor]:
         tokens, ids = super().image_tokens(latents, positive, size)
         reference = positive["reference_0"]
         height, width = (side // 2 for side in reference.shape[2:])

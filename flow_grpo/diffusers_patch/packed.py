@@ -1,7 +1,5 @@
 """What models share whose token is 2 x 2 latents: packed states, a shift that grows with them."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,12 +30,12 @@ class Packed(PatchedPipeline):
     def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
         return pack(super().from_vae_latents(latents, size))
 
-    def keep_references(self, conds: list[Cond], images: list[tuple]) -> None:
-        """Encode each row's reference images into its "reference_0", "reference_1" ..."""
-        for cond, references in zip(conds, images, strict=True):
-            for number, image in enumerate(references):
-                # Not packed: its shape tells the positions, and tells apart 32x64 from 64x32.
-                cond.tensors[f"reference_{number}"] = self.reference_latents(image).cpu()
+    def with_references(self, cond: Cond, images: tuple) -> Cond:
+        """Encode reference images into a conditioning's "reference_0", "reference_1" ..."""
+        for number, image in enumerate(images):
+            # Not packed: its shape tells the positions, and tells apart 32x64 from 64x32.
+            cond.tensors[f"reference_{number}"] = self.reference_latents(image).cpu()
+        return cond
 
     def reference_latents(self, image: np.ndarray) -> Tensor:
         """Encode an image, uint8 (H, W, 3), to latents (C, h, w), fp32."""
@@ -48,10 +46,8 @@ class Edits(Packed):
     """Comes before the class of the model that draws from text alone, as in (Edits, Flux)."""
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        conds = super().encode(prompts, images, max_length)
-        self.keep_references(conds, images)
-        return conds
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
+        return self.with_references(super().encode(prompt, images, max_length), images)
 
 
 def references_of(positive: dict[str, Tensor]) -> list[Tensor]:

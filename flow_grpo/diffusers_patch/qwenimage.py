@@ -1,26 +1,18 @@
 """Qwen-Image (arXiv:2508.02324): packed latents (H/16 * W/16, 64), guidance that keeps its norm."""
 
-from __future__ import annotations
-
-import numpy as np
 import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flow_grpo.diffusers_patch.base import (
-    JOINT_ATTENTION,
-    repeat_rows,
-    scale_channels,
-    unscale_channels,
-)
-from flow_grpo.diffusers_patch.packed import Packed, pack, unpack
+from flow_grpo.diffusers_patch.base import JOINT_ATTENTION, VideoVAE
+from flow_grpo.diffusers_patch.packed import Packed
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 UNHEARD = ("attn.add_q_proj", "attn.norm_added_q", "attn.to_add_out", "txt_mlp")
 
 
-class QwenImage(Packed):
+class QwenImage(Packed, VideoVAE):
     """Text is masked up to the epoch's common width, so a neighbour changes a row by rounding only.
 
     A prompt alone in its call and not padded (pad_to 0) gives the stock image to the bit.
@@ -39,9 +31,8 @@ class QwenImage(Packed):
     negative_prompt = " "
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
-        rows = zip(prompts, images, strict=True)
-        return [Cond(self.text(prompt, references, max_length)) for prompt, references in rows]
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
+        return Cond(self.text(prompt, images, max_length))
 
     def text(self, prompt: str, references: tuple, max_length: int) -> dict[str, Tensor]:
         """Return the tokens "embeds" (L, C) that follow the template's instructions, on the CPU."""
@@ -64,40 +55,34 @@ class QwenImage(Packed):
     def image_tokens(
         self, latents: Tensor, positive: dict[str, Tensor], size: Size
     ) -> tuple[Tensor, list[tuple[int, int, int]]]:
-        """Return what the transformer sees, (B, T, C), and each image's (1, height, width).
-
-        The image that is denoised comes first; sizes are in tokens.
-        """
+        """Return tokens (B, T, C), the image's first, and (1, height, width) in tokens of each."""
         return latents, [(1, *self.grid(size))]
 
     def velocity(self, model, latents, sigma, conditioning: Conditioning) -> Tensor:
         tokens, sizes = self.image_tokens(latents, conditioning["positive"], conditioning.size)
         time = sigma * 1000 / 1000  # as stock does in fp32; in bf16 it rounds before
 
-        def predict(rows: dict[str, Tensor]) -> Tensor:
-            num_rows = len(rows["embeds"])
+        def predict(rows: dict[str, Tensor], tokens: Tensor, time: Tensor) -> Tensor:
             output = model(
-                hidden_states=repeat_rows(tokens.to(self.input_dtype), num_rows),
-                timestep=repeat_rows(time, num_rows),
+                hidden_states=tokens,
+                timestep=time,
                 encoder_hidden_states=rows["embeds"].to(self.input_dtype),
                 encoder_hidden_states_mask=rows.get("mask"),
-                img_shapes=[sizes] * num_rows,
+                img_shapes=[sizes] * len(tokens),
                 return_dict=False,
             )[0]
-            return output[:, : latents.shape[1]].float()
+            return output[:, : latents.shape[1]]
 
-        return self.guide(predict, conditioning)
+        return self.guide(predict, tokens, time, conditioning)
 
     def join(self, positive: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
         both = positive["embeds"], negative["embeds"]
         width = max(embeds.shape[1] for embeds in both)
         joined = {"embeds": torch.cat([pad(e, (0, 0, 0, width - e.shape[1])) for e in both])}
         if "mask" in positive or "mask" in negative or both[0].shape[1] != both[1].shape[1]:
-            masks = (
-                pad(rows.get("mask", _all(rows["embeds"])), (0, width - rows["embeds"].shape[1]))
-                for rows in (positive, negative)
-            )
-            joined["mask"] = torch.cat(list(masks))
+            ones = [torch.ones(e.shape[:2], dtype=torch.bool, device=e.device) for e in both]
+            masks = positive.get("mask", ones[0]), negative.get("mask", ones[1])
+            joined["mask"] = torch.cat([pad(m, (0, width - m.shape[1])) for m in masks])
         return joined
 
     def combine(self, conditional: Tensor, unconditional: Tensor, guidance: Guidance) -> Tensor:
@@ -120,17 +105,10 @@ class QwenImage(Packed):
         return not parameter.startswith(tuple(last + name for name in UNHEARD))
 
     def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return unscale_channels(self.pipe.vae, unpack(latents, *self.grid(size)).unsqueeze(2))
+        return super().vae_latents(latents, size).unsqueeze(2)
 
     def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return pack(scale_channels(self.pipe.vae, latents).squeeze(2))
+        return super().from_vae_latents(latents.squeeze(2), size)
 
     def decode(self, latents: Tensor, size: Size) -> Tensor:
-        return super().decode(latents, size)[:, :, 0]
-
-    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        return super().latents([image[None] for image in images], size)
-
-
-def _all(embeds: Tensor) -> Tensor:
-    return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return super().decode(latents, size)[:, 0]

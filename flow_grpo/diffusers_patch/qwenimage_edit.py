@@ -24,13 +24,14 @@ from flow_grpo.records import Cond, Size
 class QwenImageEdit(Edits, QwenImage):
     """Edits one reference image a row; its shape and the generated one are independent.
 
-    The text encoder sees the reference and so does the transformer, both at reference_area. Of the
-    text encoder's tokens those of images count beside max_sequence_length, not within it.
+    Text encoder and transformer see it at reference_area; its tokens do not count as text's.
     """
 
     stock = QwenImageEditPipeline
     num_references = (1, 1)
     enlarges_references = True
+    takes_several = False  # the stock pipeline takes a list of images
+    text_area = 0  # pixels of a reference that the text encoder sees; 0: reference_area
 
     @classmethod
     def variants(cls) -> tuple[type[QwenImageEdit], ...]:
@@ -44,15 +45,15 @@ class QwenImageEdit(Edits, QwenImage):
     @torch.no_grad()
     def negative(self, images: tuple, max_length: int) -> Cond:
         # Both passes see the positive branch's references.
-        return QwenImage.encode(self, [self.negative_prompt], [images], max_length)[0]
+        return QwenImage.encode(self, self.negative_prompt, images, max_length)
 
     def text(self, prompt: str, references: tuple, max_length: int) -> dict[str, Tensor]:
-        pictures = self.condition_pictures(references)
+        pictures = [self.resized(r, self.text_area or self.reference_area) for r in references]
         processor = self.pipe.processor.image_processor
         patches = sum(processor.get_number_of_image_patches(p.height, p.width) for p in pictures)
         picture_tokens = patches // processor.merge_size**2
         embeds, _ = self.pipe.encode_prompt(
-            prompt, self.as_stock_takes(pictures), device=self.device
+            prompt, pictures if self.takes_several else pictures[0], device=self.device
         )
         return {  # cut as Qwen-Image's pipeline does; that of the edits never cuts
             "embeds": embeds[0, : max_length + picture_tokens].cpu(),
@@ -63,13 +64,6 @@ class QwenImageEdit(Edits, QwenImage):
         if pad_to:
             pad_to += max(int(cond.tensors["picture_tokens"]) for cond in conds)
         return super().collate(conds, pad_to)
-
-    def condition_pictures(self, references: tuple) -> list[Image.Image]:
-        """Return the references as the text encoder sees them."""
-        return [self.resized(image, self.reference_area) for image in references]
-
-    def as_stock_takes(self, pictures: list[Image.Image]) -> Image.Image | list[Image.Image]:
-        return pictures[0]
 
     def resized(self, image: np.ndarray, area: int) -> Image.Image:
         """Scale an image (H, W, 3) to about `area` pixels, its sides to multiples of 32."""
@@ -88,9 +82,7 @@ class QwenImageEdit(Edits, QwenImage):
         pixels = pixels.unsqueeze(2).to(self.device, self.pipe.vae.dtype)
         return self.pipe._encode_vae_image(pixels, generator=None)[0, :, 0].float()
 
-    def image_tokens(
-        self, latents: Tensor, positive: dict[str, Tensor], size: Size
-    ) -> tuple[Tensor, list[tuple[int, int, int]]]:
+    def image_tokens(self, latents, positive, size: Size) -> tuple[Tensor, list]:
         tokens, sizes = super().image_tokens(latents, positive, size)
         references = references_of(positive)
         sizes += [(1, r.shape[2] // 2, r.shape[3] // 2) for r in references]
@@ -102,12 +94,8 @@ class QwenImageEditPlus(QwenImageEdit):
 
     stock = QwenImageEditPlusPipeline
     num_references = (1, math.inf)
-
-    def condition_pictures(self, references: tuple) -> list[Image.Image]:
-        return [self.resized(image, CONDITION_IMAGE_SIZE) for image in references]
-
-    def as_stock_takes(self, pictures: list[Image.Image]) -> Image.Image | list[Image.Image]:
-        return pictures
+    takes_several = True
+    text_area = CONDITION_IMAGE_SIZE
 
 
 class PictureProcessor(Qwen2VLProcessor):

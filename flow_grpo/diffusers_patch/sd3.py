@@ -1,7 +1,5 @@
 """Stable Diffusion 3, 3.5 (arXiv:2403.03206): latents (16, H/8, W/8), guidance by two passes."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
@@ -16,19 +14,16 @@ class SD3(PatchedPipeline):
     has_attention_backends = False
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts,
+            prompt,
             None,
             None,
             do_classifier_free_guidance=False,
             max_sequence_length=max_length,
             device=self.device,
         )
-        return [
-            Cond({"embeds": e, "pooled": p})
-            for e, p in zip(embeds.cpu(), pooled.cpu(), strict=True)
-        ]
+        return Cond({"embeds": embeds[0].cpu(), "pooled": pooled[0].cpu()})
 
     def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
@@ -38,10 +33,7 @@ class SD3(PatchedPipeline):
         return {"mu": self.dynamic_shift(tokens, max_shift=1.16)}
 
     def trains(self, parameter: str) -> bool:
-        """Whether it is no adapter of the last block's text query, which nobody reads.
-
-        The query's own weight may train along in a full fine-tune: its gradient is zero.
-        """
+        """Whether it is no adapter of the last text query, which nobody reads."""
         last = self.transformer.config.num_layers - 1
         return not parameter.startswith(f"transformer_blocks.{last}.attn.add_q_proj.lora_")
 

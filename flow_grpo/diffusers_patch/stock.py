@@ -1,7 +1,5 @@
 """The stock pipeline that a model was cut from: called as its users call it, and watched."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +24,7 @@ def call(
     decode: bool = True,
     **given,
 ) -> tuple[list[Tensor], list[np.ndarray]]:
-    """Call the stock pipeline on `noise`; return the latents after each step, and uint8 images.
-
-    decode: False gives no images. given: its prompt, or embeddings, and what else is to differ.
-    """
+    """Call the stock pipeline on `noise`; return the latents after each step, and images."""
     seen: list[Tensor] = []
     arguments = pipeline.stock_arguments(size, guidance, noise, images)
     if "prompt_embeds" in given:
@@ -46,7 +41,6 @@ def call(
 
 
 def last_sigmas(pipeline: PatchedPipeline) -> Tensor:
-    """Return the noise levels of the stock pipeline's last call, on the CPU."""
     return pipeline.pipe.scheduler.sigmas.cpu()
 
 
@@ -59,11 +53,8 @@ def timesteps(transformer: nn.Module) -> Iterator[list]:
         told = args[1] if args else inputs["timestep"]
         seen.append(told.float().tolist())
 
-    hook = transformer.register_forward_pre_hook(note, with_kwargs=True)
-    try:
+    with transformer.register_forward_pre_hook(note, with_kwargs=True):
         yield seen
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -77,11 +68,8 @@ def told(transformer: nn.Module, times: list) -> Iterator[None]:
         time = time.reshape(given.shape)
         return ((args[0], time, *args[2:]), inputs) if args else (args, inputs | {"timestep": time})
 
-    hook = transformer.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
+    with transformer.register_forward_pre_hook(replace, with_kwargs=True):
         yield
-    finally:
-        hook.remove()
 
 
 @contextmanager
@@ -100,10 +88,7 @@ def vae_in_place(pipeline: PatchedPipeline) -> Iterator[None]:
 def exported_lora(
     pipeline: PatchedPipeline, values: dict[str, Tensor], folder: Path
 ) -> Iterator[None]:
-    """Write the adapter that trains, and let the stock pipeline load it in its place.
-
-    Afterwards the transformer has no adapter.
-    """
+    """Let the stock pipeline load the adapter that trains; afterwards there is none."""
     pipeline.save_lora(values, folder)
     pipeline.transformer.delete_adapters("default")
     pipeline.pipe.load_lora_weights(folder)

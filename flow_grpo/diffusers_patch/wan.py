@@ -1,27 +1,18 @@
 """Wan2.1 text to video, and Wan2.2 TI2V 5B (arXiv:2503.20314): latents (16, F/4, H/8, W/8)."""
 
-from __future__ import annotations
-
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.base import (
-    PatchedPipeline,
-    repeat_rows,
-    scale_channels,
-    unscale_channels,
-)
+from flow_grpo.diffusers_patch.base import VideoVAE
 from flow_grpo.records import Cond, Conditioning, Guidance, Size
 
 
-class Wan(PatchedPipeline):
+class Wan(VideoVAE):
     """Text to video, guided as the stock pipeline does.
 
-    Released folders ship UniPC, whose steps remember earlier ones, so that none of them alone has a
-    log-probability. Here FlowMatchEulerDiscreteScheduler takes its place, with the folder's shift:
-    without noise a video is that of a stock pipeline whose scheduler was replaced alike.
+    Released folders ship UniPC, whose steps remember earlier ones and so have no log-probability.
+    FlowMatchEulerDiscreteScheduler with the folder's shift takes its place.
     """
 
     stock = WanPipeline
@@ -48,14 +39,14 @@ class Wan(PatchedPipeline):
         return self.pipe.vae_scale_factor_spatial
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _ = self.pipe.encode_prompt(
-            prompts,
+            prompt,
             do_classifier_free_guidance=False,
             max_sequence_length=max_length,
             device=self.device,
         )
-        return [Cond({"embeds": e}) for e in embeds.cpu()]  # zeros up to max_length
+        return Cond({"embeds": embeds[0].cpu()})  # zeros up to max_length
 
     def noise_shape(self, size: Size) -> tuple[int, ...]:
         frames = (size.num_frames - 1) // self.frames_a_latent + 1
@@ -67,32 +58,13 @@ class Wan(PatchedPipeline):
         if self.pipe.config.expand_timesteps:  # Wan2.2 TI2V: a time for each of the tokens
             time = time[:, None].expand(-1, latents[0, 0, :, ::2, ::2].numel())
 
-        def predict(rows: dict[str, Tensor]) -> Tensor:
-            num_rows = len(rows["embeds"])
-            output = model(
-                hidden_states=repeat_rows(latents.to(self.input_dtype), num_rows),
-                timestep=repeat_rows(time, num_rows),
-                encoder_hidden_states=rows["embeds"].to(self.input_dtype),
-                return_dict=False,
-            )[0]
-            return output.float()
+        def predict(rows: dict[str, Tensor], latents: Tensor, time: Tensor) -> Tensor:
+            embeds = rows["embeds"].to(self.input_dtype)
+            inputs = {"hidden_states": latents, "timestep": time, "encoder_hidden_states": embeds}
+            return model(**inputs, return_dict=False)[0]
 
-        return self.guide(predict, conditioning)
+        return self.guide(predict, latents, time, conditioning)
 
     def stock_arguments(self, size: Size, guidance: Guidance, noise, images=()) -> dict:
         stock = super().stock_arguments(size, guidance, noise, images)
         return stock | {"num_frames": size.num_frames}
-
-    def vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return unscale_channels(self.pipe.vae, latents)
-
-    def from_vae_latents(self, latents: Tensor, size: Size) -> Tensor:
-        return scale_channels(self.pipe.vae, latents)
-
-    def decode(self, latents: Tensor, size: Size) -> Tensor:
-        return super().decode(latents, size).movedim(2, 1)
-
-    def latents(self, images: list[np.ndarray] | Tensor, size: Size) -> Tensor:
-        """Encode videos, or images as videos of one frame."""
-        videos = [image if image.ndim == 4 else image[None] for image in images]
-        return super().latents(videos, size)

@@ -8,12 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from peft import (
-    LoraConfig,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from flow_grpo.records import Guidance
@@ -45,16 +40,12 @@ class Weights:
     ) -> Weights:
         """Load a pipeline folder or hub id: the VAE in fp32, all else in `dtype`.
 
-        transformer_dtype: where the transformer's differs, as in a full fine-tune. encoders: False
-        leaves out what only encode() needs of prompts; their files need not be there.
-
-        Components that the folder declares absent (SD3 without its third encoder) stay absent.
+        transformer_dtype: where it differs. encoders: False leaves out what only encode() needs.
         Raises ValueError if the path holds no such pipeline or it can't run in `dtype`.
         """
         if dtype == torch.float16 and not cls.runs_in_fp16:
             raise ValueError(
-                f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16 and gives invalid "
-                f"images. Set config.mixed_precision=bf16."
+                f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16. Set it to bf16."
             )
         family = cls.variant(path, revision)
         absent = {
@@ -63,21 +54,15 @@ class Weights:
             if isinstance(value, (list, tuple))
             and (value[0] is None or not encoders and name.startswith(ENCODERS))
         }
-        dtypes = {
-            "default": dtype,
-            "transformer": transformer_dtype or dtype,
-            "vae": torch.float32,
-        }
+        dtypes = {"default": dtype, "transformer": transformer_dtype or dtype, "vae": torch.float32}
         given = (family.components(path, revision) if encoders else {}) | absent
         pipe = family.stock.from_pretrained(path, revision=revision, dtype=dtypes, **given)
         return family(pipe.to(device))
 
     def trains(self, parameter: str) -> bool:
-        """Whether the transformer's parameter of this name trains.
+        """Whether the parameter of this name, the transformer's own or an adapter's, trains.
 
-        A full fine-tune asks it of the model's own parameters, a LoRA run of the adapter's
-        (".lora_A.", ".lora_B."). What the velocity does not depend on must not train:
-        DistributedDataParallel stops where a parameter gets no gradient.
+        False if the velocity does not depend on it: DDP stops where one gets no gradient.
         """
         return True
 
@@ -126,10 +111,7 @@ class Weights:
         )
 
     def load_transformer(self, folder: Path) -> None:
-        """Put a saved transformer's weights in place, in the dtype that is there.
-
-        Raises ValueError if they do not fit.
-        """
+        """Put a saved transformer's weights in place. Raises ValueError if they do not fit."""
         kind, dtype = type(self.transformer), self.transformer.dtype
         saved = kind.from_pretrained(folder, torch_dtype=dtype)
         try:
@@ -141,7 +123,6 @@ class Weights:
             ) from None
 
     def save_transformer(self, folder: Path) -> None:
-        """Write the transformer as the stock pipeline loads it."""
         self.transformer.save_pretrained(folder)
 
     @classmethod
@@ -184,10 +165,7 @@ class Weights:
 
     @classmethod
     def check_prompts(cls, prompts: list) -> None:
-        """Raise ValueError, before weights load, if a prompt's images don't suit the model.
-
-        prompts: prompts.Prompt, of training and evaluation.
-        """
+        """Raise ValueError, before weights load, if a Prompt's images don't suit the model."""
         least, most = cls.num_references
         for prompt in prompts:
             if not least <= len(prompt.images) <= most:
@@ -212,14 +190,12 @@ class Weights:
         step = cls.frames_a_latent
         if step and num_frames % step != 1:
             raise ValueError(
-                f"config.num_frames={num_frames}: this model draws 1, {step + 1}, {2 * step + 1}, "
-                f"... frames, a multiple of {step} plus one. The nearest is "
-                f"{max(round((num_frames - 1) / step), 0) * step + 1}."
+                f"config.num_frames={num_frames}: a multiple of {step} plus one is needed. The "
+                f"nearest is {max(round((num_frames - 1) / step), 0) * step + 1}."
             )
         if not step and num_frames != 1:
             raise ValueError(
-                f"config.num_frames={num_frames}: {cls.__name__} draws images, not videos. "
-                f"Set config.num_frames=1."
+                f"config.num_frames={num_frames}: {cls.__name__} draws images. Set it to 1."
             )
 
 
@@ -232,8 +208,8 @@ def _load_peft(path: str, transformer: torch.nn.Module) -> None:
     missing = [key for key in outcome.missing_keys if "lora_" in key]
     if missing or outcome.unexpected_keys:
         raise ValueError(
-            f"config.train.lora_path={path!r}: its adapter does not fit the model "
-            f"({len(missing)} weights missing, {len(outcome.unexpected_keys)} unknown, such as "
-            f"{(missing + outcome.unexpected_keys)[0]}). A LoRA of config.pretrained.model's "
+            f"config.train.lora_path={path!r}: {len(missing)} weights missing, "
+            f"{len(outcome.unexpected_keys)} unknown, such as "
+            f"{(missing + outcome.unexpected_keys)[0]}. A LoRA of config.pretrained.model's "
             f"transformer is needed."
         )

@@ -1,7 +1,5 @@
 """Z-Image and Z-Image-Turbo (arXiv:2511.22699): one stream of image and text, time 1 - sigma."""
 
-from __future__ import annotations
-
 import torch
 from diffusers import ZImagePipeline
 from torch import Tensor
@@ -13,9 +11,8 @@ from flow_grpo.records import Cond, Conditioning, Guidance, Size
 class ZImage(PatchedPipeline):
     """Its scale w gives c + w (c - u), SD3's scale w + 1: 0 means none, as Turbo wants.
 
-    The transformer takes a list of prompts without padding and pads within; it masks what it adds
-    to the shorter prompts of a call, so that other neighbours change a row by rounding only. The
-    stock options cfg_normalization and cfg_truncation are left at their defaults, off.
+    The transformer takes a list of unpadded prompts; it pads and masks within, so neighbours change
+    a row by rounding only. cfg_normalization and cfg_truncation stay at their defaults, off.
     """
 
     stock = ZImagePipeline
@@ -33,14 +30,14 @@ class ZImage(PatchedPipeline):
     ragged_text = True
 
     @torch.no_grad()
-    def encode(self, prompts: list[str], images: list[tuple], max_length: int) -> list[Cond]:
+    def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:
         embeds, _ = self.pipe.encode_prompt(
-            list(prompts),  # encode_prompt writes into it
+            prompt,
             device=self.device,
             do_classifier_free_guidance=False,
             max_sequence_length=max_length,
         )
-        return [Cond({"embeds": e.cpu()}) for e in embeds]
+        return Cond({"embeds": embeds[0].cpu()})
 
     def scheduler_arguments(self, num_steps: int, size: Size) -> dict:
         tokens = (size.height // self.vae_scale // 2) * (size.width // self.vae_scale // 2)

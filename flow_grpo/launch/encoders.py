@@ -122,12 +122,6 @@ def _precompute(
     encoder = Conditioner(pipeline, max_length, cache_bytes=0)
     bar = progress(len(items), "encode prompts", shown=shown)
     for item, prompt in items.items():
-        images = prompt.load_images()
-        cond = (
-            encoder.negative(item.image_paths, images)
-            if item.prompt is None
-            else encoder.cond(item.prompt, item.image_paths, images)
-        )
-        held.save(item, cond)
+        held.save(item, encoder.cond(item, prompt.load_images()))
         bar.update()
     bar.close()

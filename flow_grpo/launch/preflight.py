@@ -19,9 +19,7 @@ from flow_grpo.rewards.remote import health, servers
 def check(config: ConfigDict, world_size: int) -> plan.Plan:
     """Check all that needs no model and return the epoch's arithmetic. Raises ValueError."""
     keys.check(config, keys_of(config))
-    sample = config.sample
-    span, steps = tuple(sample.sde_window_range), tuple(sample.sde_steps)
-    rollouts.check(sample.num_steps, sample.sde_window_size, span, steps)
+    rollouts.check(config.sample)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
@@ -63,7 +61,7 @@ def _check_rewards(config: ConfigDict) -> None:
     for key, given in {"reward_fn": dict(config.reward_fn), "eval_reward_fn": held_out}.items():
         for name in given:
             try:
-                compares = not where.alone_knows(name) and loading.needs_groups(name)
+                compares = not where.alone_knows(name) and loading.find(name).needs_groups
             except ValueError as error:
                 raise ValueError(f"config.{key}={given}: {error}") from error
             _check_comparing(config, {name} if compares else ())

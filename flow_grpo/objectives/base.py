@@ -1,12 +1,7 @@
-"""What an objective declares and gives to each stage of an epoch. It holds no loop and does no I/O.
+"""What an objective declares and gives to each stage of an epoch. It holds no loop, does no I/O."""
 
-plan -> roll out -> score -> arrange -> update (prepare, then for each update: freeze, loss)
-"""
-
-from __future__ import annotations
-
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import ml_collections
@@ -18,11 +13,14 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.keys import Key
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Arranged, Guidance, Loss, Point, Rollout, RowTable
+from flow_grpo.records import Arranged, Loss, Point, Rollout, RowTable
 from flow_grpo.rollouts import Call, Calls, StepsOf
 from flow_grpo.sampling import Schedule
 
 Values = list[list[Tensor]]  # of each micro-batch, of each of its points: (M, ...)
+# (point, guidance=None) -> (M, ...) fp32; (micros, weights="policy", guidance=None) -> Values, by
+# weights that are loaded once, the policy's or a declared snapshot's. None: training's guidance.
+Velocity, Predict = Callable[..., Tensor], Callable[..., Values]
 
 
 @dataclass
@@ -33,29 +31,7 @@ class Micro:
     points: list[Point]
     velocity: Velocity  # by the weights that are loaded, (M, ...) fp32
     trained: list[Tensor | None]  # of each point: the rows of weight above 0; None: all
-    known: list[dict[str, Tensor]] = field(default_factory=list)  # of each point: name -> (M, ...)
-
-    def __post_init__(self):
-        self.known = self.known or [{} for _ in self.points]
-
-
-class Velocity(Protocol):
-    """Predicts the rows of a micro-batch."""
-
-    def __call__(self, point: Point, guidance: Guidance | None = None) -> Tensor:
-        """Return (M, ...) fp32. guidance: None: training's."""
-
-
-class Predict(Protocol):
-    """Predicts without a gradient."""
-
-    def __call__(
-        self, micros: list[Micro], weights: str = "policy", guidance: Guidance | None = None
-    ) -> Values:
-        """Return the velocity (M, ...) fp32 at every point, by these weights, loaded once for all.
-
-        weights: "policy", or a snapshot that the objective declares. guidance: None: training's.
-        """
+    known: list[dict[str, Tensor]] | None = None  # of each point, from prepare(): name -> (M, ...)
 
 
 class Snapshots(Protocol):
@@ -108,8 +84,7 @@ class Objective:
         """Say which rows train in which update, with which advantages and weights.
 
         A pure function of all ranks' rows. scores: (N,) fp64, NaN where missing and for rows that
-        are no leaves. By default all leaves train, cut in their order into equal micro-batches,
-        with targets() of their scores.
+        are no leaves. By default all leaves train, in their order, with targets() of their scores.
         """
         leaf = rows.leaf
         advantages, weights = scores.new_zeros(2, len(rows))
@@ -118,10 +93,9 @@ class Objective:
         return Arranged(plan.in_order(of_ranks, epoch), advantages, weights)
 
     def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-        """Turn the scores of all ranks into (advantages, weights), by default group-relative.
+        """Turn all ranks' scores (N,), NaN where missing, into (advantages, weights), (N,) fp64.
 
-        scores: (N,) fp64, NaN where missing. group: (N,) int64. Returns (N,) fp64 each; a row of
-        weight 0 is not trained, and the loss of an update is its mean weighted by these.
+        An update's loss is the mean weighted by these.
         """
         advantages = group_advantages(scores, group, std=self.std)
         return advantages.clamp(-self.adv_clip_max, self.adv_clip_max), (~scores.isnan()).double()
@@ -134,7 +108,7 @@ class Objective:
         """Compute what belongs to the weights that sampled, before the epoch's first update.
 
         micros: the epoch's, each once, or once an inner epoch if it draws_points. What is returned
-        reaches loss() under its name, with the values of its rows and point.
+        reaches loss() under its name.
         """
         return {}
 
@@ -159,10 +133,3 @@ class Objective:
 
     def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
         """Move snapshots after an epoch."""
-
-    def state(self) -> dict:
-        """Return the numbers that must live on, as JSON has them; a checkpoint holds them."""
-        return {}
-
-    def load_state(self, state: dict) -> None:
-        """Take back what state() returned."""

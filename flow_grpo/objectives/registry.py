@@ -1,7 +1,5 @@
 """What is optimised: a name in config.objective, and the class behind it."""
 
-from __future__ import annotations
-
 import re
 
 from flow_grpo import own
@@ -18,11 +16,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def find(name: str) -> type[Objective]:
-    """Return the class of an objective.
-
-    name: of OBJECTIVES, or the user's own "module:Class"; the module may lie in the current folder.
-    Raises ValueError if there is none.
-    """
+    """Return the class of a name of OBJECTIVES or "module:Class". Raises ValueError."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
     if ":" not in name:

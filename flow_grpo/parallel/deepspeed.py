@@ -1,7 +1,5 @@
 """DeepSpeed's ZeRO stages 1 and 2: each rank steps its own part of the weights, in fp32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -20,8 +18,8 @@ BUCKET = 2**26  # elements that full() joins at a time
 class DeepSpeed(Engine):
     """The module's weights are whole on each rank and may be of 16 bits; their masters are cut.
 
-    DeepSpeed flattens all masters into one row and gives each rank an equal piece of it, so a
-    weight may lie on two ranks. Of its optimizer this file uses what no public call offers.
+    DeepSpeed flattens all masters into one row, of which each rank has an equal piece, so a weight
+    may lie on two. This file uses of its optimizer what no public call offers.
     """
 
     def __init__(self, mixed_precision: str):

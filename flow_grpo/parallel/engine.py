@@ -1,7 +1,6 @@
 """What training asks of an engine, and what all ranks do together."""
 
-from __future__ import annotations
-
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -9,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import operations
 from torch import Tensor, distributed, nn
 
 from flow_grpo.parallel import state
-from flow_grpo.parallel.state import State
 
 POLICY = "policy/"  # before a weight's name, where snapshots' weights stand beside it
 Parts = dict[str, Tensor]  # by a trained weight's name: what this rank holds of a value of it
@@ -23,10 +22,8 @@ class Ranks:
     """The processes of a run. All must make the same calls, in the same order."""
 
     def __init__(self, device: torch.device):
-        self.device = device
-        together = distributed.is_available() and distributed.is_initialized()
-        self.rank = distributed.get_rank() if together else 0
-        self.num_ranks = distributed.get_world_size() if together else 1
+        self.device, state = device, PartialState()
+        self.rank, self.num_ranks = state.process_index, state.num_processes
 
     @property
     def is_main(self) -> bool:
@@ -34,47 +31,28 @@ class Ranks:
 
     def gather(self, values: Tensor) -> Tensor:
         """Join all ranks' values (N, ...), of one shape, to (num_ranks x N, ...) by rank."""
-        values = torch.atleast_1d(values).contiguous()
-        if self.num_ranks == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(self.num_ranks)]
-        distributed.all_gather(parts, values)
-        return torch.cat(parts)
+        return operations.gather(torch.atleast_1d(values))
 
     def total(self, values: Tensor) -> Tensor:
         """Add up all ranks' values, of one shape."""
-        if self.num_ranks == 1:
-            return values
-        sums = values.clone()
-        distributed.all_reduce(sums)
-        return sums
+        return operations.reduce(values, "sum")
 
     def gather_objects(self, value: Any) -> list:
-        """Return the value of each rank, by rank."""
-        values = [value] * self.num_ranks
-        if self.num_ranks > 1:
-            distributed.all_gather_object(values, value)
-        return values
+        return operations.gather_object([value])
 
     def broadcast_object(self, value: Any) -> Any:
-        """Return the main rank's value."""
-        values = [value]
-        if self.num_ranks > 1:
-            distributed.broadcast_object_list(values)
-        return values[0]
+        return operations.broadcast_object_list([value])[0]
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
         if self.num_ranks > 1:
             on_gpu = self.device.type == "cuda"
             distributed.barrier(device_ids=[self.device.index] if on_gpu else None)
 
 
 class Engine(ABC):
-    """One way to train a module on all ranks. The methods stand in the order of their calls.
+    """One way to train a module on all ranks, which must make the same calls, in this order.
 
-    No engine steps inside a backward pass: gradients are judged in between. All ranks must make
-    the same calls.
+    No engine steps inside a backward pass: gradients are judged in between.
     """
 
     module: nn.Module  # what trains
@@ -107,10 +85,7 @@ class Engine(ABC):
 
     @abstractmethod
     def norm(self) -> Tensor:
-        """Measure the whole gradient, unscaled and unclipped, after the last backward(); ().
-
-        It stays on the device, and is not finite where an element of the gradient is not.
-        """
+        """Measure the unclipped gradient, (), on the device; not finite where an element is not."""
 
     @abstractmethod
     def step(self, norm: float) -> None:
@@ -118,19 +93,7 @@ class Engine(ABC):
 
     @abstractmethod
     def discard(self, overflow: bool) -> None:
-        """Forget the gradient after norm(); nothing of it may reach the next update.
-
-        overflow: it was not finite though the loss was, for which fp16 lowers its scale.
-        """
-
-    @property
-    def learning_rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    @learning_rate.setter
-    def learning_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        """Forget the gradient after norm(). overflow: the loss was finite; fp16's scale falls."""
 
     @abstractmethod
     def masters(self) -> Parts:
@@ -142,39 +105,34 @@ class Engine(ABC):
 
     @abstractmethod
     def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
-        """Join all ranks' parts: give each weight's name and whole value, one after the other.
-
-        parts: masters(), or values in its form, such as a snapshot's.
-        """
+        """Give each weight's name and whole value in turn. parts: masters(), or a snapshot's."""
 
     def save(self, folder: Path, further: Parts) -> None:
         """Write masters, moments and loss scale, and `further` parts of weights by any names."""
         weights = {f"{POLICY}{name}": part for name, part in self.masters().items()} | further
         stepped = self._stepped().items()
         moments = {name: dict(self.optimizer.state.get(tensor, {})) for name, tensor in stepped}
-        held, written = State(self._layout(), weights, moments, self._scale()), None
-        if self.ranks.rank < self.num_parts:
-            written = state.write(folder, self.ranks.rank, held)
-        parts = self.ranks.gather_objects(written)[: self.num_parts]
+        part, written = self.ranks.rank, None
+        if part < self.num_parts:
+            written = state.write(folder, part, self._layout(), weights, moments)
+        index = {"scale": self._scale(), "parts": self.ranks.gather_objects(written)}
+        index["parts"] = index["parts"][: self.num_parts]
         if self.ranks.is_main:
-            state.write_index(folder, parts, held.scale)
+            (folder / state.INDEX).write_text(json.dumps(index) + "\n")
 
     def load(self, folder: Path) -> Parts:
-        """Continue from what save() wrote; the optimizer's settings stay. Returns `further`.
-
-        Raises ValueError if it was written for other weights, or by another number of ranks.
-        """
+        """Continue from what save() wrote, or raise ValueError; return `further`."""
         part = self.ranks.rank % self.num_parts
-        held = state.read(folder, part, self.num_parts, self._layout())
-        mine = {name for name in held.weights if name.startswith(POLICY)}
-        self.put({name.removeprefix(POLICY): held.weights[name] for name in mine})
+        weights, moments, scale = state.read(folder, part, self.num_parts, self._layout())
+        mine = {name for name in weights if name.startswith(POLICY)}
+        self.put({name.removeprefix(POLICY): weights[name] for name in mine})
         for name, tensor in self._stepped().items():
             self.optimizer.state[tensor] = {
                 key: value.to(tensor.device) if isinstance(value, Tensor) else value
-                for key, value in held.moments[name].items()
+                for key, value in moments[name].items()
             }
-        self._set_scale(held.scale)
-        return {name: value for name, value in held.weights.items() if name not in mine}
+        self._set_scale(scale)
+        return {name: value for name, value in weights.items() if name not in mine}
 
     @abstractmethod
     def _layout(self) -> dict[str, dict]:
@@ -193,5 +151,4 @@ class Engine(ABC):
         """Continue the search."""
 
     def leave(self) -> None:
-        """Part from the other ranks."""
         self._accelerator.end_training()

@@ -1,7 +1,5 @@
 """One process, or several with a whole copy of everything each (DDP)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -9,11 +7,8 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    DistributedType,
-    InitProcessGroupKwargs,
-)
+from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,26 +22,21 @@ class Plain(Engine):
 
     def __init__(self, mixed_precision: str, cpu: bool = False):
         """mixed_precision: no | bf16 | fp16. cpu: use no GPU even if there is one."""
+        kwargs = [DDPKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
         super().__init__(
-            Accelerator(
-                cpu=cpu,
-                mixed_precision=mixed_precision,
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(broadcast_buffers=False),
-                    InitProcessGroupKwargs(timeout=PATIENCE),
-                ],
-            )
+            Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=kwargs)
         )
         if self._accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError(
                 "FSDP is not supported yet: launch with scripts/accelerate_configs/multi_gpu.yaml "
                 "or deepspeed_zero2.yaml."
             )
-        self.scaler = self._accelerator.scaler  # None: not in fp16
+        # Not in fp16: one that does nothing.
+        self.scaler = self._accelerator.scaler or torch.amp.GradScaler(enabled=False)
 
     @property
     def looks_for_scale(self) -> bool:
-        return self.scaler is not None
+        return self.scaler.is_enabled()
 
     def wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
@@ -63,13 +53,10 @@ class Plain(Engine):
 
     def backward(self, loss: Tensor) -> None:
         loss = loss * self.ranks.num_ranks  # DDP averages
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
-        loss.backward()
+        self.scaler.scale(loss).backward()
 
     def norm(self) -> Tensor:
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._trained.values() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
@@ -77,16 +64,13 @@ class Plain(Engine):
         params = list(self._trained.values())
         whole = torch.full((), norm, dtype=params[0].dtype, device=self.ranks.device)
         nn.utils.clip_grads_with_norm_(params, self._max_grad_norm, whole)
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
 
     def discard(self, overflow: bool) -> None:
-        if self.scaler is not None:  # which remembers what norm() unscaled until it is updated
-            self.scaler.update(None if overflow else self.scaler.get_scale())
+        # The scaler remembers what norm() unscaled until it is updated.
+        self.scaler.update(None if overflow else self.scaler.get_scale())
         self.optimizer.zero_grad()
 
     def masters(self) -> Parts:
@@ -113,8 +97,8 @@ class Plain(Engine):
         return self._trained
 
     def _scale(self) -> dict[str, float]:
-        return self.scaler.state_dict() if self.scaler is not None else {}
+        return self.scaler.state_dict()  # {} if it does nothing
 
     def _set_scale(self, scale: dict[str, float]) -> None:
-        if self.scaler is not None and scale:
+        if scale:
             self.scaler.load_state_dict(scale)

@@ -1,9 +1,4 @@
-"""Leave in order: what ends a run before its time ends it where it can be saved.
-
-That is SIGTERM, SIGINT, the death of the launcher, or rewards that fail.
-"""
-
-from __future__ import annotations
+"""Leave in order at SIGTERM, SIGINT, the death of the launcher, or when rewards fail."""
 
 import os
 import signal
@@ -29,7 +24,6 @@ class Stop:
     """Remembers a request to end until check(), where all ranks learn of it together.
 
     A second signal after PATIENCE_S ends the process at once; launchers repeat the first one.
-    clock: seconds since any moment.
     """
 
     def __init__(self, ranks: Ranks, clock: Callable[[], float] = time.monotonic):

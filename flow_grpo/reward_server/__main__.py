@@ -70,7 +70,7 @@ def serve(args: argparse.Namespace, token: str) -> None:
         timeout_s=args.timeout,
     )
     batcher = Batcher(score, args.batch_size, args.linger_ms / 1000)
-    compares = loading.needs_groups(args.reward)
+    compares = loading.find(args.reward).needs_groups
     app = create_app(args.reward, batcher, limits, token, compares)
     # uvicorn repeats the signal that ended it once it has shut down; that is to change nothing.
     for number in (signal.SIGTERM, signal.SIGINT):

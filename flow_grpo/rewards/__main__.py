@@ -7,8 +7,6 @@ line, {"file": "a.png", "prompt": "...", "tag": "..."}, as scripts/evaluate.py -
 writes it, or a prompts.txt with a line an image in the order of their names.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -38,17 +36,18 @@ def main(argv: list[str]) -> None:
         if args.batch_size < 1:
             raise ValueError(f"--batch-size={args.batch_size}: at least 1 is needed.")
         for name in args.reward:
-            if loading.needs_groups(name):
+            if loading.find(name).needs_groups:
                 raise ValueError(f"--reward={name} compares the images of a rollout's group.")
         settings = options.settings(args.set, args.reward)
         found = pictures.read(args.folder)
-        columns = _columns(found, args.folder)
+        columns = [each.prompt for each in found], [each.metadata for each in found]
+        if None in columns[0]:
+            columns = Missing(args.folder), Missing(args.folder)
         for name in args.reward:
             loading.check(name, settings, *columns)
         out = args.out or args.folder / "scores.csv"
-        scorer = Scorer(
-            dict.fromkeys(args.reward, 1.0), settings, args.device or options.device(args.reward)
-        )
+        device = args.device or options.device(args.reward)
+        scorer = Scorer(dict.fromkeys(args.reward, 1.0), settings, device)
         report(found, score(found, scorer, columns, args.batch_size), out)
 
 
@@ -59,17 +58,12 @@ def score(
     parts = []
     for start in tqdm(range(0, len(found), batch_size), "score", leave=False, disable=None):
         rows = slice(start, start + batch_size)
-        batch = found[rows]
-        references = [picture.load_references() for picture in batch]
+        images = [pictures.load(picture.file) for picture in found[rows]]
+        references = [tuple(map(pictures.load, each.references)) for each in found[rows]]
+        known = (column[rows] for column in columns)
         try:
             parts.append(
-                scorer.score(
-                    Batch(
-                        [picture.load() for picture in batch],
-                        *(column[rows] for column in columns),
-                        references if any(references) else None,
-                    )
-                )
+                scorer.score(Batch(images, *known, references if any(references) else None))
             )
         except RuntimeError as error:  # names the reward
             raise ValueError(str(error)) from error
@@ -101,24 +95,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--reward", action="append", default=[], help="may be given several times")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a key of config.rewards in config/base.py, such as clip=/models/clip",
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of config.rewards"
     )
     parser.add_argument("--out", type=Path, help="of a line an image; default: FOLDER/scores.csv")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="of rewards that are models; default: cuda, or cpu")
     parser.add_argument("--list", action="store_true", help="list the rewards and end")
     return parser.parse_args(argv)
-
-
-def _columns(found: list[Picture], folder: Path) -> tuple:
-    """The prompts and the metadata; if one is not known, what says so to who looks at them."""
-    if any(picture.prompt is None for picture in found):
-        return Missing(folder), Missing(folder)
-    return [picture.prompt for picture in found], [picture.metadata for picture in found]
 
 
 if __name__ == "__main__":

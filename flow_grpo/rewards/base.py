@@ -1,16 +1,14 @@
 """What a reward is: a class that keeps something, or a plain function with what it brings.
 
-Its module imports numpy and PIL alone at its top, so that the registry and a server import where
-other rewards' packages are missing; heavy packages are imported by the constructor.
+Its module imports numpy and PIL alone at its top, for servers; its constructor the rest.
 """
-
-from __future__ import annotations
 
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import update_wrapper
 from importlib.util import find_spec
+from inspect import Parameter
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,26 +16,24 @@ import numpy as np
 from flow_grpo.rewards.batch import Batch
 
 COLUMNS = ("images", "prompts", "metadata", "references", "group")  # that a function may name
-Check = Callable[[Mapping[str, Any], Sequence[str], Sequence[Mapping]], None]
+Settings = Mapping[str, Any]
+Check = Callable[[Settings, Sequence[str], Sequence[Mapping]], None]
 
 
 class Reward:
     """A scorer that keeps something: a model, processes, connections.
 
-    settings: config.rewards as a dict, with config.ocr_engine and `defaults` among them. Only the
-    constructor may load weights, so that a mistake shows before anything slow.
+    settings: config.rewards, with config.ocr_engine and `defaults`. Only the constructor loads.
     """
 
     needs_groups = False  # True: it compares the images of a group, so a call has whole groups
     defaults: ClassVar[Mapping[str, Any]] = {}  # settings of its own
 
-    def __init__(self, settings: Mapping[str, Any], device: str):
+    def __init__(self, settings: Settings, device: str):
         pass
 
     @classmethod
-    def check(
-        cls, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
-    ) -> None:
+    def check(cls, settings: Settings, prompts: Sequence[str], metadata: Sequence[Mapping]) -> None:
         """Raise ValueError if the settings or a prompt can't be scored; called before loading."""
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
@@ -51,34 +47,24 @@ class Reward:
 class Plain:
     """A function as a reward. It gets the columns and settings that it names.
 
-    A function with one required parameter, if that is not a column's name, gets the Batch. Raises
-    ValueError for a parameter that nothing is known of. Called itself, it is the function.
+    With one required parameter of another name it gets the Batch; any other is a ValueError.
     """
 
-    def __init__(
-        self,
-        function: Callable,
-        check: Check | None = None,
-        settings: Mapping[str, Any] | None = None,
-        needs_groups: bool = False,
-    ):
+    def __init__(self, function: Callable, check=None, settings=None, needs_groups: bool = False):
         update_wrapper(self, function)
-        self._function, self._check = function, check
+        self._function, self.check = function, check or Reward.check
         self.defaults, self.needs_groups = dict(settings or {}), needs_groups
-        known, every = {*COLUMNS, *self.defaults}, inspect.signature(function).parameters.values()
-        self._names = [p.name for p in every if p.name in known and p.kind != p.POSITIONAL_ONLY]
-        required = [
-            p.name
-            for p in every
-            if p.default is p.empty
-            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-            and p.name not in self.defaults
-        ]
+        every = inspect.signature(function).parameters
+        known, stars = {*COLUMNS, *self.defaults}, (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        named = (n for n, p in every.items() if p.kind != Parameter.POSITIONAL_ONLY)
+        self._names = [name for name in named if name in known]
+        required = (n for n, p in every.items() if p.default is p.empty and p.kind not in stars)
+        required = [name for name in required if name not in self.defaults]
         others = [name for name in required if name not in self._names]
         self._takes_batch = len(required) == len(others) == 1
         if (others or not self._names) and not self._takes_batch:
             raise ValueError(
-                f"{function!r} has parameters {list(inspect.signature(function).parameters)}. "
+                f"{function!r} has parameters {list(every)}. "
                 f"Needed are some of {', '.join((*COLUMNS, *self.defaults))}; or a single one, for "
                 f"the whole flow_grpo.rewards.batch.Batch."
             )
@@ -86,24 +72,9 @@ class Plain:
     def __call__(self, *arguments, **named) -> Any:
         return self._function(*arguments, **named)
 
-    def check(
-        self, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
-    ) -> None:
-        """Raise ValueError if the function can't score these prompts."""
-        if self._check is not None:
-            self._check(settings, prompts, metadata)
-
-    def scorer(self, settings: Mapping[str, Any]) -> Callable[[Batch], Any]:
-        """Return the function as every scorer is called, with a Batch."""
-
+    def scorer(self, settings: Settings) -> Callable[[Batch], Any]:
         def score(batch: Batch) -> Any:
-            columns = {
-                "images": batch.images,
-                "prompts": batch.prompts,
-                "metadata": batch.metadata,
-                "references": batch.references,
-                "group": batch.group,
-            }
+            columns = {name: each for name, each in vars(batch).items() if name in COLUMNS}
             known = {**settings, **columns}
             whole = (batch,) if self._takes_batch else ()
             return self._function(*whole, **{name: known[name] for name in self._names})
@@ -112,16 +83,13 @@ class Plain:
 
 
 def reward(
-    *,
-    check: Check | None = None,
-    settings: Mapping[str, Any] | None = None,
-    needs_groups: bool = False,
+    *, check: Check | None = None, settings: Settings | None = None, needs_groups: bool = False
 ) -> Callable[[Callable], Plain]:
     """Give a plain function what a class has: a check, settings with defaults, whole groups."""
     return lambda function: Plain(function, check, settings, needs_groups)
 
 
-def check_model(settings: Mapping[str, Any], key: str) -> None:
+def check_model(settings: Settings, key: str) -> None:
     """Raise ValueError unless config.rewards.<key> is a folder, a file or could be a hub id."""
     path = settings[key]
     if not path:
@@ -142,7 +110,6 @@ def check_package(module: str, extra: str) -> None:
 
 
 def only_images(images: list[np.ndarray], reward: str) -> list[np.ndarray]:
-    """Return the images. Raises ValueError for a video."""
     for image in images:
         if image.ndim != 3:
             raise ValueError(f"{reward} scores images (H, W, 3), and got {image.shape}.")

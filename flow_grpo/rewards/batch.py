@@ -52,9 +52,8 @@ class Batch:
             metadata=[self.metadata[i] for i in rows],
             references=self.references and [self.references[i] for i in rows],
             group=None if self.group is None else self.group[rows],
-            errors={j: self.errors[i] for j, i in enumerate(rows) if i in self.errors}
-            if self.errors
-            else None,
+            errors=self.errors
+            and {j: self.errors[i] for j, i in enumerate(rows) if i in self.errors},
         )
 
     def units(self) -> list[list[int]]:
@@ -72,10 +71,7 @@ class Batch:
 def scatter(
     parts: Iterable[tuple[Sequence[int], Mapping[str, np.ndarray]]], num_rows: int
 ) -> dict[str, np.ndarray]:
-    """Put the scores of parts of a batch, each with its rows' numbers, in their places.
-
-    Returns {name: (num_rows,) float64}, NaN where a part lacks a column.
-    """
+    """Put scores of parts, each with its row numbers, in place: (num_rows,) float64 or NaN."""
     columns: dict[str, np.ndarray] = {}
     for rows, scores in parts:
         for name, values in scores.items():

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -15,8 +14,7 @@ import numpy as np
 
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.base import Reward
-from flow_grpo.rewards.batch import Batch
-from flow_grpo.rewards.queue import Lane
+from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.remote import health, servers
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
@@ -24,13 +22,11 @@ CLOSE_S = 10.0  # for the calls that are being made when a run ends
 
 
 class Scorer:
-    """The rewards of a run, each with a thread of its own.
+    """The rewards of a run, each with a thread of its own; their weighted sum is "avg".
 
-    The trained score is the weighted sum, under "avg"; a row that lacks a reward of non-zero weight
-    is NaN there. A reward of weight 0 is only monitored. held_out: names of further rewards, scored
-    where they are asked for. masks: a reward that fails gives NaN and a warning, not an exception.
-    group_size: images of a group, for rewards that compare them; comparing: which of those that
-    only their server knows do.
+    A row that lacks a reward of non-zero weight is NaN there. held_out: names scored where asked
+    for. masks: a reward that fails gives NaN and a warning. group_size: for rewards that compare;
+    comparing: those that only their server knows.
     """
 
     def __init__(
@@ -45,14 +41,11 @@ class Scorer:
         group_size: int = 0,
         comparing: Collection[str] = (),
     ):
-        self.weights, self._masks, self._group_size = dict(weights), masks, group_size
+        self.weights, self._masks, self.group_size = dict(weights), masks, group_size
         self.last_masked = ""  # what the last failure that was masked said
         names = (*self.weights, *held_out)
-        self._comparing = {
-            name
-            for name in names
-            if name in comparing or (not where.alone_knows(name) and loading.needs_groups(name))
-        }
+        found = (n for n in names if not where.alone_knows(n) and loading.find(n).needs_groups)
+        self.comparing = {*comparing, *found}
         self._scorers = {
             name: _remote(name, where)
             if name in where.urls
@@ -64,7 +57,6 @@ class Scorer:
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict, device: str) -> Scorer:
-        """Load what a config asks for."""
         where = servers.of(config)
         return cls(
             config.reward_fn,
@@ -78,37 +70,24 @@ class Scorer:
         )
 
     def start(self, held_out: bool = False) -> Scoring:
-        """Begin the scoring of an epoch's or an evaluation's rows."""
-        return Scoring(self, self._names(held_out))
+        return Scoring(self, self._scorers if held_out else self.weights)
 
-    def lane(self, name: str) -> Lane:
-        """Return the way of a scoring's rows through a reward."""
-        assert self._group_size or name not in self._comparing, name
-        group_size = self._group_size if name in self._comparing else 0
-        return Lane(partial(self._hand_over, name), group_size)
-
-    def score(self, batch: Batch, held_out: bool = False) -> dict[str, np.ndarray]:
+    def score(self, batch: Batch) -> dict[str, np.ndarray]:
         """Score now, in this thread. Raises RuntimeError naming the reward that failed."""
-        names = self._names(held_out)
-        return self.combine({name: self._call(name, batch) for name in names}, len(batch))
+        return self.combine({name: self._call(name, batch) for name in self.weights}, len(batch))
 
     def combine(
         self, columns: Mapping[str, dict[str, np.ndarray]], num_rows: int
     ) -> dict[str, np.ndarray]:
-        """Put the columns of each reward together and add up "avg"."""
         total = np.zeros(num_rows)
         for name, weight in self.weights.items():
             if weight:
                 total = total + weight * columns[name][name]
-        return {key: each for part in columns.values() for key, each in part.items()} | {
-            "avg": total
-        }
+        scores = {key: each for part in columns.values() for key, each in part.items()}
+        return scores | {"avg": total}
 
     def close(self) -> None:
-        """Drop what is queued, end the rewards, and wait for calls in the making, at most CLOSE_S.
-
-        Called once no score is wanted any more.
-        """
+        """End the rewards, drop what is queued, wait at most CLOSE_S for calls under way."""
         for thread in self._threads.values():
             thread.shutdown(wait=False, cancel_futures=True)
         for scorer in self._scorers.values():
@@ -116,10 +95,7 @@ class Scorer:
                 scorer.close()
         wait([call for call in self._calls if not call.cancelled()], CLOSE_S)
 
-    def _names(self, held_out: bool) -> Collection[str]:
-        return self._scorers if held_out else self.weights
-
-    def _hand_over(self, name: str, batch: Batch) -> Future:
+    def hand_over(self, name: str, batch: Batch) -> Future:
         call = self._threads[name].submit(self._call, name, batch)
         self._calls.add(call)
         return call
@@ -153,33 +129,57 @@ class Scorer:
 
 
 class Scoring:
-    """Rows on their way through all rewards: add() call by call, then wait for result()."""
+    """Rows on their way through rewards: add() call by call, then wait for result().
+
+    A reward that compares gets groups once they are whole; those that a batch completes, at once.
+    """
 
     def __init__(self, scorer: Scorer, names: Collection[str]):
         self._scorer, self._num_rows = scorer, 0
-        self._lanes = {name: scorer.lane(name) for name in names}
+        self._comparing = scorer.comparing & set(names)
+        assert scorer.group_size or not self._comparing, self._comparing
+        self._waiting: dict[int, list[tuple[int, Batch]]] = {}  # by group: number and row
+        # Of each reward: the numbers of a call's rows, and their scores.
+        self._calls: dict[str, list[tuple[list[int], Future]]] = {name: [] for name in names}
 
     def add(self, batch: Batch) -> None:
         """Take in the rows of a sampling call; returns at once."""
-        for lane in self._lanes.values():
-            lane.add(batch, self._num_rows)
+        rows = list(range(self._num_rows, self._num_rows + len(batch)))
         self._num_rows += len(batch)
+        whole = rows, batch
+        if self._comparing and batch.group is not None:
+            whole = self._complete(rows, batch)
+        for name, calls in self._calls.items():
+            numbers, part = whole if name in self._comparing else (rows, batch)
+            if numbers:
+                calls.append((numbers, self._scorer.hand_over(name, part)))
 
     def result(self, patience_s: float | None = None) -> dict[str, np.ndarray]:
         """Wait for the scores of all rows, (N,) float64 each, in the order of add().
 
-        patience_s: for each call of a reward, None: however long it takes. Raises RuntimeError
-        naming the reward that failed, or took longer.
+        patience_s: for each call, None: endless. Raises RuntimeError naming the reward that failed.
         """
+        assert not self._waiting, f"groups {sorted(self._waiting)} are not whole"
         columns = {}
-        for name, lane in self._lanes.items():
+        for name, calls in self._calls.items():
             try:
-                columns[name] = lane.result(self._num_rows, patience_s)
+                scores = [(numbers, call.result(patience_s)) for numbers, call in calls]
             except FutureTimeout:
                 raise RuntimeError(
                     f"reward {name!r} gave no scores for a call in {patience_s:g} s"
                 ) from None
+            columns[name] = scatter(scores, self._num_rows)
         return self._scorer.combine(columns, self._num_rows)
+
+    def _complete(self, numbers: list[int], batch: Batch) -> tuple[list[int], Batch]:
+        """Take rows in and give out those of the groups that are whole now."""
+        whole: list[tuple[int, Batch]] = []
+        for row, group in enumerate(batch.group.tolist()):
+            members = self._waiting.setdefault(group, [])
+            members.append((numbers[row], batch.rows([row])))
+            if len(members) == self._scorer.group_size:
+                whole += self._waiting.pop(group)
+        return [number for number, _ in whole], Batch.cat([row for _, row in whole])
 
 
 def _remote(name: str, where: Servers) -> Reward:

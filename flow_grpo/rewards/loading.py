@@ -1,7 +1,5 @@
 """From a name in config.reward_fn to a scorer: found, checked before weights load, then built."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,45 +13,35 @@ from flow_grpo.rewards.registry import REWARDS
 
 
 def settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Gather the keys of a config that rewards read."""
     return {**config.rewards, "ocr_engine": config.ocr_engine}
 
 
 def find(name: str) -> type[Reward] | Plain:
-    """Return the reward of a name.
-
-    name: a key of REWARDS, or the user's own "module:attribute"; the module may lie in the current
-    folder. Raises ValueError if there is none, or if it is a function that can't be called.
-    """
-    if name in REWARDS:
-        found = REWARDS[name]
-    elif ":" in name:
-        found = _own(name)
-    else:
+    """Return the reward of a key of REWARDS or "module:attribute". Raises ValueError."""
+    if name not in REWARDS and ":" not in name:
         raise ValueError(
             f"there is no reward {name!r}; there are {', '.join(sorted(REWARDS))}, and "
             f"module:function is one's own.{did_you_mean(name, REWARDS)}"
         )
-    if isinstance(found, (type, Plain)):
+    what = f"the reward {name!r}"
+    found = REWARDS[name] if name in REWARDS else own.load(name, what, "function")
+    if isinstance(found, Plain) or (isinstance(found, type) and issubclass(found, Reward)):
         return found
+    if isinstance(found, type) or not callable(found):
+        raise ValueError(
+            f"{what} is {found!r}; needed is a function, or a class of "
+            f"flow_grpo.rewards.base.Reward."
+        )
     try:
         return Plain(found)
     except ValueError as error:
-        raise ValueError(f"the reward {name!r} can't be called: {error}") from error
-
-
-def needs_groups(name: str) -> bool:
-    """Tell whether a reward compares the images of a group."""
-    return find(name).needs_groups
+        raise ValueError(f"{what} can't be called: {error}") from error
 
 
 def check(
     name: str, settings: Mapping[str, Any], prompts: Sequence[str], metadata: Sequence[Mapping]
 ) -> None:
-    """Raise ValueError if a reward does not exist or can't score these prompts. Loads nothing.
-
-    prompts, metadata: those of every row that will be scored.
-    """
+    """Raise ValueError if a reward does not exist or can't score all these. Loads nothing."""
     found = find(name)
     try:
         found.check({**found.defaults, **settings}, prompts, metadata)
@@ -64,8 +52,7 @@ def check(
 def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[[Batch], dict]:
     """Build a reward's scorer; its weights load here.
 
-    The scores of the user's own "module:attribute" may be named after the attribute, or be an array
-    without a name.
+    The user's own may name its scores after the attribute, or give an array without a name.
     """
     found = find(name)
     settings = {**found.defaults, **settings}
@@ -87,13 +74,3 @@ class _Renamed(Reward):
     def close(self) -> None:
         if isinstance(self.scorer, Reward):
             self.scorer.close()
-
-
-def _own(name: str) -> Callable:
-    found = own.load(name, f"the reward {name!r}", "function")
-    if not callable(found) or (isinstance(found, type) and not issubclass(found, Reward)):
-        raise ValueError(
-            f"the reward {name!r} is {found!r}; needed is a function, or a class of "
-            f"flow_grpo.rewards.base.Reward."
-        )
-    return found

@@ -1,7 +1,5 @@
 """What the commands that score without a run share: --set, and the device."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from config.base import COMMON, base
@@ -10,10 +8,7 @@ from flow_grpo.rewards import loading
 
 
 def settings(given: list[str], rewards: list[str]) -> dict[str, Any]:
-    """Return config.rewards and the rewards' own settings as --set KEY=VALUE changes them.
-
-    Raises ValueError.
-    """
+    """Return config.rewards and the rewards' settings, changed by --set; or raise ValueError."""
     config = base(None)
     own = {key: value for name in rewards for key, value in loading.find(name).defaults.items()}
     for each in given:
@@ -35,7 +30,6 @@ def settings(given: list[str], rewards: list[str]) -> dict[str, Any]:
 
 
 def device(rewards: list[str]) -> str:
-    """Return where the rewards' models go if nobody says."""
     if not any(isinstance(loading.find(name), type) for name in rewards):
         return "cpu"  # functions hold no model, and torch takes seconds
     from torch import cuda

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 from PIL import Image, ImageSequence
+
+from flow_grpo.cli import json_rows
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -20,15 +22,8 @@ class Picture:
     metadata: dict | None = None
     references: tuple[Path, ...] = ()
 
-    def load(self) -> np.ndarray:
-        """Return uint8 (H, W, 3), or (F, H, W, 3) of a file with several frames."""
-        return _read(self.file)
 
-    def load_references(self) -> tuple[np.ndarray, ...]:
-        return tuple(_read(path) for path in self.references)
-
-
-class Missing:
+class Missing(Sequence):
     """Stands for prompts that a folder does not have; who looks at it raises ValueError."""
 
     def __init__(self, folder: Path):
@@ -37,13 +32,7 @@ class Missing:
             f'{{"file": ..., "prompt": ...}} an image there, or a prompts.txt with a line each.'
         )
 
-    def __getattr__(self, name: str) -> NoReturn:
-        raise ValueError(self.remedy)
-
     def __len__(self) -> NoReturn:
-        raise ValueError(self.remedy)
-
-    def __iter__(self) -> NoReturn:
         raise ValueError(self.remedy)
 
     def __getitem__(self, index: slice) -> Missing:
@@ -55,10 +44,8 @@ class Missing:
 def read(folder: Path) -> list[Picture]:
     """List a folder's images, with what metadata.jsonl or prompts.txt says of them.
 
-    metadata.jsonl: {"file": a path from the folder, "prompt": ..., ...} a line; its rows decide
-    which images there are, reach the rewards as metadata, and may name reference images under
-    "image". prompts.txt: a line an image, in the order of their names.
-    Raises ValueError naming the file, the line and what is wrong with it.
+    metadata.jsonl: see json_rows; its rows' "file" decide which images there are. prompts.txt: a
+    line an image, by their names. Raises ValueError naming the file, the line and the fault.
     """
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; one with images is needed.")
@@ -66,8 +53,7 @@ def read(folder: Path) -> list[Picture]:
     if rows.is_file() and lines.is_file():
         raise ValueError(f"{folder} has both {rows.name} and {lines.name}: delete one of them.")
     if rows.is_file():
-        text = rows.read_text(encoding="utf-8").split("\n")
-        found = [_row(line, rows, n) for n, line in enumerate(text, start=1) if line.strip()]
+        found = [_picture(*row, folder) for row in json_rows(rows, "file")]
     else:
         files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         found = [Picture(file) for file in files]
@@ -84,24 +70,15 @@ def read(folder: Path) -> list[Picture]:
     return found
 
 
-def _row(line: str, path: Path, number: int) -> Picture:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("file"), str):
-        raise ValueError(f'{path}, line {number}: an object with a "file" is needed.')
-    named = row.get("image", [])
-    references = tuple(
-        path.parent / name for name in ([named] if isinstance(named, str) else named)
-    )
-    for file in (path.parent / row["file"], *references):
+def _picture(where: str, row: dict, references: list[Path], folder: Path) -> Picture:
+    for file in (folder / row["file"], *references):
         if not file.is_file():
-            raise ValueError(f"{path}, line {number}: there is no image {file}.")
-    return Picture(path.parent / row["file"], row.get("prompt"), row, references)
+            raise ValueError(f"{where}: there is no image {file}.")
+    return Picture(folder / row["file"], row.get("prompt"), row, tuple(references))
 
 
-def _read(path: Path) -> np.ndarray:
+def load(path: Path) -> np.ndarray:
+    """Return uint8 (H, W, 3), or (F, H, W, 3) of a file with several frames."""
     try:
         with Image.open(path) as opened:
             frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(opened)]

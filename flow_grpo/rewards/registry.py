@@ -1,10 +1,7 @@
 """The rewards: a name in config.reward_fn, and the class or function behind it.
 
-A scorer takes a Batch and returns {name: (B,)}. The value under the reward's own name is trained,
-others are logged, NaN means "could not be scored".
+The value under its own name is trained, others are logged; NaN: "could not be scored".
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 

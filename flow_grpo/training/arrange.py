@@ -1,9 +1,5 @@
 """Between scoring and the updates: who trains when, and this rank's share of it."""
 
-from __future__ import annotations
-
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,24 +15,20 @@ def arrange(
 ) -> Arranged:
     """Let the objective arrange all ranks' rows; the same on every rank.
 
-    scores: (N,) fp64, NaN where missing. shuffle: a control that deals the outcome to random
-    leaves: advantages and weights or, where the objective selects by scores, these.
+    scores: (N,) fp64. shuffle: a control that deals advantages and weights, or the scores of an
+    objective that selects by them, to random leaves.
     """
-    leaves = torch.nonzero(rows.leaf).flatten()
-    dealt = leaves.clone()
+    dealt = torch.arange(len(rows))  # the row whose outcome each gets
     if shuffle:
+        leaves = torch.nonzero(rows.leaf).flatten()
         order = list(range(len(leaves)))
         randomness.rng(plan.seed, "shuffle", epoch).shuffle(order)
-        dealt = leaves[order]
+        dealt[leaves] = leaves[order]
     if objective.selects:
-        scores = scores.index_copy(0, leaves, scores[dealt])
-    arranged = objective.arrange(scores, rows, plan, epoch)
-    if not objective.selects:
-        arranged = replace(
-            arranged,
-            advantages=arranged.advantages.index_copy(0, leaves, arranged.advantages[dealt]),
-            weights=arranged.weights.index_copy(0, leaves, arranged.weights[dealt]),
-        )
+        arranged = objective.arrange(scores[dealt], rows, plan, epoch)
+    else:
+        arranged = objective.arrange(scores, rows, plan, epoch)
+        arranged.advantages, arranged.weights = arranged.advantages[dealt], arranged.weights[dealt]
     check(arranged, rows, plan)
     return arranged
 
@@ -60,10 +52,7 @@ def total_weight(arranged: Arranged, update: list[list[np.ndarray]], num_points:
 
 
 def take_rows(rollout: Rollout, micro: np.ndarray, first: int) -> Rollout:
-    """Return a micro-batch's rows of this rank's rollout, with weight 0 where they only fill up.
-
-    first: the number of this rank's first row among all ranks'.
-    """
+    """Return a micro-batch of a rollout whose first row has the number `first`; a fill weighs 0."""
     fill, local = micro < 0, _numbers(micro) - first
     if (np.diff(local) == 1).all() and not fill.any():
         return rollout.rows(slice(int(local[0]), int(local[-1]) + 1))  # views, no copies

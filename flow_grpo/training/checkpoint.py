@@ -20,8 +20,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 def save(run: Run, metrics_bytes: int) -> Path:
     """Save the state at the start of epoch `run.epoch`. Every rank must call it.
 
-    The folder is written aside and renamed, so that a kill at any moment leaves either a complete
-    checkpoint or none. metrics_bytes: how much of metrics.jsonl belongs to the finished epochs.
+    A kill at any moment leaves a complete checkpoint or none. metrics_bytes: of finished epochs.
     """
     final = run.folder / "checkpoints" / f"checkpoint-{run.updater.num_updates}"
     state = (run.epoch, run.updater.num_updates)
@@ -52,10 +51,7 @@ def _write(run: Run, final: Path, metrics_bytes: int) -> None:
 
 
 def load(run: Run, folder: Path) -> None:
-    """Continue from a checkpoint that folders.resume_point() accepted.
-
-    In the run that wrote it, what came after it is forgotten: rows of metrics and checkpoints.
-    """
+    """Continue from a checkpoint; in the run that wrote it, forget what came after it."""
     run.snapshots.load_state_dict(run.engine.load(folder))
     state = folders.read(folder)
     run.epoch = state["epoch"]
@@ -108,10 +104,9 @@ def _prune(run_folder: Path, limit: int) -> None:
         _remove(folder)
     for folder in folders.checkpoints(run_folder)[: -limit or 0] if limit else []:
         _remove(folder)
-    for rest in (run_folder / "checkpoints").glob(".writing-*"):
-        shutil.rmtree(rest)
-    for rest in (run_folder / "checkpoints").glob(".removing-*"):
-        shutil.rmtree(rest)
+    for pattern in (".writing-*", ".removing-*"):
+        for rest in (run_folder / "checkpoints").glob(pattern):
+            shutil.rmtree(rest)
 
 
 def _remove(folder: Path) -> None:

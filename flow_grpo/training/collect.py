@@ -1,7 +1,5 @@
 """The first half of an epoch: roll out, score, and weigh the rows of all ranks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -75,15 +73,8 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                 done.append(part)
                 if call.leaf:
                     decoded = decode(run.pipeline, part.rollout)
-                    scoring.add(
-                        Batch(
-                            decoded,
-                            batch.prompts,
-                            batch.metadata,
-                            batch.references,
-                            batch.group.numpy(),
-                        )
-                    )
+                    known = batch.prompts, batch.metadata, batch.references
+                    scoring.add(Batch(decoded, *known, batch.group.numpy()))
                     images += decoded
             run.evaluator.stop.check()  # of as many calls as the rank with the most makes
     bar.close()
@@ -108,7 +99,8 @@ def weigh(
 ) -> tuple[Arranged, dict[str, float]]:
     """Turn the scores of all ranks into what trains when; give this rank's rows their share."""
     config, rollout = run.config, sampled.rollout
-    rows, world = table_of(run, rollout), _world(run, scores)
+    rows, ranks = table_of(run, rollout), run.ranks.gather_objects(scores)
+    world = {n: torch.from_numpy(np.concatenate([each[n] for each in ranks])) for n in scores}
     leaf_scores = combine(config, world, rows.group[rows.leaf])
     all_scores = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     all_scores[rows.leaf] = leaf_scores
@@ -135,7 +127,6 @@ def weigh(
 
 
 def table_of(run: Run, rollout: Rollout) -> RowTable:
-    """Put what is known of all ranks' rows side by side."""
     rank = run.ranks.rank
     columns = {
         "group": rollout.batch.group,
@@ -154,10 +145,9 @@ def table_of(run: Run, rollout: Rollout) -> RowTable:
 
 
 def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group: Tensor) -> Tensor:
-    """Return the one score (N,) that is trained, of all ranks; NaN where a reward is missing.
+    """Return the one score (N,) that is trained; NaN where a reward is missing.
 
-    config.reward_aggregation "gdpo": each reward normalised in its groups first; the objective then
-    only centres it.
+    gdpo: each reward normalised in its groups first; the objective then only centres it.
     """
     average = scores["avg"]
     if config.reward_aggregation == "sum":
@@ -165,11 +155,3 @@ def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group:
     weights = {name: weight for name, weight in config.reward_fn.items() if weight}
     combined = advantages.gdpo_advantages({name: scores[name] for name in weights}, weights, group)
     return torch.where(average.isnan(), average, combined)
-
-
-def _world(run: Run, scores: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """Put the scores of all ranks' leaves together."""
-    ranks = run.ranks.gather_objects(scores)
-    return {
-        name: torch.from_numpy(np.concatenate([each[name] for each in ranks])) for name in scores
-    }

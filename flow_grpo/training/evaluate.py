@@ -19,10 +19,7 @@ NUM_COLUMNS = 12  # images of a sheet's row
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Evaluate the averaged weights if there are any, log a row and save a sheet of images.
-
-    Returns what metrics() makes of the scores.
-    """
+    """Evaluate the average if there is one, log a row, save a sheet; return metrics()."""
     prompts = run.plan.eval_prompts
     with run.timer("eval"), run.snapshots.using("ema" if run.config.train.ema else "policy"):
         scores, images = score_prompts(run.evaluator, prompts, spread(len(prompts)))
@@ -34,10 +31,14 @@ def evaluate(run: Run) -> dict[str, float]:
     size = run.evaluator.size
     layout = {"num_columns": NUM_COLUMNS, "size": (size.height, size.width)}
     run.tracker.write("images/eval.json", layout | {"prompts": [prompts[n].text for n in images]})
+    alarmed = (
+        f"reward hacking: since the second evaluation before, the trained reward rose and held-out "
+        f"rewards fell: {', '.join(fallen)} (95 % intervals of the change)"
+    )
     if fallen and run.config.hacking_alarm == "stop":
-        raise Stopped(f"{_alarm(fallen)} (config.hacking_alarm=stop)")
+        raise Stopped(f"{alarmed} (config.hacking_alarm=stop)")
     if fallen and run.config.hacking_alarm == "warn" and run.ranks.is_main:
-        tqdm.write(f"warning: {_alarm(fallen)}")
+        tqdm.write(f"warning: {alarmed}")
     return found
 
 
@@ -51,10 +52,3 @@ def _fallen(run: Run, scores: dict[str, np.ndarray]) -> list[str]:
         fallen = alarm.fallen(run.folder, steps, scores, held_out, prompts)
         alarm.write(run.folder, run.updater.num_updates, scores, prompts)
     return run.ranks.broadcast_object(fallen)
-
-
-def _alarm(fallen: list[str]) -> str:
-    return (
-        f"reward hacking: since the second evaluation before, the trained reward rose and held-out "
-        f"rewards fell: {', '.join(fallen)} (95 % intervals of the change)"
-    )

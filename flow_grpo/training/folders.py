@@ -1,6 +1,4 @@
-"""Where a run keeps what, and which checkpoint it may continue from. No torch."""
-
-from __future__ import annotations
+"""Where a run keeps what, and which checkpoint it may continue from."""
 
 import json
 import time
@@ -8,7 +6,7 @@ from pathlib import Path
 
 import ml_collections
 
-from flow_grpo.parallel.launched import shards_state
+from flow_grpo.parallel.choose import shards_state
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 FORMAT = 2  # of checkpoints; 1 was unpickled
@@ -16,7 +14,6 @@ REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its
 
 
 def run_name(config: ml_collections.ConfigDict, name: str) -> str:
-    """Return config.run_name, or the config's name and the time."""
     return config.run_name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -28,11 +25,7 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 
 def resume_point(config: ml_collections.ConfigDict, identity: dict) -> Path | None:
-    """Find the checkpoint that config.resume_from means; None: start anew.
-
-    identity: see identity(). Raises ValueError if there is none, it is damaged, or it belongs to
-    another model or to other trained weights.
-    """
+    """Find the checkpoint of config.resume_from, None: start anew; or raise ValueError."""
     wanted = config.resume_from
     if not wanted:
         return None
@@ -65,9 +58,8 @@ def _check(folder: Path, identity: dict) -> None:
     state = read(folder)
     if state.get("format") != FORMAT:
         raise ValueError(
-            f"config.resume_from={str(folder)!r} is of an older version, whose training state is "
-            f"not read any more. Start a new run; the LoRA in its lora/ can be carried over with "
-            f"config.train.lora_path."
+            f"config.resume_from={str(folder)!r} is of an older version, no longer read. Start a "
+            f"new run; the LoRA in its lora/ can be carried over with config.train.lora_path."
         )
     for name, size in state["files"].items():
         path = folder / name
@@ -86,13 +78,13 @@ def _check(folder: Path, identity: dict) -> None:
 
 
 def read(folder: Path) -> dict:
-    """Return a checkpoint's trainer.json."""
     return json.loads((folder / STATE).read_text())
 
 
 def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:
     """Return what a checkpoint and the run that resumes it must have in common."""
-    train, lora = config.train, config.use_lora
+    train, lora, sample = config.train, config.use_lora, config.sample
+    total = world_size * sample.train_batch_size * sample.num_batches_per_epoch
     return {
         "script's pipeline": pipeline,
         "config.pretrained.model": Path(config.pretrained.model).name,
@@ -105,7 +97,5 @@ def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) 
         "config.train.use_8bit_adam": train.use_8bit_adam,
         "ranks with a state of their own (0: none)": world_size if shards_state() else 0,
         "config.seed": config.seed,
-        "images an epoch": world_size
-        * config.sample.train_batch_size
-        * config.sample.num_batches_per_epoch,
+        "images an epoch": total,
     }

@@ -1,11 +1,8 @@
 """The gate: before a run's first update, training must score exactly what was sampled."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from flow_grpo.objectives.base import Objective
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Rollout
 from flow_grpo.sampling import Schedule, replay
@@ -13,21 +10,26 @@ from flow_grpo.training.run import Run
 
 STEP_LIMIT = 1e-5  # of a log-prob that is computed again from the same velocity
 
+CAUSES = {
+    "step": "The kernel, its noise level or the sigmas differ between sampling and training.",
+    "log_ratio": "Usual causes: low precision (config.mixed_precision), another batch size, "
+    "guidance or padding in training, another attention kernel, dropout. "
+    "config.train.old_log_prob=replay allows for precision and batch size.",
+    "velocity": "Usual causes: another guidance, padding or sigma in training, dropout, a "
+    "precision that is too low (config.mixed_precision). config.train.gate_tolerance is the limit.",
+}
+
 
 @torch.no_grad()
 def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
-    """Compare sampling with training before the first update; stop where they disagree.
+    """Compare sampling with training before the first update; raise RuntimeError if they disagree.
 
-    rows: as they were sampled, with the velocities that were predicted, before anything is scored
-    again; None where an objective keeps no steps. They are predicted once more as training does it.
-    The largest figures of each trained step stay in the run's gate.json:
+    rows: as sampled, with their velocities; None where no steps are kept. They are predicted again
+    as training does it. The largest figures of each trained step stay in the run's gate.json:
 
     step: |log-prob of the sampled velocity, scored again, less the rollout's|: the kernel.
     log_ratio: |log-prob of training's velocity less the rollout's|: what the loss sees.
     velocity: rms of the two velocities' difference over the rms of the sampled one.
-
-    train.old_log_prob "rollout" bounds the log-ratio, "replay" the velocity; both the step.
-    Raises RuntimeError naming the usual causes.
     """
     if rows is None or not rows.steps.shape[1]:
         return
@@ -38,7 +40,13 @@ def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
         measured = measure(run.objective.schedule, rows, point.column, velocity(point))
         for name, value in measured.items():
             figures[name][point.column] = run.ranks.gather(value.max()).max().item()
-    _check(run.objective, figures)
+    for name, limit in ({"step": STEP_LIMIT} | run.objective.gate_limits()).items():
+        if not all(value <= limit for value in figures[name].values()):  # NaN is not
+            raise RuntimeError(
+                f"before the first update the largest {name} of each trained step is "
+                f"{figures[name]}; at most {limit:.3g} is needed: training does not score what was "
+                f"sampled. {CAUSES[name]} All figures: {figures}."
+            )
     run.tracker.write("gate.json", {"epoch": epoch} | figures)
 
 
@@ -51,24 +59,3 @@ def measure(schedule: Schedule, rows: Rollout, column: int, velocity: Tensor) ->
         "log_ratio": (replay(schedule, rows, column, velocity).log_prob - old).abs(),
         "velocity": apart,
     }
-
-
-CAUSES = {
-    "step": "The kernel, its noise level or the sigmas differ between sampling and training.",
-    "log_ratio": "Usual causes: low precision (config.mixed_precision), another batch size, "
-    "guidance or padding in training, another attention kernel, dropout. "
-    "config.train.old_log_prob=replay allows for precision and batch size.",
-    "velocity": "Usual causes: another guidance, padding or sigma in training, dropout, a "
-    "precision that is too low (config.mixed_precision). config.train.gate_tolerance is the limit.",
-}
-
-
-def _check(objective: Objective, figures: dict[str, dict[int, float]]) -> None:
-    limits = {"step": STEP_LIMIT} | objective.gate_limits()
-    for name, limit in limits.items():
-        if not all(value <= limit for value in figures[name].values()):  # NaN is not
-            raise RuntimeError(
-                f"before the first update the largest {name} of each trained step is "
-                f"{figures[name]}; at most {limit:.3g} is needed: training does not score what was "
-                f"sampled. {CAUSES[name]} All figures: {figures}."
-            )

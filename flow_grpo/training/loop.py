@@ -1,9 +1,4 @@
-"""The epoch loop, the same for every model and objective.
-
-plan -> roll out -> score -> arrange -> update
-"""
-
-from __future__ import annotations
+"""The epoch loop of all models and objectives: plan -> roll out -> score -> arrange -> update."""
 
 from functools import partial
 
@@ -25,12 +20,11 @@ from flow_grpo.training.gate import gate
 from flow_grpo.training.run import Run
 from flow_grpo.training.tracking import Statistics, memory
 
+SHOWN = ("reward/avg", "reward/zero_std_fraction", "images_per_second")
+
 
 def train(run: Run) -> None:
-    """Train up to config.num_epochs.
-
-    Raises Stopped where a signal or failing rewards end it, once the finished epochs are saved.
-    """
+    """Train up to num_epochs. Raises Stopped once the finished epochs are saved."""
     config, main_process = run.config, run.ranks.is_main
     finished = run.tracker.num_bytes  # of metrics.jsonl
     bar = progress(config.num_epochs, "epochs", shown=main_process, initial=run.epoch)
@@ -43,7 +37,9 @@ def train(run: Run) -> None:
             scores = collect.score(run, sampled)
             arranged, metrics = collect.weigh(run, sampled, scores, run.epoch)
             if run.epoch % config.eval_freq == 0:
-                _show(run, sampled)
+                size = run.plan.group_size  # of a sheet's rows
+                name = f"rollout-{run.updater.num_updates:06d}"
+                run.tracker.save_images(name, sampled.images[: 4 * size], size)
             sampled.images = []
             if not gate_open:
                 gate(run, sampled.for_gate, run.epoch)
@@ -58,7 +54,8 @@ def train(run: Run) -> None:
             run.evaluator.stop.check()
             bar.update()
             if main_process:
-                tqdm.write(f"epoch {run.epoch}: {_summary(metrics)}")
+                shown = (f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in SHOWN)
+                tqdm.write(f"epoch {run.epoch}: {', '.join(shown)}")
         _evaluate(run)
     except Stopped:
         save(run, finished)
@@ -66,7 +63,6 @@ def train(run: Run) -> None:
 
 
 def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
-    """Take the epoch's optimizer steps."""
     objective, rank = run.objective, run.ranks.rank
     micro_batch = partial(_micro_batch, run, sampled, arranged, epoch)
     num_calls = sum(len(of_ranks[rank]) for inner in arranged.updates for of_ranks in inner)
@@ -77,7 +73,7 @@ def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
             for of_ranks in updates:
                 micros = [micro_batch(numbers, inner) for numbers in of_ranks[rank]]
                 for micro, numbers in zip(micros, of_ranks[rank], strict=True):
-                    micro.known = known.get(_key(objective, numbers, inner), micro.known)
+                    micro.known = known.get(_key(objective, numbers, inner))
                 num_points = len(micros[0].points) if micros else 0
                 take_step(run, micros, arrange.total_weight(arranged, of_ranks, num_points))
                 bar.update(len(micros))
@@ -132,7 +128,8 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
     loss_sum = torch.zeros((), device=ranks.device)
     for i, micro in enumerate(micros):
         for k, point in enumerate(micro.points):
-            known = micro.known[k] | {name: values[i][k] for name, values in frozen.items()}
+            known = micro.known[k] if micro.known else {}
+            known = known | {name: values[i][k] for name, values in frozen.items()}
             last = i == len(micros) - 1 and k == len(micro.points) - 1
             with engine.accumulate(last):
                 velocity, rows = micro.velocity(point), micro.rows
@@ -150,7 +147,7 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
     if not run.updater.finish(mean, norm):
         return
     run.move_snapshots()
-    metrics = {"loss": mean, "grad_norm": norm, "learning_rate": engine.learning_rate}
+    metrics = {"loss": mean, "grad_norm": norm, "learning_rate": run.updater.rate}
     run.log("update", metrics | statistics.metrics(moments))
 
 
@@ -161,21 +158,9 @@ def _evaluate(run: Run) -> None:
         redraw(run.folder)
 
 
-def _show(run: Run, sampled: Sampled) -> None:
-    """Save a sheet of an epoch's images, a group in each row."""
-    name = f"rollout-{run.updater.num_updates:06d}"
-    size = run.plan.group_size
-    run.tracker.save_images(name, sampled.images[: 4 * size], size)
-
-
 def _epoch_metrics(run: Run) -> dict[str, float]:
     seconds = run.timer.report()
     spent = sum(value for phase, value in seconds.items() if phase != "seconds/eval")
     pictures = run.plan.num_groups * run.plan.group_size
     skipped = {"skipped_updates": run.updater.num_skipped}
     return seconds | memory() | {"images_per_second": pictures / spent} | skipped
-
-
-def _summary(metrics: dict[str, float]) -> str:
-    named = ("reward/avg", "reward/zero_std_fraction", "images_per_second")
-    return ", ".join(f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in named)

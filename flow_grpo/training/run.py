@@ -1,10 +1,7 @@
 """Everything that a running training holds, and what its phases share."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 
 import ml_collections
@@ -20,7 +17,7 @@ from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
 from flow_grpo.parallel.engine import Engine, Ranks
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import rollout_rows
-from flow_grpo.records import Conditioning, Guidance, Point, Rollout
+from flow_grpo.records import Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
 from flow_grpo.sampling import Schedule
 from flow_grpo.training.optimizer import Updater
@@ -61,22 +58,13 @@ class Run:
         """The transformer as the engine wrapped it."""
         return self.evaluator.model
 
-    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        named = self.pipeline.transformer.named_parameters()
-        return ((name, param) for name, param in named if param.requires_grad)
-
     def predictor(self, rows: Rollout) -> Velocity:
         """Return the velocity of these rows at any point; the conditioning is collated once."""
 
-        @cache
-        def conditioning() -> Conditioning:
-            collated = collate(self.pipeline, rows.batch, self.schedule.pad_to)
-            return replace(collated, guidance=self.trained_guidance)
+        conditioning = collate(self.pipeline, rows.batch, self.schedule.pad_to)
 
         def velocity(point: Point, guidance: Guidance | None = None) -> Tensor:
-            guided = conditioning()
-            if guidance is not None:
-                guided = replace(guided, guidance=guidance)
+            guided = replace(conditioning, guidance=guidance or self.trained_guidance)
             return self.pipeline.velocity(self.model, point.latents, point.sigma, guided)
 
         return velocity
@@ -96,17 +84,7 @@ class Run:
             return [[micro.velocity(point, guidance) for point in micro.points] for micro in micros]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
-        """The stochastic steps of rows of these groups in an epoch, (B, K) int64."""
-        sample = self.config.sample
-        return rollouts.trained_steps(
-            sample.num_steps,
-            groups,
-            size=sample.sde_window_size,
-            span=tuple(sample.sde_window_range),
-            fixed=tuple(sample.sde_steps),
-            seed=self.config.seed,
-            epoch=epoch,
-        )
+        return rollouts.trained_steps(self.config.sample, groups, self.config.seed, epoch)
 
     def calls(self, rank: int, epoch: int) -> list[Call]:
         """Return a rank's calls of denoise() in an epoch; every rank knows those of all."""
@@ -117,7 +95,6 @@ class Run:
         return self.objective.rollout(list(rows), lambda groups: self.trained_steps(groups, epoch))
 
     def passes(self) -> dict[str, int]:
-        """Count an epoch's passes through the transformer, see Plan.passes."""
         calls = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
         return self.plan.passes(
             self.config,
@@ -134,5 +111,4 @@ class Run:
         self.objective.after_update(self.snapshots, done)
 
     def log(self, kind: str, metrics: dict[str, float]) -> None:
-        """Write a row of metrics. kind: update | epoch | eval."""
         self.tracker.log(kind, self.epoch, self.updater.num_updates, metrics)

@@ -1,10 +1,8 @@
 """Copies of the trained weights: the average that is evaluated, the old policy, the reference."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 
 import torch
@@ -20,9 +18,8 @@ POLICY = "default"  # the adapter that trains, as peft and diffusers call it
 class Snapshots:
     """Named copies of the engine's masters, and a way to run the module with one.
 
-    Under LoRA each is also an adapter of the module, in the policy's dtype, written when the copy
-    moves; a full fine-tune swaps weights instead. A LoRA's reference is the module without an
-    adapter, and gets a copy when it is moved for the first time. All ranks must make each call.
+    Under LoRA each is also an adapter, written when the copy moves; a full fine-tune swaps weights.
+    A LoRA's reference is no adapter, until it is moved. All ranks must make each call.
     """
 
     def __init__(self, engine: Engine, names: Iterable[str], use_lora: bool):
@@ -52,27 +49,23 @@ class Snapshots:
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
-        """Run the module with the weights of `name` ("policy": its own). Not to be nested.
-
-        Nor may the policy's forward and backward pass lie on both sides of it.
-        """
+        """Run with the weights of `name`; not nested, nor between a forward and its backward."""
         assert not self._in_use, "a snapshot is in use already"
         self._in_use = name != "policy"
+        if name == "policy":
+            way = nullcontext()
+        elif not self._use_lora:
+            way = self._swapped(name)
+        elif name == "reference" and name not in self._held:
+            way = no_adapter(self._engine.module)
+        else:
+            assert name in self._held, f"no snapshot {name!r}"
+            way = _other_adapter(self._engine.module, name)
         try:
-            with self._run_by(name):
+            with way:
                 yield
         finally:
             self._in_use = False
-
-    def _run_by(self, name: str) -> AbstractContextManager[None]:
-        if name == "policy":
-            return nullcontext()
-        if not self._use_lora:
-            return self._swapped(name)
-        if name == "reference" and name not in self._held:
-            return no_adapter(self._engine.module)
-        assert name in self._held, f"no snapshot {name!r}"
-        return _other_adapter(self._engine.module, name)
 
     @contextmanager
     def _swapped(self, name: str) -> Iterator[None]:
@@ -109,7 +102,6 @@ class Snapshots:
 
     @torch.no_grad()
     def _show(self, name: str) -> None:
-        """Write a copy into its adapter."""
         if self._use_lora:
             for key, value in self._engine.full(self._held[name]):
                 self._adapters[name][key].copy_(value)
@@ -117,7 +109,6 @@ class Snapshots:
 
 @contextmanager
 def no_adapter(module: nn.Module) -> Iterator[None]:
-    """Run a module without its LoRA."""
     layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     with _same_weights_train(module):
         for layer in layers:
@@ -140,11 +131,7 @@ def _other_adapter(module: nn.Module, name: str) -> Iterator[None]:
 
 
 def _add_adapter(module: nn.Module, name: str, blank: bool) -> dict[str, nn.Parameter]:
-    """Give a module one more adapter, which does not train.
-
-    It equals the policy's, also in what of that does not train; blank: it does nothing.
-    Returns its weights by the names of the policy's.
-    """
+    """Add an adapter that equals the policy's, or does nothing; return its weights."""
     with _same_weights_train(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft: "This will lead to having multiple adapters"
         inject_adapter_in_model(deepcopy(module.peft_config[POLICY]), module, name)

@@ -1,11 +1,10 @@
 """What a run reports: metrics, images, phase times, statistics per step index."""
 
-from __future__ import annotations
-
 import json
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,6 @@ class Tracker:
         self._remote = None
 
     def start(self, config: ml_collections.ConfigDict) -> None:
-        """Make the run's folder and open the tracker."""
         if not self._main:
             return
         folder = self._folder
@@ -42,10 +40,8 @@ class Tracker:
         if config.tracker == "tensorboard":
             self._remote = TensorBoardTracker("tensorboard", folder)
         elif config.tracker == "wandb":
-            offline = not (
-                os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()
-            )
-            mode = os.environ.get("WANDB_MODE") or ("offline" if offline else "online")
+            login = os.environ.get("WANDB_API_KEY") or Path("~/.netrc").expanduser().exists()
+            mode = os.environ.get("WANDB_MODE") or ("online" if login else "offline")
             self._remote = WandBTracker(
                 config.project_name,
                 name=folder.name,
@@ -78,7 +74,6 @@ class Tracker:
             self._remote.log(named | {"epoch": epoch}, step=num_updates)
 
     def write(self, name: str, values: dict) -> None:
-        """Write a JSON file into the run's folder."""
         if self._main:
             (self._folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
@@ -111,7 +106,7 @@ class Timer:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
-        self._seconds: dict[str, float] = {}
+        self._seconds: Counter[str] = Counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -119,13 +114,12 @@ class Timer:
         try:
             yield
         finally:
-            spent = self._clock() - start
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + spent
+            self._seconds[phase] += self._clock() - start
 
     def report(self) -> dict[str, float]:
         """Return {"seconds/<phase>": s} and start again."""
         seconds = {f"seconds/{phase}": value for phase, value in self._seconds.items()}
-        self._seconds = {}
+        self._seconds.clear()
         return seconds
 
 
@@ -157,25 +151,18 @@ class Statistics:
 
     def sums(self) -> Tensor:
         """Return all that was added in one fp64 row, for ranks to add up."""
-        sums = [sums.flatten() for sums in self._sums.values()]
-        return torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64, device=self._device)
+        none = torch.zeros(0, dtype=torch.float64, device=self._device)
+        return torch.cat([none, *(sums.flatten() for sums in self._sums.values())])
 
     def metrics(self, sums: list[float]) -> dict[str, float]:
         """Return {"ratio": mean, "ratio_std": std, "ratio/3": at step 3, ...} of sums()."""
         metrics: dict[str, float] = {}
         shape = (len(self._sums), self._num_steps, 3)
         for name, rows in zip(self._sums, np.reshape(sums, shape), strict=True):
-            metrics |= _moments(name, rows.sum(0))
-            for index, row in enumerate(rows):
-                if row[0] > 0:
-                    metrics |= _moments(f"{name}/{index}", row)
+            of_steps = {f"{name}/{index}": row for index, row in enumerate(rows) if row[0] > 0}
+            for key, (weight, total, squares) in ({name: rows.sum(0)} | of_steps).items():
+                weight = max(weight, 1e-300)
+                metrics[key] = float(mean := total / weight)
+                if name == "ratio":
+                    metrics[f"{key}_std"] = float(np.sqrt(max(squares / weight - mean**2, 0.0)))
         return metrics
-
-
-def _moments(name: str, sums: np.ndarray) -> dict[str, float]:
-    weight = max(sums[0], 1e-300)
-    mean = sums[1] / weight
-    metrics = {name: float(mean)}
-    if name.split("/")[0] == "ratio":
-        metrics[f"{name}_std"] = float(np.sqrt(max(sums[2] / weight - mean**2, 0.0)))
-    return metrics

@@ -5,7 +5,7 @@ from defects.defect import SLIP, Defect
 SAMPLING = "flow_grpo/sampling.py"
 NFT = "flow_grpo/objectives/forward/nft.py"
 COLLECT = "flow_grpo/training/collect.py"
-QUEUE = "flow_grpo/rewards/queue.py"
+COMBINE = "flow_grpo/rewards/combine.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 RUN = "flow_grpo/training/run.py"
 EVALUATE = "flow_grpo/evaluation/evaluate.py"
@@ -63,25 +63,25 @@ DEFECTS = [
     Defect(
         "rewards-of-the-row-before",
         "asynchronous rewards, collected out of order",
-        QUEUE,
-        "((numbers, call",
-        "((numbers[::-1], call",
+        COMBINE,
+        "[(numbers, call.result",
+        "[(numbers[::-1], call.result",
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
     ),
     Defect(
         "rewards-of-the-epoch-before",
         "asynchronous rewards, one epoch late",
         COLLECT,
-        "    rows, world = table_of(",
-        '    scores, run.late = getattr(run, "late", scores), scores\n    rows, world = table_of(',
+        "    rows, ranks = table_of(",
+        '    scores, run.late = getattr(run, "late", scores), scores\n    rows, ranks = table_of(',
         "test_collect.py::test_an_advantage_belongs_to_the_picture_beside_it",
     ),
     Defect(
         "part-of-a-group-is-compared",
         "a comparing reward sees what a call holds",
-        QUEUE,
-        "if self._group_size and batch.group is not None:",
-        "if self._group_size is None:",
+        COMBINE,
+        "if self._comparing and batch.group is not None:",
+        "if not self._num_rows:",
         "test_reward_queue.py::"
         "test_a_comparing_reward_gets_whole_groups_however_many_calls_they_took",
         "RuntimeError: reward 'places' failed",

@@ -67,8 +67,8 @@ DEFECTS = [
         "window-frozen",
         "random.seed(rank) before every draw, in a published trainer",
         RUN,
-        "epoch=epoch,",
-        "epoch=0,",
+        "self.config.seed, epoch)",
+        "self.config.seed, 0)",
         "test_collect.py::test_a_group_has_one_window_and_groups_and_epochs_have_others",
     ),
     Defect(
@@ -83,8 +83,8 @@ DEFECTS = [
         "window-of-the-rank",
         SHIPPED,
         RUN,
-        "epoch=epoch,",
-        "epoch=epoch + self.ranks.rank,",
+        "self.config.seed, epoch)",
+        "self.config.seed, epoch + self.ranks.rank)",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(

@@ -47,8 +47,8 @@ DEFECTS = [
         "gradient-kept-after-the-update",
         SLIP,
         PLAIN,
-        "            self.scaler.update()\n        self.optimizer.zero_grad()",
-        "            self.scaler.update()",
+        "        self.scaler.update()\n        self.optimizer.zero_grad()",
+        "        self.scaler.update()",
         "test_accumulation.py::test_an_update_forgets_the_gradient_of_the_one_before",
     ),
     Defect(

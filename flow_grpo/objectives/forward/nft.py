@@ -1,7 +1,5 @@
 """DiffusionNFT (arXiv:2509.16117): contrast two implicit policies on noised final images."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule
+from flow_grpo.sde import per_row
 
 
 class NFT(Objective):
@@ -39,11 +38,7 @@ class NFT(Objective):
         ),
         "nft.num_times": Key(4, "noise levels drawn for each image", least=1, most=1000),
         "nft.steps": Key(
-            (),
-            "instead: the noise levels of these steps of the rollout, for every image",
-            of=int,
-            least=0,
-            most=1000,
+            (), "instead: the levels of these steps, for every image", of=int, least=0, most=1000
         ),
     }
 
@@ -53,8 +48,7 @@ class NFT(Objective):
         if steps != sorted(set(steps) & set(known)):
             raise ValueError(
                 f"config.nft.steps={tuple(steps)}: distinct, ascending steps from 0 to {known[-1]} "
-                f"are needed, as config.sample.num_steps={len(known)}; or () to draw "
-                f"nft.num_times."
+                f"are needed, as config.sample.num_steps={len(known)}; or () to draw num_times."
             )
 
     def __init__(self, config, schedule: Schedule):
@@ -68,10 +62,7 @@ class NFT(Objective):
         return "old"
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
-        """Noise the final latents at noise levels of the rollout's own grid.
-
-        At those of config.nft.steps, or at some that are drawn for each image.
-        """
+        """Noise the final latents at levels of the rollout's grid: nft.steps, or drawn ones."""
         device, sigmas = rows.final.device, self.schedule.sigmas
         points = []
         for k in range(len(self.steps) or self.num_times):
@@ -83,7 +74,7 @@ class NFT(Objective):
             steps = steps.to(device)
             noise = randomness.normal("noising", names, rows.final.shape[1:]).to(device)
             sigma = sigmas[steps]
-            wide = _wide(sigma, noise)
+            wide = per_row(sigma, noise)
             latents = (1 - wide) * rows.final + wide * noise
             points.append(Point(latents, sigma, step=steps, column=k, noise=noise))
         return points
@@ -92,14 +83,9 @@ class NFT(Objective):
         return {name: predict(micros, name) for name in self.snapshots}
 
     def loss(self, velocity: Tensor, known: dict[str, Tensor], rows: Rollout, point: Point) -> Loss:
+        target, advantages = point.noise - rows.final, rows.at("advantages", point.column)
         value, stats = contrast(
-            velocity,
-            known["old"],
-            point.noise - rows.final,
-            point.sigma,
-            rows.at("advantages", point.column),
-            self.beta,
-            self.adv_clip_max,
+            velocity, known["old"], target, point.sigma, advantages, self.beta, self.adv_clip_max
         )
         if self.kl_beta:
             kl = ((velocity - known["reference"]) ** 2).flatten(1).mean(1)
@@ -128,7 +114,7 @@ def contrast(
     quality = (0.5 + advantages.clamp(-adv_clip_max, adv_clip_max) / (2 * adv_clip_max)).clamp(0, 1)
     positive = beta * velocity + (1 - beta) * old
     negative = (1 + beta) * old - beta * velocity
-    wide = _wide(sigma, target)
+    wide = per_row(sigma, target)
     losses = []
     for implicit in (positive, negative):
         error = wide * (target - implicit)  # of the clean prediction
@@ -146,7 +132,3 @@ def old_decay(kind: str, num_updates: int) -> float:
     if kind == "half":
         return min(0.001 * num_updates, 0.5)
     return 0.0 if num_updates < 75 else min(0.0075 * (num_updates - 75), 0.999)
-
-
-def _wide(sigma: Tensor, like: Tensor) -> Tensor:
-    return torch.reshape(sigma, (-1,) + (1,) * (like.ndim - 1))

@@ -1,7 +1,5 @@
 """Flow-GRPO (arXiv:2505.05470): a clipped policy gradient over the trained denoising steps."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from flow_grpo import sde
@@ -9,7 +7,6 @@ from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.base import Micro, Objective, Predict, Values
 from flow_grpo.objectives.ratio import terms
-from flow_grpo.objectives.ratio.keys import KEYS
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
@@ -23,47 +20,40 @@ class GRPO(Objective):
     mean std of all trainable steps, as in TempFlow-GRPO (arXiv:2508.04324).
     """
 
-    keys = KEYS
+    keys = terms.KEYS
     keeps = ("states", "log_probs")
     statistics = terms.STATISTICS
 
     @classmethod
     def check(cls, config, family: type[PatchedPipeline]) -> None:
         sample, train = config.sample, config.train
-        if train.old_log_prob == "rollout":
-            if train.batch_size not in (None, sample.train_batch_size):
-                raise ValueError(
-                    f"config.train.batch_size={train.batch_size} differs from config.sample."
-                    f"train_batch_size={sample.train_batch_size}: the same rows then give other "
-                    f"bits. Set config.train.old_log_prob=replay, or make the two equal."
-                )
+        differs = train.batch_size not in (None, sample.train_batch_size)
+        if train.old_log_prob == "rollout" and differs:
+            raise ValueError(
+                f"config.train.batch_size={train.batch_size} differs from config.sample."
+                f"train_batch_size={sample.train_batch_size}: the same rows then give other bits. "
+                f"Set config.train.old_log_prob=replay, or make the two equal."
+            )
         guidance, _ = guidances(config)
         if family.may_need_negative(guidance) and not train.cfg:
             raise ValueError(
-                f"config.train.cfg=False with config.sample.guidance_scale="
-                f"{sample.guidance_scale}: the trained policy would not be the one that "
-                f"sampled. Set config.train.cfg=True or config.sample.guidance_scale="
-                f"{family.unguided.scale:g}."
-            )
-        if sample.noise_level <= 0:
-            raise ValueError(
-                f"config.sample.noise_level={sample.noise_level}: without noise a step has no "
-                f"log-probability. A positive number is needed, 0.7 for example."
+                f"config.train.cfg=False with config.sample.guidance_scale={sample.guidance_scale}"
+                f": the trained policy would not be the one that sampled. Set config.train.cfg=True"
+                f" or config.sample.guidance_scale={family.unguided.scale:g}."
             )
         most = sde.KERNELS[sample.sde_type].max_level
-        if sample.noise_level > most:
+        if not 0 < sample.noise_level <= most:
             raise ValueError(
                 f"config.sample.noise_level={sample.noise_level}: {sample.sde_type} takes values "
-                f"in (0, {most:g}]. Lower it, or change config.sample.sde_type."
+                f"in (0, {most:g}], as a step without noise has no log-probability. A positive "
+                f"number is needed, 0.7 for example; or change config.sample.sde_type."
             )
 
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)
         train = config.train
-        self.clip_range = train.clip_range
-        self.beta, self.kl_mode = train.beta, train.kl_mode
+        self.train, self.beta = train, train.beta
         self.replays = train.old_log_prob == "replay"
-        self.gate_tolerance = train.gate_tolerance
         if self.beta:
             self.snapshots = ("reference",)
         self.step_weight = terms.std_weights(schedule) if train.step_weight == "std" else None
@@ -74,16 +64,14 @@ class GRPO(Objective):
     def prepare(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
         if not self.replays:
             return {}
-        velocities = predict(micros)
-        return {
-            "old_log_prob": [
-                [
-                    replay(self.schedule, micro.rows, point.column, velocity).log_prob
-                    for point, velocity in zip(micro.points, of_micro, strict=True)
-                ]
-                for micro, of_micro in zip(micros, velocities, strict=True)
+        old = [
+            [
+                replay(self.schedule, micro.rows, point.column, velocity).log_prob
+                for point, velocity in zip(micro.points, velocities, strict=True)
             ]
-        }
+            for micro, velocities in zip(micros, predict(micros), strict=True)
+        ]
+        return {"old_log_prob": old}
 
     def freeze(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
         return {"reference": predict(micros, "reference")} if self.beta else {}
@@ -93,12 +81,12 @@ class GRPO(Objective):
         old = known["old_log_prob"] if self.replays else rows.log_probs[:, point.column]
         log_ratio = (step.log_prob - old).clamp(-20, 20)
         advantages = rows.at("advantages", point.column)
-        value, stats = terms.clipped_surrogate(log_ratio, advantages, self.clip_range)
+        value, stats = terms.clipped_surrogate(log_ratio, advantages, self.train.clip_range)
         if self.step_weight is not None:
             value = value * self.step_weight[point.step]
         if self.beta:
             reference = known["reference"]
-            kl = terms.kl(self.kl_mode, self.schedule, rows, point, step, velocity, reference)
+            kl = terms.kl(self.train.kl_mode, self.schedule, rows, point, step, velocity, reference)
             value = value + self.beta * kl
             stats["kl"] = kl.detach()
         return Loss(value, stats)
@@ -108,5 +96,5 @@ class GRPO(Objective):
 
     def gate_limits(self) -> dict[str, float]:
         if self.replays:
-            return {"velocity": self.gate_tolerance}
-        return {"log_ratio": self.clip_range / 10}
+            return {"velocity": self.train.gate_tolerance}
+        return {"log_ratio": self.train.clip_range / 10}

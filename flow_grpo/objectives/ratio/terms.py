@@ -1,16 +1,29 @@
-"""What objectives on the ratio of two log-probabilities share: points, surrogate, KL, weights."""
-
-from __future__ import annotations
+"""What objectives on the ratio of two log-probabilities share: keys, points, surrogate, KL."""
 
 import torch
 from torch import Tensor
 
 from flow_grpo import sde
+from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Statistic
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule, replay
 
-KL_MODES = ("kl_dt", "kl_true", "x", "v")
+# Under train, as published configs have them.
+KEYS = {
+    "train.clip_range": Key(1e-4, "epsilon, of the per-element mean log-ratio", least=0, most=1),
+    "train.old_log_prob": Key(
+        "rollout", "replay: scored again before the first update", choices=("rollout", "replay")
+    ),
+    "train.gate_tolerance": Key(
+        0.025, "with replay: relative error of the velocity at the start", above=0, most=1
+    ),
+    "train.step_weight": Key(
+        "none", "std: each step's loss times its std over the mean std", choices=("none", "std")
+    ),
+    "train.beta": Key(0.0, "KL coefficient", least=0, most=10**6),
+    "train.kl_mode": Key("kl_dt", choices=("kl_dt", "kl_true", "x", "v")),
+}
 STATISTICS = {
     "ratio_std": Statistic("Ratio, standard deviation", "how far the policy has moved"),
     "ratio": Statistic("Ratio, mean − 1", "0 before an epoch's first update", origin=1.0),
@@ -23,7 +36,6 @@ STATISTICS = {
 
 
 def kept_points(rows: Rollout, schedule: Schedule) -> list[Point]:
-    """List the states before the kept steps."""
     return [
         Point(rows.latents[:, k], schedule.sigmas[steps], step=steps, column=k)
         for k, steps in enumerate(rows.steps.unbind(1))
@@ -78,14 +90,6 @@ def std_weights(schedule: Schedule) -> Tensor:
     """Return each step's std over the mean std of all steps but the last, (N - 1,)."""
     sigmas = schedule.sigmas
     zeros = torch.zeros(schedule.num_steps - 1, 1, device=sigmas.device)
-    step = sde.step(
-        schedule.kind,
-        zeros,
-        zeros,
-        sigmas[:-2],
-        sigmas[1:-1],
-        schedule.noise_level,
-        sigma_guard=sigmas[1],
-        noise=zeros,
-    )
+    place, guard = (zeros, zeros, sigmas[:-2], sigmas[1:-1]), sigmas[1]
+    step = sde.step(schedule.kind, *place, schedule.noise_level, sigma_guard=guard, noise=zeros)
     return step.std.flatten() / step.std.mean()
