@@ -95,6 +95,7 @@ COMMON = {
     ),
     "encoder_cache": Key("", "the folder of precompute; empty: logdir/conditionings"),
     "activation_checkpointing": Key(False),
+    "compile": Key(False, "the transformer's blocks by torch.compile: slow at first, then faster"),
     "attention_backend": Key(
         "", "of diffusers, such as _native_cudnn or flash; empty: its own choice"
     ),

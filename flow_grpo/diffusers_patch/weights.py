@@ -47,6 +47,9 @@ class Weights:
             raise ValueError(
                 f"config.mixed_precision=fp16: {cls.__name__} overflows in fp16. Set it to bf16."
             )
+        # torch 2.11's first choice on Hopper; its gradients are wrong where calls of one shape get
+        # output gradients of different strides, as in FLUX, or a mask (pytorch issue 196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         family = cls.variant(path, revision)
         absent = {
             name: None

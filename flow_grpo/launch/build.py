@@ -21,7 +21,7 @@ from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.launch import encoders
 from flow_grpo.launch.weights import Weights
 from flow_grpo.objectives.registry import find
-from flow_grpo.parallel import choose
+from flow_grpo.parallel import choose, speed
 from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.stop import Stop
 from flow_grpo.plan import Plan
@@ -57,6 +57,9 @@ def build(
     )
     objective = objective_class(config, schedule)
     add_trained_weights(pipeline, config)
+    speed.leave_casts_to_autocast(pipeline.transformer)
+    if config.compile:
+        speed.compile_blocks(pipeline.transformer)
     params = [p for p in pipeline.transformer.parameters() if p.requires_grad]
     engine.wrap(
         pipeline.transformer, optimizer.build(params, config.train), config.train.max_grad_norm

@@ -37,7 +37,7 @@ STATISTICS = {
 
 def kept_points(rows: Rollout, schedule: Schedule) -> list[Point]:
     return [
-        Point(rows.latents[:, k], schedule.sigmas[steps], step=steps, column=k)
+        Point(rows.latents[:, k].contiguous(), schedule.sigmas[steps], step=steps, column=k)
         for k, steps in enumerate(rows.steps.unbind(1))
     ]
 
