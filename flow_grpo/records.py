@@ -35,8 +35,7 @@ class Guidance:
 class Cond:
     """The unpadded conditioning of one distinct (prompt, reference images)."""
 
-    # Without a batch dimension, on the CPU: embeddings, reference latents.
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # on the CPU, no batch dimension: embeddings, reference latents
 
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())

@@ -12,7 +12,8 @@ import pytest
 from waiting import HANG_S, wait_until
 
 from scripts.benchmark import gpu, gpu_parts
-from scripts.benchmark.gpu_parts import PARTS, Part, Row, Setting
+from scripts.benchmark.gpu_parts import PARTS
+from scripts.benchmark.gpu_rows import Part, Row, Setting
 
 ROOT = Path(__file__).parents[1]
 

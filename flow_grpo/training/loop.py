@@ -161,6 +161,6 @@ def _evaluate(run: Run) -> None:
 def _epoch_metrics(run: Run) -> dict[str, float]:
     seconds = run.timer.report()
     spent = sum(value for phase, value in seconds.items() if phase != "seconds/eval")
-    pictures = run.plan.num_groups * run.plan.group_size
+    num_images = run.plan.num_groups * run.plan.group_size
     skipped = {"skipped_updates": run.updater.num_skipped}
-    return seconds | memory() | {"images_per_second": pictures / spent} | skipped
+    return seconds | memory() | {"images_per_second": num_images / spent} | skipped

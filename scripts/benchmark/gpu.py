@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from scripts.benchmark.gpu_parts import PARTS, Part, Setting
+from scripts.benchmark.gpu_parts import PARTS
+from scripts.benchmark.gpu_rows import Part, Setting
 
 ROOT = Path(__file__).parents[2]
 END_S = 5.0  # less than this is too little for another part
