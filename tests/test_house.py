@@ -43,7 +43,7 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
     "scorers": (("rewards/clip", "rewards/judges", "rewards/rules"), 1800),
     "the rest": (("rewards/remote", "reward_server", "report", "launch", "evaluation"), 4000),
 }
-LATER = {"parallel.speed"}  # what was added since, with a size of its own
+SINCE = {"core": 165}  # what later work added: speed.py, digests and checks of a checkpoint
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them
     "flow_grpo.rewards.clip.encoder",
     "flow_grpo.rewards.rules.detector",
@@ -165,13 +165,13 @@ def lines(path: Path) -> int:
 def test_the_library_stays_small():
     sizes = dict.fromkeys(SIZES, 0)
     group = {folder: name for name, (folders, _) in SIZES.items() for folder in folders}
-    for path in (path for name, path in MODULES.items() if name not in LATER):
+    for path in MODULES.values():
         folder = path.relative_to(PACKAGE).parent
         while str(folder) not in group:
             folder = folder.parent
             assert folder.name, f"{path} is in no group of SIZES"
         sizes[group[str(folder)]] += lines(path)
-    assert all(sizes[name] < most for name, (_, most) in SIZES.items()), sizes
+    assert all(sizes[name] < most + SINCE.get(name, 0) for name, (_, most) in SIZES.items()), sizes
 
 
 def test_every_model_is_in_the_registry_under_its_stock_class():

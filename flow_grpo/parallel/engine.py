@@ -107,23 +107,37 @@ class Engine(ABC):
     def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
         """Give each weight's name and whole value in turn. parts: masters(), or a snapshot's."""
 
-    def save(self, folder: Path, further: Parts) -> None:
-        """Write masters, moments and loss scale, and `further` parts of weights by any names."""
+    def save(self, folder: Path, further: Parts) -> list[Path]:
+        """Write masters, moments and loss scale, and `further` parts of weights by any names.
+
+        Returns the files that this rank wrote. Raises FloatingPointError on all ranks, and writes
+        nothing, if a value is not finite.
+        """
         weights = {f"{POLICY}{name}": part for name, part in self.masters().items()} | further
         stepped = self._stepped().items()
         moments = {name: dict(self.optimizer.state.get(tensor, {})) for name, tensor in stepped}
-        part, written = self.ranks.rank, None
+        broken = sum(self.ranks.gather_objects(state.not_finite(weights, moments)), [])
+        if broken:
+            raise FloatingPointError(
+                f"{broken[0]} is not finite, and {len(broken) - 1} more: nothing is saved. Resume "
+                f"from the last checkpoint with a lower config.train.learning_rate."
+            )
+        part, written, files = self.ranks.rank, None, []
         if part < self.num_parts:
             written = state.write(folder, part, self._layout(), weights, moments)
+            files = [folder / name.format(part) for name in (state.WEIGHTS, state.OPTIMIZER)]
         index = {"scale": self._scale(), "parts": self.ranks.gather_objects(written)}
         index["parts"] = index["parts"][: self.num_parts]
         if self.ranks.is_main:
             (folder / state.INDEX).write_text(json.dumps(index) + "\n")
+        return files
 
     def load(self, folder: Path) -> Parts:
         """Continue from what save() wrote, or raise ValueError; return `further`."""
         part = self.ranks.rank % self.num_parts
         weights, moments, scale = state.read(folder, part, self.num_parts, self._layout())
+        shapes = {name: tensor.shape for name, tensor in self._stepped().items()}
+        state.check(folder, weights, moments, self.masters(), shapes, POLICY)
         mine = {name for name in weights if name.startswith(POLICY)}
         self.put({name.removeprefix(POLICY): weights[name] for name in mine})
         for name, tensor in self._stepped().items():

@@ -6,6 +6,7 @@ weights-<part>: policy/<weight>, <snapshot>/<weight>. optimizer-<part>: <stepped
 import json
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +30,45 @@ def write(
         for name, values in moments.items()
     }
     return {"layout": layout, "moments": described}
+
+
+def not_finite(weights: dict[str, Tensor], moments: Moments) -> list[str]:
+    """Name the weights and moments that hold a NaN or an infinity."""
+    flat = {f"{name}/{key}": v for name, values in moments.items() for key, v in values.items()}
+    tensors = {name: v for name, v in (weights | flat).items() if isinstance(v, Tensor)}
+    return [name for name, value in tensors.items() if not value.isfinite().all()]
+
+
+def check(
+    folder: Path,
+    weights: dict[str, Tensor],
+    moments: Moments,
+    masters: dict[str, Tensor],
+    stepped: dict[str, torch.Size],
+    policy: str,
+) -> None:
+    """Raise ValueError unless what was read has the names and shapes of what trains, and is finite.
+
+    masters: the policy's weights now; its names follow `policy`, a snapshot's its own prefix.
+    stepped: the shapes of what the optimizer steps; moments of 8 bits have others.
+    """
+    needed = {f"{policy}{name}" for name in masters}
+    wrong = [f"{name} is missing" for name in sorted(needed - weights.keys())]
+    for name, value in weights.items():
+        own = masters.get(name.partition("/")[2])
+        if own is None or own.shape != value.shape:
+            wrong.append(f"{name} has the shape {tuple(value.shape)}, or belongs to no weight")
+    wrong += [f"{name} has no moments" for name in stepped.keys() - moments.keys()]
+    for name in stepped.keys() & moments.keys():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in moments[name] and moments[name][key].shape != stepped[name]:
+                wrong.append(f"{name}/{key} has the shape {tuple(moments[name][key].shape)}")
+    wrong += [f"{name} is not finite" for name in not_finite(weights, moments)]
+    if wrong:
+        raise ValueError(
+            f"{str(folder)!r} does not hold the state of this run's weights: {wrong[0]}, and "
+            f"{len(wrong) - 1} more. Resume from another checkpoint."
+        )
 
 
 def read(

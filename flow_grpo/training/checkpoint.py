@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flow_grpo.training import folders
+from flow_grpo.training import digests, folders
 
 if TYPE_CHECKING:
     from flow_grpo.training.run import Run
@@ -37,11 +37,12 @@ def _write(run: Run, final: Path, metrics_bytes: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     run.ranks.barrier()
-    run.engine.save(aside, run.snapshots.state_dict())
+    files = run.engine.save(aside, run.snapshots.state_dict())
     export(run, aside, "ema" if run.config.train.ema else "policy")
-    run.ranks.barrier()
+    world = run.ranks.gather_objects(digests.of(aside, files))
     if run.ranks.is_main:
-        _write_trainer(run, aside, metrics_bytes)
+        written = {name: digest for each in world for name, digest in each.items()}
+        _write_trainer(run, aside, metrics_bytes, written)
         if final.exists():  # all updates of an epoch were skipped
             _set_aside(final)
         os.rename(aside, final)
@@ -80,21 +81,22 @@ def export(run: Run, folder: Path, name: str) -> None:
             run.pipeline.save_transformer(folder / "transformer")
 
 
-def _write_trainer(run: Run, folder: Path, metrics_bytes: int) -> None:
+def _write_trainer(run: Run, folder: Path, metrics_bytes: int, written: dict[str, str]) -> None:
+    """written: digests of what the engine wrote; the rest is this rank's."""
     files = [path for path in folder.rglob("*") if path.is_file()]
+    rest = (path for path in files if str(path.relative_to(folder)) not in written)
     state = {
-        "format": folders.FORMAT,
         "epoch": run.epoch,
         "num_updates": run.updater.num_updates,
         "num_skipped": run.updater.num_skipped,
         "metrics_bytes": metrics_bytes,
         "identity": run.identity,
         "versions": {name: version(name) for name in PACKAGES},
-        "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
+        "files": written | digests.of(folder, rest),
     }
     for path in files:
         _sync(path)
-    (folder / folders.STATE).write_text(json.dumps(state, indent=2) + "\n")
+    (folder / folders.STATE).write_text(json.dumps(digests.sealed(state), indent=2) + "\n")
     _sync(folder / folders.STATE)
 
 

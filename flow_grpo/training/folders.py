@@ -7,9 +7,9 @@ from pathlib import Path
 import ml_collections
 
 from flow_grpo.parallel.choose import shards_state
+from flow_grpo.training import digests
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
-FORMAT = 2  # of checkpoints; 1 was unpickled
 REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
 
 
@@ -56,18 +56,15 @@ def _check(folder: Path, identity: dict) -> None:
             f"folder logs/<run_name>/checkpoints/checkpoint-<step> is needed, or latest, or auto."
         )
     state = read(folder)
-    if state.get("format") != FORMAT:
+    if state and digests.SEAL not in state:
         raise ValueError(
             f"config.resume_from={str(folder)!r} is of an older version, no longer read. Start a "
             f"new run; the LoRA in its lora/ can be carried over with config.train.lora_path."
         )
-    for name, size in state["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise ValueError(
-                f"config.resume_from={str(folder)!r}: {name} is missing or cut short. Resume from "
-                f"an older checkpoint."
-            )
+    if problem := digests.problem(folder, state):
+        raise ValueError(
+            f"config.resume_from={str(folder)!r}: {problem}. Resume from another checkpoint."
+        )
     for key, value in identity.items():
         if key in state["identity"] and state["identity"][key] != value:
             raise ValueError(
@@ -78,7 +75,12 @@ def _check(folder: Path, identity: dict) -> None:
 
 
 def read(folder: Path) -> dict:
-    return json.loads((folder / STATE).read_text())
+    """Return what trainer.json says, {} where it is damaged."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
 
 
 def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:
