@@ -55,8 +55,8 @@ def check(
     needed = {f"{policy}{name}" for name in masters}
     wrong = [f"{name} is missing" for name in sorted(needed - weights.keys())]
     for name, value in weights.items():
-        own = masters.get(name.partition("/")[2])
-        if own is None or own.shape != value.shape:
+        _, of_weight, own = name.partition("/")
+        if of_weight and (own not in masters or masters[own].shape != value.shape):
             wrong.append(f"{name} has the shape {tuple(value.shape)}, or belongs to no weight")
     wrong += [f"{name} has no moments" for name in stepped.keys() - moments.keys()]
     for name in stepped.keys() & moments.keys():
