@@ -146,6 +146,11 @@ COMMON = {
     "train.adam_beta2": Key(0.999, least=0, below=1),
     "train.adam_weight_decay": Key(1e-4, least=0, most=10),
     "train.adam_epsilon": Key(1e-8, above=0, most=1),
+    "train.hold_start": Key(
+        False,
+        "a full fine-tune: the host keeps each epoch's start, so that a signal among its updates "
+        "loses nothing; a LoRA's is always kept",
+    ),
     "train.gradient_accumulation_steps": Key(
         2, "micro-batches an optimizer step", least=1, most=MANY
     ),

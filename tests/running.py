@@ -124,7 +124,7 @@ def fresh_process() -> Iterator[None]:
     """Forget previous runs of this process, and give back the handlers that a run replaces."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
     try:
         yield
     finally:

@@ -43,7 +43,7 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
     "scorers": (("rewards/clip", "rewards/judges", "rewards/rules"), 1800),
     "the rest": (("rewards/remote", "reward_server", "report", "launch", "evaluation"), 4000),
 }
-SINCE = {"core": 165}  # what later work added: speed.py, digests and checks of a checkpoint
+SINCE = {"core": 270}  # what later work added: speed.py, digests, checks, held starts, rescue
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them
     "flow_grpo.rewards.clip.encoder",
     "flow_grpo.rewards.rules.detector",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flow_grpo.parallel.engine import Ranks
-from flow_grpo.parallel.stop import PATIENCE_S, Stop, Stopped
+from flow_grpo.parallel.stop import PATIENCE_S, SIGNALS, Stop, Stopped
 
 
 class Clock:
@@ -22,8 +22,7 @@ class Clock:
 @pytest.fixture
 def handlers():
     """The handlers of before come back."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    held = {number: signal.getsignal(number) for number in numbers}
+    held = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in held.items():
         signal.signal(number, handler)
@@ -51,14 +50,22 @@ def test_without_a_signal_a_run_goes_on(launched):
     assert exits == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_waits_for_the_next_check_which_says_how_to_leave(launched, number):
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_waits_for_the_next_check_which_says_how_to_leave(launched, capfd, number):
     stop, clock, exits = launched
     signal.raise_signal(number)
     clock.seconds += 1e9
     with pytest.raises(Stopped, match=f"stopped by {number.name}") as stopped:
         stop.check()
     assert stopped.value.exit_status == 128 + number and exits == []
+    said = capfd.readouterr().err
+    assert f"{number.name}: ends in order, at once after another one in 5 s" in said
+
+
+def test_a_run_under_nohup_does_not_hear_the_terminal_go(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    Stop(Ranks(torch.device("cpu")))
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_repeated_signal_ends_the_process_only_after_some_patience(launched):

@@ -48,6 +48,15 @@ class Drift(nn.Module):
         return (sigma - (1 - sigma) * VARIANCE) / spread * latents + self.shift[step][:, None]
 
 
+class NeverStop:
+    """A run that nobody asks to end, whose process keeps its signals' handlers."""
+
+    asked = False
+
+    def check(self):
+        pass
+
+
 class Toy(PatchedPipeline):
     device = torch.device("cpu")
 
@@ -102,7 +111,7 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, e
             guidance=pipeline.unguided,
             conditioner=None,
             scorer=None,
-            stop=None,
+            stop=NeverStop(),
         ),
         schedule=schedule,
         guidance=pipeline.unguided,

@@ -65,7 +65,8 @@ def execute(run: Run) -> int:
     except Stopped as stopped:
         if main_process:
             remedy = f"--config.run_name={run.folder.name} --config.resume_from=latest"
-            print(f"{stopped}; saved in {run.folder}, {remedy} continues it", file=sys.stderr)
+            outcome = "; ".join([str(stopped), *stopped.__notes__])
+            print(f"{outcome}, {remedy} continues it", file=sys.stderr)
         status = stopped.exit_status
     finally:
         run.evaluator.scorer.close()

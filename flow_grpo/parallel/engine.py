@@ -113,9 +113,8 @@ class Engine(ABC):
         Returns the files that this rank wrote. Raises FloatingPointError on all ranks, and writes
         nothing, if a value is not finite.
         """
-        weights = {f"{POLICY}{name}": part for name, part in self.masters().items()} | further
-        stepped = self._stepped().items()
-        moments = {name: dict(self.optimizer.state.get(tensor, {})) for name, tensor in stepped}
+        masters, moments, scale = self.get_state()
+        weights = {f"{POLICY}{name}": part for name, part in masters.items()} | further
         broken = sum(self.ranks.gather_objects(state.not_finite(weights, moments)), [])
         if broken:
             raise FloatingPointError(
@@ -126,7 +125,7 @@ class Engine(ABC):
         if part < self.num_parts:
             written = state.write(folder, part, self._layout(), weights, moments)
             files = [folder / name.format(part) for name in (state.WEIGHTS, state.OPTIMIZER)]
-        index = {"scale": self._scale(), "parts": self.ranks.gather_objects(written)}
+        index = {"scale": scale, "parts": self.ranks.gather_objects(written)}
         index["parts"] = index["parts"][: self.num_parts]
         if self.ranks.is_main:
             (folder / state.INDEX).write_text(json.dumps(index) + "\n")
@@ -139,14 +138,25 @@ class Engine(ABC):
         shapes = {name: tensor.shape for name, tensor in self._stepped().items()}
         state.check(folder, weights, moments, self.masters(), shapes, POLICY)
         mine = {name for name in weights if name.startswith(POLICY)}
-        self.put({name.removeprefix(POLICY): weights[name] for name in mine})
+        masters = {name.removeprefix(POLICY): weights[name] for name in mine}
+        self.set_state(masters, moments, scale)
+        return {name: value for name, value in weights.items() if name not in mine}
+
+    def get_state(self) -> tuple[Parts, state.Moments, dict[str, float]]:
+        """Return masters, moments and fp16's search for its loss scale. Not to be written to."""
+        stepped = self._stepped().items()
+        moments = {name: dict(self.optimizer.state.get(tensor, {})) for name, tensor in stepped}
+        return self.masters(), moments, self._scale()
+
+    def set_state(self, masters: Parts, moments: state.Moments, scale: dict[str, float]) -> None:
+        """Go back to what get_state() returned."""
+        self.put(masters)
         for name, tensor in self._stepped().items():
             self.optimizer.state[tensor] = {
                 key: value.to(tensor.device) if isinstance(value, Tensor) else value
                 for key, value in moments[name].items()
             }
         self._set_scale(scale)
-        return {name: value for name, value in weights.items() if name not in mine}
 
     @abstractmethod
     def _layout(self) -> dict[str, dict]:

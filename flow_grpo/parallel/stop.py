@@ -1,4 +1,4 @@
-"""Leave in order at SIGTERM, SIGINT, the death of the launcher, or when rewards fail."""
+"""Leave in order at SIGTERM, SIGINT, SIGHUP, the launcher's death, or when rewards fail."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import torch
 from flow_grpo.parallel.engine import Ranks
 
 PATIENCE_S = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -32,20 +33,29 @@ class Stop:
         # Only a launcher's death counts: a run under nohup outlives its shell.
         launched = any(n.startswith(("ACCELERATE_", "TORCHELASTIC_")) for n in os.environ)
         self._parent = os.getppid() if launched else None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                signal.signal(number, self._remember)
+
+    @property
+    def asked(self) -> bool:
+        """Whether this rank was asked to end."""
+        if self._parent is not None and os.getppid() != self._parent:
+            self._number = self._number or signal.SIGTERM
+        return self._number > 0
 
     def _remember(self, number: int, frame: object) -> None:
         if not self._number:
             self._number, self._since = number, self._clock()
+            if self._ranks.is_main:
+                word = f"{signal.Signals(number).name}: ends in order, at once after another one"
+                os.write(2, f"\n{word} in {PATIENCE_S:g} s or more\n".encode())
         elif self._clock() - self._since > PATIENCE_S:
             os._exit(128 + number)
 
     def check(self) -> None:
         """Raise Stopped on every rank if any rank was asked to end. All ranks must call it."""
-        if self._parent is not None and os.getppid() != self._parent:
-            self._number = self._number or signal.SIGTERM
-        asked = torch.tensor([self._number], device=self._ranks.device)
+        asked = torch.tensor([self._number if self.asked else 0], device=self._ranks.device)
         number = int(self._ranks.gather(asked).max())
         if number:
             raise Stopped(f"stopped by {signal.Signals(number).name}", 128 + number)

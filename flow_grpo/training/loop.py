@@ -17,6 +17,7 @@ from flow_grpo.training.checkpoint import save
 from flow_grpo.training.collect import Sampled
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
+from flow_grpo.training.held import Held
 from flow_grpo.training.run import Run
 from flow_grpo.training.tracking import Statistics, memory
 
@@ -24,7 +25,7 @@ SHOWN = ("reward/avg", "reward/zero_std_fraction", "images_per_second")
 
 
 def train(run: Run) -> None:
-    """Train up to num_epochs. Raises Stopped once the finished epochs are saved."""
+    """Train up to num_epochs. Whatever ends it before, finished epochs are saved if they can be."""
     config, main_process = run.config, run.ranks.is_main
     finished = run.tracker.num_bytes  # of metrics.jsonl
     bar = progress(config.num_epochs, "epochs", shown=main_process, initial=run.epoch)
@@ -48,6 +49,7 @@ def train(run: Run) -> None:
             run.objective.after_epoch(run.snapshots, run.updater.num_updates)
             run.log("epoch", metrics := metrics | _epoch_metrics(run))
             run.epoch += 1
+            run.in_update, run.held = False, None
             finished = run.tracker.num_bytes
             if run.epoch % config.save_freq == 0 or run.epoch == config.num_epochs:
                 save(run, finished)
@@ -57,9 +59,40 @@ def train(run: Run) -> None:
                 shown = (f"{name.split('/')[-1]} {metrics[name]:.3g}" for name in SHOWN)
                 tqdm.write(f"epoch {run.epoch}: {', '.join(shown)}")
         _evaluate(run)
-    except Stopped:
-        save(run, finished)
+    except Exception as error:
+        rescue(run, error, finished)
         raise
+
+
+def rescue(run: Run, error: Exception, metrics_bytes: int) -> None:
+    """Save the finished epochs of a run that an error ends, if they can be; say what came of it.
+
+    metrics_bytes: of these epochs. Of several ranks only Stopped comes to all.
+    """
+    stopped, lost = isinstance(error, Stopped), run.epoch - (run.saved[0] if run.saved else 0)
+    if not (stopped or lost):
+        return
+    if run.in_update and run.held is None:
+        problem = "the error came among its updates (config.train.hold_start=True allows for that)"
+    elif not stopped and run.ranks.num_ranks > 1:
+        problem = "not all ranks have met it"
+    else:
+        problem = _save_start(run, metrics_bytes)
+    if problem:
+        error.add_note(f"{lost} finished epoch(s) could not be saved in {run.folder}: {problem}")
+    else:
+        error.add_note(f"saved in {run.folder}")
+
+
+def _save_start(run: Run, metrics_bytes: int) -> str:
+    """Save the state in which this epoch began; return why that did not work, or ""."""
+    try:
+        if run.in_update:
+            run.held.restore()
+        save(run, metrics_bytes)
+    except (OSError, RuntimeError, ArithmeticError) as second:
+        return str(second)
+    return ""
 
 
 def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
@@ -68,6 +101,9 @@ def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
     num_calls = sum(len(of_ranks[rank]) for inner in arranged.updates for of_ranks in inner)
     with run.timer("update"):
         known = prepare(objective, arranged, rank, micro_batch, run.predict)
+        if run.config.use_lora or run.config.train.hold_start:
+            run.held = Held(run.engine, run.snapshots, run.updater)
+        run.in_update = True
         bar = progress(num_calls, "update", shown=run.ranks.is_main)
         for inner, updates in enumerate(arranged.updates):
             for of_ranks in updates:
@@ -75,7 +111,9 @@ def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
                 for micro, numbers in zip(micros, of_ranks[rank], strict=True):
                     micro.known = known.get(_key(objective, numbers, inner))
                 num_points = len(micros[0].points) if micros else 0
-                take_step(run, micros, arrange.total_weight(arranged, of_ranks, num_points))
+                weight = arrange.total_weight(arranged, of_ranks, num_points)
+                if weight and take_step(run, micros, weight):
+                    run.evaluator.stop.check()
                 bar.update(len(micros))
         bar.close()
 
@@ -112,14 +150,14 @@ def _micro_batch(
     return Micro(rows, points, run.predictor(rows), trained)
 
 
-def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
+def take_step(run: Run, micros: list[Micro], total_weight: float) -> bool:
     """Make one optimizer step: the weighted mean over all rows of all ranks and all points.
+
+    Returns whether any rank was asked to end.
 
     Nothing waits for the device before all gradients are there. Then one sum over ranks holds the
     loss, which is finite only if every part of it is, and the statistics, and is read once.
     """
-    if total_weight == 0:
-        return
     objective, engine, ranks = run.objective, run.engine, run.ranks
     with torch.no_grad():
         frozen = objective.freeze(micros, run.predict)
@@ -142,13 +180,14 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> None:
                 engine.backward(share)
             loss_sum += share.detach()
             statistics.add(loss.stats, point.step, weights)
-    sums = ranks.total(torch.cat([loss_sum.double()[None], statistics.sums()]))
-    mean, *moments, norm = torch.cat([sums, engine.norm().double()[None]]).tolist()
-    if not run.updater.finish(mean, norm):
-        return
-    run.move_snapshots()
-    metrics = {"loss": mean, "grad_norm": norm, "learning_rate": run.updater.rate}
-    run.log("update", metrics | statistics.metrics(moments))
+    asked = torch.tensor([float(run.evaluator.stop.asked)], device=ranks.device)
+    sums = ranks.total(torch.cat([loss_sum.double()[None], asked.double(), statistics.sums()]))
+    mean, asked, *moments, norm = torch.cat([sums, engine.norm().double()[None]]).tolist()
+    if run.updater.finish(mean, norm):
+        run.move_snapshots()
+        metrics = {"loss": mean, "grad_norm": norm, "learning_rate": run.updater.rate}
+        run.log("update", metrics | statistics.metrics(moments))
+    return asked > 0
 
 
 def _evaluate(run: Run) -> None:

@@ -20,6 +20,7 @@ from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
 from flow_grpo.sampling import Schedule
+from flow_grpo.training.held import Held
 from flow_grpo.training.optimizer import Updater
 from flow_grpo.training.snapshots import Snapshots, ema_decay
 from flow_grpo.training.tracking import Timer, Tracker
@@ -43,6 +44,8 @@ class Run:
     tracker: Tracker
     epoch: int = 0  # finished epochs
     saved: tuple[int, int] | None = None  # epoch and update of the last checkpoint
+    in_update: bool = False  # from an epoch's first optimizer step to its end
+    held: Held | None = None  # the start of an epoch that is in update
     timer: Timer = field(default_factory=Timer)
 
     @property
