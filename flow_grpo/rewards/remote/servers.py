@@ -69,7 +69,7 @@ def read_token(path: str, key: str) -> str:
 
 
 def _urls(name: str, value: object) -> list[str]:
-    found = [value] if isinstance(value, str) else list(value) if value else []
+    found = list(value) if isinstance(value, (list, tuple)) else [value]
     for url in found:
         try:
             parts = urlsplit(url)
