@@ -43,7 +43,10 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
     "scorers": (("rewards/clip", "rewards/judges", "rewards/rules"), 1800),
     "the rest": (("rewards/remote", "reward_server", "report", "launch", "evaluation"), 4000),
 }
-SINCE = {"core": 270}  # what later work added: speed.py, digests, checks, held starts, rescue
+SINCE = {  # what later work added: speed.py, digests, checks, held starts, rescue; quiet.py
+    "core": 270,
+    "the rest": 40,
+}
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them
     "flow_grpo.rewards.clip.encoder",
     "flow_grpo.rewards.rules.detector",

@@ -18,7 +18,7 @@ from config.base import base, with_objective
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
-from flow_grpo.launch import encoders
+from flow_grpo.launch import encoders, quiet
 from flow_grpo.launch.weights import Weights
 from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose, speed
@@ -145,6 +145,7 @@ def load(
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
     engine = _start(config)
+    quiet.say_once()
     pipeline = encoders.load_pipeline(config, family, prompts, engine.ranks)
     height, width = config.height or config.resolution, config.width or config.resolution
     size = Size(height, width, config.num_frames)
