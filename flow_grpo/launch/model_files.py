@@ -10,6 +10,7 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from ml_collections import ConfigDict
 
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.diffusers_patch.registry import FAMILIES
 
 
@@ -35,8 +36,9 @@ def check(config: ConfigDict) -> None:
     elif constants.HF_HUB_OFFLINE and (missing := to_download(config)):
         raise ValueError(f"{missing} HF_HUB_OFFLINE forbids to do so now.")
     _check_size(config)
-    if config.train.lora_path:
-        _check_lora(config.train.lora_path)
+    if path := config.train.lora_path:
+        train = config.train
+        check_lora(config, "config.train.lora_path", path, train.lora_rank, train.lora_alpha)
 
 
 def to_download(config: ConfigDict) -> str:
@@ -97,15 +99,17 @@ def _check_size(config: ConfigDict) -> None:
             )
 
 
-def _check_lora(path: str) -> None:
-    if os.path.isdir(path) and not list(Path(path).glob("*.safetensors")):
-        raise ValueError(
-            f"config.train.lora_path={path!r}: the folder has no .safetensors file. A LoRA in "
-            f"diffusers' or PEFT's format is needed, such as checkpoints/checkpoint-<step>/lora "
-            f"of a run."
-        )
-    if path.startswith((".", "/")) and not os.path.exists(path):
-        raise ValueError(f"config.train.lora_path={path!r}: there is no such file or folder.")
+def check_lora(config: ConfigDict, key: str, path: str, *trained: float) -> None:
+    """Raise ValueError for a LoRA that can't be read or is of another model.
+
+    key: what names it. trained: the rank and the alpha with which it is to be trained.
+    """
+    try:
+        files.lora_file(path)
+        if part := _read(config, "transformer"):  # otherwise the model is to be downloaded first
+            family(config).check_lora(path, part, *trained)
+    except ValueError as error:
+        raise ValueError(f"{key}={path!r}: {error}") from None
 
 
 def _read(config: ConfigDict, part: str) -> dict:

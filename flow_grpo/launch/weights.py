@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from flow_grpo.diffusers_patch.disk.files import LORA_FILES
+
 BASE = "base"  # the word for a model as it was before training
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
