@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor
 
-from flow_grpo.diffusers_patch.disk import lora
+from flow_grpo.diffusers_patch.disk import files, lora
 from flow_grpo.records import Guidance
 
 ENCODERS = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor")
@@ -53,15 +53,19 @@ class Weights:
         # output gradients of different strides, as in FLUX, or a mask (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
         family = cls.variant(path, revision)
+        index = family.stock.load_config(path, revision=revision)
+        parts = {name: each[0] for name, each in index.items() if isinstance(each, (list, tuple))}
         absent = {
             name: None
-            for name, value in family.stock.load_config(path, revision=revision).items()
-            if isinstance(value, (list, tuple))
-            and (value[0] is None or not encoders and name.startswith(ENCODERS))
+            for name, library in parts.items()
+            if library is None or not encoders and name.startswith(ENCODERS)
         }
+        kind = files.variant(path, revision, set(parts) - set(absent))
         dtypes = {"default": dtype, "transformer": transformer_dtype or dtype, "vae": torch.float32}
         given = (family.components(path, revision) if encoders else {}) | absent
-        pipe = family.stock.from_pretrained(path, revision=revision, dtype=dtypes, **given)
+        pipe = family.stock.from_pretrained(
+            path, revision=revision, dtype=dtypes, variant=kind, **given
+        )
         return family(pipe.to(device))
 
     def trains(self, parameter: str) -> bool:
@@ -102,7 +106,8 @@ class Weights:
     def load_transformer(self, folder: Path) -> None:
         """Put a saved transformer's weights in place. Raises ValueError if they do not fit."""
         kind, dtype = type(self.transformer), self.transformer.dtype
-        saved = kind.from_pretrained(folder, torch_dtype=dtype)
+        form = files.check_part(folder) or None
+        saved = kind.from_pretrained(folder, torch_dtype=dtype, variant=form)
         try:
             self.transformer.load_state_dict(saved.state_dict())
         except RuntimeError as error:

@@ -9,9 +9,11 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from ml_collections import ConfigDict
 
-from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.base import ENCODERS, PatchedPipeline
 from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.diffusers_patch.registry import FAMILIES
+
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
 
 
 def check(config: ConfigDict) -> None:
@@ -35,6 +37,8 @@ def check(config: ConfigDict) -> None:
         )
     elif constants.HF_HUB_OFFLINE and (missing := to_download(config)):
         raise ValueError(f"{missing} HF_HUB_OFFLINE forbids to do so now.")
+    if os.path.isdir(path):
+        _check_parts(config)
     _check_size(config)
     if path := config.train.lora_path:
         train = config.train
@@ -76,6 +80,19 @@ def family(config: ConfigDict) -> type[PatchedPipeline]:
             f"{', '.join(FAMILIES)} (flow_grpo/diffusers_patch/registry.py)."
         )
     return FAMILIES[name]
+
+
+def _check_parts(config: ConfigDict) -> None:
+    """Raise ValueError for a file of a model's folder that is missing or not whole."""
+    path = config.pretrained.model
+    for name, value in index(config).items():
+        part = Path(path) / name
+        unread = config.encoders == "precompute" and name.startswith(ENCODERS)
+        if isinstance(value, list) and value[0] and (part.is_dir() or not unread):
+            try:
+                files.check_part(part, not name.startswith(WITHOUT_WEIGHTS))
+            except ValueError as error:
+                raise ValueError(f"config.pretrained.model={path!r}: {error}") from None
 
 
 def _check_size(config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""Trained weights on disk, a run's or anyone's in diffusers' format. No torch."""
+"""Trained weights on disk, a run's or anyone's in diffusers' format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from flow_grpo.diffusers_patch.disk.files import LORA_FILES
+from flow_grpo.diffusers_patch.disk import files
 
 BASE = "base"  # the word for a model as it was before training
 
@@ -59,6 +59,7 @@ def check_class(weights: Weights, model_index: dict) -> None:
             f"{weights.name!r} is a {found}, but the transformer of config.pretrained.model is a "
             f"{needed}. Set --config.pretrained.model to the base of this checkpoint."
         )
+    files.check_part(weights.path)
 
 
 def run_config(weights: Weights) -> dict:
@@ -73,8 +74,8 @@ def run_config(weights: Weights) -> dict:
 
 def _lora(folder: Path) -> Path | None:
     """The folder, if its LoRA has the usual name, or the only file; a run's state is none."""
-    if any((folder / name).is_file() for name in LORA_FILES):
+    if any((folder / name).is_file() for name in files.LORA_FILES):
         return folder
-    files = list(folder.glob("*.safetensors"))
+    found = list(folder.glob("*.safetensors"))
     is_state = (folder / "trainer.json").is_file()
-    return files[0] if len(files) == 1 and not is_state else None
+    return found[0] if len(found) == 1 and not is_state else None
