@@ -268,7 +268,7 @@ REFUSED = {
         ),
         "such as none of a transformer",
     ),
-    "nothing": (lambda name, folder: None, "has no .safetensors file"),
+    "nothing": (lambda name, folder: None, "it has no .safetensors file"),
     "a pickle": (
         lambda name, folder: (folder / "adapter_model.bin").write_bytes(b"pickle"),
         "is a pickle",

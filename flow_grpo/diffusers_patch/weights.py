@@ -106,8 +106,8 @@ class Weights:
     def load_transformer(self, folder: Path) -> None:
         """Put a saved transformer's weights in place. Raises ValueError if they do not fit."""
         kind, dtype = type(self.transformer), self.transformer.dtype
-        form = files.check_part(folder) or None
-        saved = kind.from_pretrained(folder, torch_dtype=dtype, variant=form)
+        variant = files.weights(folder)[0] or None
+        saved = kind.from_pretrained(folder, torch_dtype=dtype, variant=variant)
         try:
             self.transformer.load_state_dict(saved.state_dict())
         except RuntimeError as error:

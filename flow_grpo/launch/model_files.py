@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from flow_grpo.diffusers_patch.base import ENCODERS, PatchedPipeline
 from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.diffusers_patch.registry import FAMILIES
+from flow_grpo.launch.weights import check_part
 
 WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
 
@@ -90,7 +91,7 @@ def _check_parts(config: ConfigDict) -> None:
         unread = config.encoders == "precompute" and name.startswith(ENCODERS)
         if isinstance(value, list) and value[0] and (part.is_dir() or not unread):
             try:
-                files.check_part(part, not name.startswith(WITHOUT_WEIGHTS))
+                check_part(part, not name.startswith(WITHOUT_WEIGHTS))
             except ValueError as error:
                 raise ValueError(f"config.pretrained.model={path!r}: {error}") from None
 

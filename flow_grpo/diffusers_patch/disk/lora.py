@@ -60,8 +60,8 @@ def read(path: str, transformer: nn.Module, stock: type[DiffusionPipeline]) -> L
     known = {name for name, each in transformer.named_modules() if isinstance(each, LAYERS)}
     missing = [f"{name}.lora_{k}.weight" for name in parts for k in "AB" if k not in parts[name]]
     named, unknown = _named(parts, known)
-    if unknown and not missing:
-        named, unknown = _converted(parts, known, stock) or (named, unknown)
+    if unknown and not missing and (converted := _converted(parts, known, stock)):
+        named, unknown = converted, []
     if file.name == files.LORA_FILES[1] and settings:
         wanted = (name for name in known if check_target_module_exists(settings, name))
         missing += [f"{name}.lora_A.weight" for name in sorted(wanted) if name not in named]
@@ -81,25 +81,25 @@ def put(lora: Lora, transformer: nn.Module, rank: int | None, alpha: float | Non
     rank, alpha: those to train with; B is scaled so that the adapter does the same. None: its own.
     """
     ranks = {name: len(each["A"]) for name, each in lora.parts.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
+    usual, rank_pattern = _usual(ranks)
     if rank not in (None, usual):
         raise ValueError(
             f"config.train.lora_rank={rank}, but that of the LoRA in {str(lora.file)!r} is {usual}."
             f" Set config.train.lora_rank={usual}."
         )
     alphas = {name: alpha * ranks[name] / rank for name in ranks} if rank else lora.alphas
-    usual_alpha = Counter(alphas.values()).most_common(1)[0][0]
+    lora_alpha, alpha_pattern = _usual(alphas)
     config = LoraConfig(
         r=usual,
-        lora_alpha=usual_alpha,
+        lora_alpha=lora_alpha,
         target_modules="|".join(map(re.escape, ranks)),
-        rank_pattern={f"^{re.escape(n)}": r for n, r in ranks.items() if r != usual},
-        alpha_pattern={f"^{re.escape(n)}": a for n, a in alphas.items() if a != usual_alpha},
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
     )
     transformer.add_adapter(config)
     for name, each in lora.parts.items():
         layer = transformer.get_submodule(name)
-        for kind, factor in {"A": 1.0, "B": lora.alphas[name] / alphas[name]}.items():
+        for kind, factor in {"A": 1.0, "B": lora.alphas[name] / (alphas[name] or 1.0)}.items():
             weight, value = getattr(layer, f"lora_{kind}")["default"].weight, each[kind] * factor
             if weight.shape != value.shape:
                 raise ValueError(
@@ -122,12 +122,12 @@ def write(
         name, kind = key.removesuffix(".default.weight").rsplit(".", 1)
         scale = transformer.get_submodule(name).scaling["default"] if kind == "lora_B" else 1.0
         weights[f"{name}.{kind}.weight"] = (value * scale).contiguous()
-    ranks = {key.removesuffix(".lora_A.weight"): len(v) for key, v in weights.items()}
-    usual = transformer.peft_config["default"].r
-    pattern = {f"^{re.escape(n)}": r for n, r in ranks.items() if r != usual and "lora_B" not in n}
+    ranks = {
+        k.removesuffix(".lora_A.weight"): len(v) for k, v in weights.items() if ".lora_A." in k
+    }
+    usual, pattern = _usual(ranks)
     config = LoraConfig(r=usual, lora_alpha=usual, rank_pattern=pattern, alpha_pattern=pattern)
-    names = sorted(name for name in ranks if "lora_B" not in name)
-    settings = config.to_dict() | {"target_modules": names, "inference_mode": True}
+    settings = config.to_dict() | {"target_modules": sorted(ranks), "inference_mode": True}
     stock.save_lora_weights(
         folder, transformer_lora_layers=weights, transformer_lora_adapter_metadata=dict(settings)
     )
@@ -136,12 +136,18 @@ def write(
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
 
 
+def _usual(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """The commonest of the layers' values, and a pattern for PEFT of the others'."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    return usual, {f"^{re.escape(name)}": v for name, v in values.items() if v != usual}
+
+
 def _settings(file: Path, metadata: dict) -> LoraConfig | None:
     """What stands in a file's metadata or beside it."""
     beside = file.with_name("adapter_config.json")
     if METADATA in metadata:
         stated = json.loads(metadata[METADATA])
-        given = {k.removeprefix("transformer."): stated[k] for k in stated if TEXT.match(k) is None}
+        given = {k.removeprefix("transformer."): stated[k] for k in stated if not TEXT.match(k)}
     elif file.name != files.LORA_FILES[1]:
         return None
     elif beside.is_file():
@@ -178,31 +184,28 @@ def _named(parts: Parts, known: set[str]) -> tuple[Parts, list[str]]:
     return named, unknown
 
 
-def _converted(
-    parts: Parts, known: set[str], stock: type[DiffusionPipeline]
-) -> tuple[Parts, list[str]] | None:
+def _converted(parts: Parts, known: set[str], stock: type[DiffusionPipeline]) -> Parts | None:
     """Let diffusers translate names and cut fused layers; None if it can't do so for all."""
-    flat = {key: "lora_unet_" + PREFIX.sub("", key).replace(".", "_") for key in parts}
-    dotted = {key: key for key in parts}
-    for stems, down, up in (
-        (dotted, "lora_A", "lora_B"),
-        (dotted, "lora_down", "lora_up"),
-        (flat, "lora_down", "lora_up"),
-    ):
+
+    def flat(key: str) -> str:
+        return "lora_unet_" + PREFIX.sub("", key).replace(".", "_")
+
+    kohya = ("lora_down", "lora_up")
+    for stem, (down, up) in ((str, ("lora_A", "lora_B")), (str, kohya), (flat, kohya)):
         tensors = {}
         for key, each in parts.items():
             rank = torch.tensor(float(len(each["A"])))
-            tensors[f"{stems[key]}.{down}.weight"] = each["A"].clone()
-            tensors[f"{stems[key]}.{up}.weight"] = each["B"] * (each.get("alpha", rank) / rank)
+            tensors[f"{stem(key)}.{down}.weight"] = each["A"].clone()
+            tensors[f"{stem(key)}.{up}.weight"] = each["B"] * (each.get("alpha", rank) / rank)
             if down == "lora_down":  # some of its converters need one
-                tensors[f"{stems[key]}.alpha"] = rank
+                tensors[f"{stem(key)}.alpha"] = rank
         try:
             made, odd = _parts(stock.lora_state_dict(tensors))
         except Exception:  # it has many ways to say that it does not know a layout
             continue
         named, unknown = _named(made, known)
         if named and not unknown and not odd:
-            return named, unknown
+            return named
     return None
 
 
@@ -211,8 +214,8 @@ def _alpha(file: Path, name: str, parts: dict[str, Tensor], settings: LoraConfig
     own = float(parts.get("alpha", rank))
     if settings is None:
         return own
-    key = get_pattern_key(settings.alpha_pattern, name)
-    stated = settings.alpha_pattern.get(key, settings.lora_alpha)
+    pattern = settings.alpha_pattern or {}
+    stated = pattern.get(get_pattern_key(pattern, name), settings.lora_alpha)
     stated *= math.sqrt(rank) if settings.use_rslora else 1
     if "alpha" in parts and own != stated:
         raise ValueError(
