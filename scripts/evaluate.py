@@ -117,6 +117,8 @@ def read(argv: list[str]) -> Job:
     found = [weights.find(name) for name in names]
     for each in found:
         weights.check_class(each, model_files.index(config))
+        if each.kind == "lora":
+            model_files.check_lora(config, "--checkpoint", str(each.path))
     if is_main_process():
         if args.out.exists() and any(args.out.iterdir()):
             raise ValueError(f"--out={args.out} is not empty. Name a new folder, or delete it.")

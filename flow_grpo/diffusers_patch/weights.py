@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from peft import LoraConfig
 from torch import Tensor
 
+from flow_grpo.diffusers_patch.disk import files, lora
 from flow_grpo.records import Guidance
 
 ENCODERS = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor")
@@ -51,15 +53,19 @@ class Weights:
         # output gradients of different strides, as in FLUX, or a mask (pytorch issue 196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
         family = cls.variant(path, revision)
+        index = family.stock.load_config(path, revision=revision)
+        parts = {name: each[0] for name, each in index.items() if isinstance(each, (list, tuple))}
         absent = {
             name: None
-            for name, value in family.stock.load_config(path, revision=revision).items()
-            if isinstance(value, (list, tuple))
-            and (value[0] is None or not encoders and name.startswith(ENCODERS))
+            for name, library in parts.items()
+            if library is None or not encoders and name.startswith(ENCODERS)
         }
+        kind = files.variant(path, revision, set(parts) - set(absent))
         dtypes = {"default": dtype, "transformer": transformer_dtype or dtype, "vae": torch.float32}
         given = (family.components(path, revision) if encoders else {}) | absent
-        pipe = family.stock.from_pretrained(path, revision=revision, dtype=dtypes, **given)
+        pipe = family.stock.from_pretrained(
+            path, revision=revision, dtype=dtypes, variant=kind, **given
+        )
         return family(pipe.to(device))
 
     def trains(self, parameter: str) -> bool:
@@ -76,47 +82,32 @@ class Weights:
                 r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets
             )
         )
-        self._lora_in_fp32()
-
-    def load_lora(self, path: str) -> None:
-        """Add a LoRA in diffusers' or PEFT's format. Raises ValueError if it does not fit."""
-        if (Path(path) / "adapter_config.json").is_file():
-            _load_peft(path, self.transformer)
-        else:
-            self._load_diffusers_lora(path)
-        self._lora_in_fp32()
-
-    def _load_diffusers_lora(self, path: str) -> None:
-        weights, metadata = self.stock.lora_state_dict(path, return_lora_metadata=True)
-        self.stock.load_lora_into_transformer(
-            weights, self.transformer, adapter_name="default", metadata=metadata
-        )
-        given = [key for key in weights if key.startswith("transformer.") and ".lora_" in key]
-        added = [name for name, _ in self.transformer.named_parameters() if "lora_" in name]
-        if not given or len(given) > len(added):
-            raise ValueError(
-                f"the LoRA {path!r} does not fit {type(self.transformer).__name__}: of its "
-                f"{len(weights)} weights {len(given)} are a transformer's, and this one took "
-                f"{len(added)}. A LoRA of config.pretrained.model's transformer is needed."
-            )
-
-    def _lora_in_fp32(self) -> None:
         for name, param in self.transformer.named_parameters():
             if "lora_" in name:
                 param.data = param.data.float()
 
+    def load_lora(self, path: str, rank: int | None = None, alpha: float | None = None) -> None:
+        """Add a LoRA, to train with this rank and alpha. Raises ValueError if it does not fit."""
+        lora.put(lora.read(path, self.transformer, self.stock), self.transformer, rank, alpha)
+
+    @classmethod
+    def check_lora(
+        cls, path: str, config: dict, rank: int | None = None, alpha: float | None = None
+    ) -> None:
+        """Raise ValueError, before weights load, if a LoRA does not fit the transformer."""
+        with init_empty_weights():
+            transformer = getattr(diffusers, config["_class_name"]).from_config(config)
+            lora.put(lora.read(path, transformer, cls.stock), transformer, rank, alpha)
+
     def save_lora(self, values: dict[str, Tensor], folder: Path) -> None:
-        """Write a LoRA as the stock pipeline loads it. values: by its parameters' names."""
-        self.stock.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(self.transformer, state_dict=values),
-            **_collate_lora_metadata({"transformer": self.transformer}),
-        )
+        """Write a LoRA as diffusers and PEFT load it. values: by its parameters' names."""
+        lora.write(values, self.transformer, self.stock, folder)
 
     def load_transformer(self, folder: Path) -> None:
         """Put a saved transformer's weights in place. Raises ValueError if they do not fit."""
         kind, dtype = type(self.transformer), self.transformer.dtype
-        saved = kind.from_pretrained(folder, torch_dtype=dtype)
+        variant = files.weights(folder)[0] or None
+        saved = kind.from_pretrained(folder, torch_dtype=dtype, variant=variant)
         try:
             self.transformer.load_state_dict(saved.state_dict())
         except RuntimeError as error:
@@ -200,19 +191,3 @@ class Weights:
             raise ValueError(
                 f"config.num_frames={num_frames}: {cls.__name__} draws images. Set it to 1."
             )
-
-
-def _load_peft(path: str, transformer: torch.nn.Module) -> None:
-    """Add the adapter that PeftModel.save_pretrained wrote."""
-    transformer.add_adapter(LoraConfig.from_pretrained(path))
-    prefix = "base_model.model."
-    weights = {k.removeprefix(prefix): v for k, v in load_peft_weights(path, "cpu").items()}
-    outcome = set_peft_model_state_dict(transformer, weights, adapter_name="default")
-    missing = [key for key in outcome.missing_keys if "lora_" in key]
-    if missing or outcome.unexpected_keys:
-        raise ValueError(
-            f"config.train.lora_path={path!r}: {len(missing)} weights missing, "
-            f"{len(outcome.unexpected_keys)} unknown, such as "
-            f"{(missing + outcome.unexpected_keys)[0]}. A LoRA of config.pretrained.model's "
-            f"transformer is needed."
-        )

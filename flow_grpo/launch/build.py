@@ -167,26 +167,13 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ConfigDict) -> None:
             param.requires_grad_(pipeline.trains(name))
         return
     if train.lora_path:
-        _load_lora(pipeline, config)
+        pipeline.load_lora(train.lora_path, train.lora_rank, train.lora_alpha)
     else:
         targets = list(train.lora_targets) or list(pipeline.lora_target_modules)
         torch.manual_seed(config.seed)
         pipeline.add_lora(train.lora_rank, train.lora_alpha, targets)
     for name, param in transformer.named_parameters():
         param.requires_grad_("lora_" in name and pipeline.trains(name))
-
-
-def _load_lora(pipeline: PatchedPipeline, config: ConfigDict) -> None:
-    """Start from a LoRA. Raises ValueError if the config says otherwise than its file."""
-    path = config.train.lora_path
-    pipeline.load_lora(path)
-    found = pipeline.transformer.peft_config["default"]
-    for key, value in (("lora_rank", found.r), ("lora_alpha", found.lora_alpha)):
-        if config.train[key] != value:
-            raise ValueError(
-                f"config.train.{key}={config.train[key]}, but that of the LoRA in {path!r} is "
-                f"{value}. Set config.train.{key}={value}."
-            )
 
 
 def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:

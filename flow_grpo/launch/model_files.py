@@ -9,8 +9,12 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from ml_collections import ConfigDict
 
-from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.diffusers_patch.base import ENCODERS, PatchedPipeline
+from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.diffusers_patch.registry import FAMILIES
+from flow_grpo.launch.weights import check_part
+
+WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
 
 
 def check(config: ConfigDict) -> None:
@@ -34,9 +38,12 @@ def check(config: ConfigDict) -> None:
         )
     elif constants.HF_HUB_OFFLINE and (missing := to_download(config)):
         raise ValueError(f"{missing} HF_HUB_OFFLINE forbids to do so now.")
+    if os.path.isdir(path):
+        _check_parts(config)
     _check_size(config)
-    if config.train.lora_path:
-        _check_lora(config.train.lora_path)
+    if path := config.train.lora_path:
+        train = config.train
+        check_lora(config, "config.train.lora_path", path, train.lora_rank, train.lora_alpha)
 
 
 def to_download(config: ConfigDict) -> str:
@@ -76,6 +83,19 @@ def family(config: ConfigDict) -> type[PatchedPipeline]:
     return FAMILIES[name]
 
 
+def _check_parts(config: ConfigDict) -> None:
+    """Raise ValueError for a file of a model's folder that is missing or not whole."""
+    path = config.pretrained.model
+    for name, value in index(config).items():
+        part = Path(path) / name
+        unread = config.encoders == "precompute" and name.startswith(ENCODERS)
+        if isinstance(value, list) and value[0] and (part.is_dir() or not unread):
+            try:
+                check_part(part, not name.startswith(WITHOUT_WEIGHTS))
+            except ValueError as error:
+                raise ValueError(f"config.pretrained.model={path!r}: {error}") from None
+
+
 def _check_size(config: ConfigDict) -> None:
     vae, transformer = (_read(config, part) for part in ("vae", "transformer"))
     if vae.get("_class_name") != "AutoencoderKL" or "patch_size" not in transformer:
@@ -97,15 +117,17 @@ def _check_size(config: ConfigDict) -> None:
             )
 
 
-def _check_lora(path: str) -> None:
-    if os.path.isdir(path) and not list(Path(path).glob("*.safetensors")):
-        raise ValueError(
-            f"config.train.lora_path={path!r}: the folder has no .safetensors file. A LoRA in "
-            f"diffusers' or PEFT's format is needed, such as checkpoints/checkpoint-<step>/lora "
-            f"of a run."
-        )
-    if path.startswith((".", "/")) and not os.path.exists(path):
-        raise ValueError(f"config.train.lora_path={path!r}: there is no such file or folder.")
+def check_lora(config: ConfigDict, key: str, path: str, *trained: float) -> None:
+    """Raise ValueError for a LoRA that can't be read or is of another model.
+
+    key: what names it. trained: the rank and the alpha with which it is to be trained.
+    """
+    try:
+        files.lora_file(path)
+        if part := _read(config, "transformer"):  # otherwise the model is to be downloaded first
+            family(config).check_lora(path, part, *trained)
+    except ValueError as error:
+        raise ValueError(f"{key}={path!r}: {error}") from None
 
 
 def _read(config: ConfigDict, part: str) -> dict:

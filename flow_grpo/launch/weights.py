@@ -1,4 +1,4 @@
-"""Trained weights on disk, a run's or anyone's in diffusers' format. No torch."""
+"""Trained weights on disk, a run's or anyone's in diffusers' format."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from flow_grpo.diffusers_patch.disk import files
+
 BASE = "base"  # the word for a model as it was before training
-LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,29 @@ def check_class(weights: Weights, model_index: dict) -> None:
             f"{weights.name!r} is a {found}, but the transformer of config.pretrained.model is a "
             f"{needed}. Set --config.pretrained.model to the base of this checkpoint."
         )
+    check_part(weights.path)
+
+
+def check_part(folder: Path, has_weights: bool = True) -> None:
+    """Raise ValueError, with the file, if one of a model's part is missing or not whole."""
+    if not folder.is_dir() or has_weights and not (folder / "config.json").is_file():
+        missing = folder / "config.json" if folder.is_dir() else folder
+        raise ValueError(f"{missing} is missing. Fetch it again.")
+    for file in filter(Path.is_file, folder.iterdir()):
+        files.refuse_pointer(file)
+    kind, names = files.weights(folder)
+    for name in names:
+        files.header(folder / name)
+    ending = f".safetensors.index.{kind}.json" if kind else ".safetensors.index.json"
+    indexes = [file for file in folder.iterdir() if file.name.endswith(ending)]
+    for index in indexes:
+        for name in json.loads(index.read_text())["weight_map"].values():
+            if name not in names:
+                raise ValueError(f"{folder / name} is missing. Fetch it again.")
+    if not indexes and names and all("-of-" in name for name in names):
+        raise ValueError(f"{folder} lacks the index of its weights, *{ending}. Fetch it again.")
+    if has_weights and not names and not list(folder.glob("*.bin")):
+        raise ValueError(f"{folder} has no .safetensors file. Fetch it again.")
 
 
 def run_config(weights: Weights) -> dict:
@@ -72,8 +96,8 @@ def run_config(weights: Weights) -> dict:
 
 def _lora(folder: Path) -> Path | None:
     """The folder, if its LoRA has the usual name, or the only file; a run's state is none."""
-    if any((folder / name).is_file() for name in LORA_FILES):
+    if any((folder / name).is_file() for name in files.LORA_FILES):
         return folder
-    files = list(folder.glob("*.safetensors"))
+    found = list(folder.glob("*.safetensors"))
     is_state = (folder / "trainer.json").is_file()
-    return files[0] if len(files) == 1 and not is_state else None
+    return found[0] if len(found) == 1 and not is_state else None
