@@ -8,12 +8,15 @@ import platform
 import shlex
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from flow_grpo.parallel import choose
+from flow_grpo.training import folders
 from flow_grpo.training.checkpoint import PACKAGES
 
 FILE = "launches.json"
@@ -23,15 +26,13 @@ ROOT = Path(__file__).parents[2]
 def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | None) -> None:
     """Add a launch to the run's launches.json; a run that starts anew forgets earlier ones."""
     path, earlier = folder / FILE, []
-    own = resume_from and resume_from.resolve().parent.parent == folder.resolve()
+    own = resume_from and folders.holds(folder, resume_from)
     if own and path.exists():
         earlier = json.loads(path.read_text())
     aside = path.with_suffix(".tmp")
-    # Of accelerate's launcher only the number of processes is known.
-    launcher = "python" if num_ranks == 1 else f"accelerate launch --num_processes {num_ranks}"
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"{launcher} {shlex.join(argv)}",
+        "command": command(argv, num_ranks),
         "resumed_from": resume_from and (resume_from.name if own else str(resume_from)),
         "revision": revision(),
         "machine": machine(),
@@ -39,6 +40,16 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     }
     aside.write_text(json.dumps([*earlier, launch], indent=2) + "\n")
     os.replace(aside, path)
+
+
+def command(argv: Sequence[str], num_ranks: int, **keys: object) -> str:
+    """Return, to be pasted, the command that starts this again with some of the config's keys set.
+
+    Of accelerate's launcher only the kind and the number of processes are known.
+    """
+    given = [f"--config.{key}={value}" for key, value in keys.items()]
+    kept = [argument for argument in argv if argument not in given]
+    return f"{choose.launcher(num_ranks)} {shlex.join([*kept, *given])}"
 
 
 def revision() -> str | None:

@@ -20,6 +20,7 @@ from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
 from flow_grpo.sampling import Schedule
+from flow_grpo.training.claim import Claim
 from flow_grpo.training.optimizer import Updater
 from flow_grpo.training.snapshots import Snapshots, ema_decay
 from flow_grpo.training.tracking import Timer, Tracker
@@ -44,6 +45,8 @@ class Run:
     epoch: int = 0  # finished epochs
     saved: tuple[int, int] | None = None  # epoch and update of the last checkpoint
     timer: Timer = field(default_factory=Timer)
+    claim: Claim | None = None  # of the folder
+    again: str = ""  # the command that continues the run
 
     @property
     def ranks(self) -> Ranks:
