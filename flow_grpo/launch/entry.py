@@ -7,7 +7,7 @@ import sys
 
 from flow_grpo.cli import user_errors
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.launch import model_files, preflight, provenance, settings
+from flow_grpo.launch import model_files, preflight, provenance, settings, space
 from flow_grpo.launch.build import build, start
 from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose
@@ -51,6 +51,11 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
     claim = Claim(config, name, engine.ranks)
     try:
         resume_from = folders.resume_point(config, identity)
+        note = resume_from and provenance.differences(config, plan, resume_from)
+        if rank == 0 and note:
+            print(note, flush=True)
+        targets = family.lora_target_modules
+        engine.ranks.on_main(lambda: space.check(config, targets, claim.folder, resume_from))
         run = build(config, plan, family, identity, resume_from, engine, claim)
     except BaseException:
         claim.release()

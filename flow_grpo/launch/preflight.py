@@ -129,7 +129,7 @@ def _check_folder(config: ConfigDict, continued: str) -> None:
     if not config.run_name:
         return
     if running := claim.in_use(folder):
-        raise ValueError(f"config.run_name={config.run_name!r}: {running}. {claim.REMEDY}")
+        raise ValueError(f"config.run_name={config.run_name!r}: {running}")
     if not config.resume_from and (folder / "metrics.jsonl").exists():
         raise ValueError(
             f"config.run_name={config.run_name!r}: {folder} holds a run. Choose another name, "

@@ -10,12 +10,17 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from ml_collections import ConfigDict
 
+from config.base import keys_of
 from flow_grpo.parallel import choose
+from flow_grpo.plan import Plan
+from flow_grpo.report.facts import PER_RUN
 from flow_grpo.training import folders
 from flow_grpo.training.checkpoint import PACKAGES
 
@@ -50,6 +55,28 @@ def command(argv: Sequence[str], num_ranks: int, **keys: object) -> str:
     given = [f"--config.{key}={value}" for key, value in keys.items()]
     kept = [argument for argument in argv if argument not in given]
     return f"{choose.launcher(num_ranks)} {shlex.join([*kept, *given])}"
+
+
+def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
+    """Say in what a run differs from the one that wrote a checkpoint; "" if in nothing."""
+    state, ours = folders.read(resumed), json.loads(config.to_json_best_effort())
+    found = [
+        f"config.{key}={_at(ours, key)!r} (was {_at(state['config'], key)!r})"
+        for key in keys_of(config)
+        if state.get("config") and key not in (*PER_RUN, "num_epochs")
+        if _at(ours, key) != _at(state["config"], key)
+    ]
+    if state.get("prompts", folders.digest(plan.train_prompts)) != folders.digest(
+        plan.train_prompts
+    ):
+        found.append("other training prompts")
+    return f"{resumed} goes on with: {', '.join(found)}" if found else ""
+
+
+def _at(values: dict, key: str) -> object:
+    return reduce(lambda found, part: found.get(part) or {}, key.split(".")[:-1], values).get(
+        key.rpartition(".")[2]
+    )
 
 
 def revision() -> str | None:

@@ -90,6 +90,8 @@ def _write_trainer(run: Run, folder: Path, metrics_bytes: int) -> None:
         "num_skipped": run.updater.num_skipped,
         "metrics_bytes": metrics_bytes,
         "identity": run.identity,
+        "config": json.loads(run.config.to_json_best_effort()),  # this and the next for a note
+        "prompts": folders.digest(run.plan.train_prompts),
         "versions": {name: version(name) for name in PACKAGES},
         "files": {str(path.relative_to(folder)): path.stat().st_size for path in files},
     }

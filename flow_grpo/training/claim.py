@@ -20,10 +20,6 @@ FILE = "run.lock"
 FOLDERS = ("checkpoints", "evaluations", "images")  # of a run, which it writes to
 FILES = ("metrics.jsonl", "config.json", "run.json", "launches.json", "gate.json")
 TRIES, PAUSE_S = 5, 0.2  # a holder may not have written its name yet
-REMEDY = (
-    "Give this one another --config.run_name; or stop that one by `kill PID` on its host, wait "
-    "until it has saved, and start this one with --config.resume_from=latest."
-)
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -72,7 +68,7 @@ class Claim:
             ) from None
         if self._lock is None:
             raise ValueError(
-                f"config.run_name={config.run_name!r}: {in_use(folder) or folder}. {REMEDY}"
+                f"config.run_name={config.run_name!r}: {in_use(folder) or 'it was in use'}"
             )
         return folder
 
@@ -88,7 +84,12 @@ def in_use(folder: Path) -> str:
         with (folder / FILE).open() as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        return f"{folder} is in use by a run, {(folder / FILE).read_text().strip()}"
+        holder = (folder / FILE).read_text().strip() or "host and pid unknown"
+        return (
+            f"{folder} is in use by a run ({holder}). Give this one another --config.run_name; or "
+            f"stop that one there by `kill {holder.split()[-1]}`, wait until it has saved, and "
+            f"start this one with --config.resume_from=latest."
+        )
     except OSError:  # no such file, or no locks
         pass
     return ""

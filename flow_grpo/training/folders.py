@@ -1,5 +1,6 @@
 """Where a run keeps what, and which checkpoint it may continue from."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ from pathlib import Path
 import ml_collections
 
 from flow_grpo.parallel.choose import shards_state
+from flow_grpo.prompts import Prompt
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 FORMAT = 2  # of checkpoints; 1 was unpickled
@@ -112,6 +114,11 @@ def read(folder: Path) -> dict:
             f"({type(error).__name__}: {error}). {_another(folder)}"
         ) from None
     return state
+
+
+def digest(prompts: list[Prompt]) -> str:
+    texts = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], default=str)
+    return hashlib.sha256(texts.encode()).hexdigest()
 
 
 def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:
