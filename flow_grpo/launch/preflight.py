@@ -33,11 +33,7 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     model_files.check(config)
     found = plan.make(config, world_size)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
-    if config.tracker in TRACKERS and not TRACKERS[config.tracker]():
-        raise ValueError(
-            f"config.tracker={config.tracker!r}: its package is not installed. Install it with "
-            f"`pip install {config.tracker}`, or set --config.tracker=none."
-        )
+    _check_tracker(config)
     keys_to_continue = {"run_name": config.run_name, "resume_from": "latest"}
     _check_folder(config, provenance.command(argv, world_size, **keys_to_continue))
     _check_comparing(config, health.check(servers.of(config)))
@@ -110,6 +106,14 @@ def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
     for name in (*config.reward_fn, *config.eval_reward_fn):
         if name not in config.reward_urls:
             loading.check(name, settings, texts, metadata)
+
+
+def _check_tracker(config: ConfigDict) -> None:
+    if config.tracker in TRACKERS and not TRACKERS[config.tracker]():
+        raise ValueError(
+            f"config.tracker={config.tracker!r}: its package is not installed. Install it with "
+            f"`pip install {config.tracker}`, or set --config.tracker=none."
+        )
 
 
 def _check_name(name: str) -> None:

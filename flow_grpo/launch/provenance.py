@@ -52,7 +52,7 @@ def command(argv: Sequence[str], num_ranks: int, **keys: object) -> str:
 
     Of accelerate's launcher only the kind and the number of processes are known.
     """
-    given = [f"--config.{key}={value}" for key, value in keys.items()]
+    given = [f"--config.{key}={value}" for key, value in keys.items()]  # the last of a key counts
     kept = [argument for argument in argv if argument not in given]
     return f"{choose.launcher(num_ranks)} {shlex.join([*kept, *given])}"
 

@@ -92,7 +92,9 @@ def _check(folder: Path, identity: dict) -> None:
 
 def _another(folder: Path) -> str:
     """Say which checkpoint to resume from instead."""
-    older = [path for path in checkpoints(folder.parent.parent) if path != folder]
+    older = [path for path in checkpoints(folder.parent.parent) if path.name != folder.name]
+    if NAME.fullmatch(folder.name):
+        older = [path for path in older if step(path) <= step(folder)]
     if not older:
         return "Resume from an older checkpoint, or start a new run."
     return f"Resume from an older checkpoint: {shlex.quote(f'--config.resume_from={older[-1]}')}"
