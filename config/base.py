@@ -17,7 +17,7 @@ MANY = 10**9  # a bound for what may be as large as one likes
 COMMON = {
     "run_name": Key("", "of the folder logdir/run_name; empty: the config's name and the time"),
     "project_name": Key("flow_grpo", "of wandb"),
-    "logdir": Key("logs"),
+    "logdir": Key("logs", is_path=True),
     "tracker": Key(
         "tensorboard",
         "wandb without a login runs offline",
@@ -31,11 +31,15 @@ COMMON = {
     "eval_max_samples": Key(0, "prompts; 0: all", least=0, most=MANY),
     "num_checkpoint_limit": Key(5, "checkpoints kept; 0: all", least=0, most=MANY),
     "resume_from": Key(
-        "", 'a checkpoint\'s folder; "latest" of this run; "auto": the latest, if there is any'
+        "",
+        'a checkpoint\'s folder; "latest" of this run; "auto": the latest, if there is any',
+        is_path=True,
     ),
-    "pretrained.model": Key("", "a diffusers pipeline: a local folder or a hub id"),
+    "pretrained.model": Key("", "a diffusers pipeline: a local folder or a hub id", is_path=True),
     "pretrained.revision": Key("main"),
-    "dataset": Key("", "a folder with {train,test}.txt or {train,test}_metadata.jsonl"),
+    "dataset": Key(
+        "", "a folder with {train,test}.txt or {train,test}_metadata.jsonl", is_path=True
+    ),
     "objective": Key("grpo", "of objectives/registry.py, or one's own as module:Class"),
     # Rewards.
     "reward_fn": Key(
@@ -63,7 +67,7 @@ COMMON = {
     "reward_timeout": Key(
         600.0, "seconds of one call of a reward, with its retries", above=0, most=10**6
     ),
-    "reward_token_file": Key("", "holds the servers' bearer token"),
+    "reward_token_file": Key("", "holds the servers' bearer token", is_path=True),
     "reward_encoding": Key(
         "raw",
         "to servers: raw is exact, jpeg is of quality 95",
@@ -93,7 +97,7 @@ COMMON = {
         "encoded once, to disk (if all of them are there, encoders are not even loaded)",
         choices=("keep", "offload", "precompute"),
     ),
-    "encoder_cache": Key("", "the folder of precompute; empty: logdir/conditionings"),
+    "encoder_cache": Key("", "the folder of precompute; empty: logdir/conditionings", is_path=True),
     "activation_checkpointing": Key(False),
     "compile": Key(False, "the transformer's blocks by torch.compile: slow at first, then faster"),
     "attention_backend": Key(
@@ -167,7 +171,7 @@ COMMON = {
     "train.shuffle_advantages": Key(
         False, "a control: the reward is the same, its assignment random"
     ),
-    "train.lora_path": Key("", "warm start"),
+    "train.lora_path": Key("", "warm start", is_path=True),
     "train.lora_rank": Key(32, least=1, most=16_384),
     "train.lora_alpha": Key(64, least=1, most=16_384),
     "train.lora_targets": Key((), "module name suffixes; empty: the model's own choice", of=str),
@@ -175,20 +179,25 @@ COMMON = {
     "rewards.clip": Key(
         "openai/clip-vit-large-patch14",
         "of clipscore, image_similarity, aesthetic and the colors of geneval",
+        is_path=True,
     ),
-    "rewards.pickscore": Key("yuvalkirstain/PickScore_v1"),
-    "rewards.pickscore_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-    "rewards.hpsv2": Key("", "HPS_v2.1_compressed.pt"),
-    "rewards.hpsv2_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-    "rewards.hpsv3": Key("", "HPSv3.safetensors; empty: its package downloads it"),
-    "rewards.aesthetic_head": Key("", "the MLP's file, sac+logos+ava1-l14-linearMSE.pth"),
-    "rewards.imagereward": Key("", "ImageReward.pt"),
-    "rewards.imagereward_tokenizer": Key("google-bert/bert-base-uncased"),
-    "rewards.geneval_detector": Key("facebook/mask2former-swin-small-coco-instance"),
+    "rewards.pickscore": Key("yuvalkirstain/PickScore_v1", is_path=True),
+    "rewards.pickscore_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", is_path=True),
+    "rewards.hpsv2": Key("", "HPS_v2.1_compressed.pt", is_path=True),
+    "rewards.hpsv2_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", is_path=True),
+    "rewards.hpsv3": Key("", "HPSv3.safetensors; empty: its package downloads it", is_path=True),
+    "rewards.aesthetic_head": Key(
+        "", "the MLP's file, sac+logos+ava1-l14-linearMSE.pth", is_path=True
+    ),
+    "rewards.imagereward": Key("", "ImageReward.pt", is_path=True),
+    "rewards.imagereward_tokenizer": Key("google-bert/bert-base-uncased", is_path=True),
+    "rewards.geneval_detector": Key("facebook/mask2former-swin-small-coco-instance", is_path=True),
     "rewards.geneval_score": Key(
         "soft", "what is trained", choices=("soft", "strict", "official", "flow_grpo")
     ),
-    "rewards.deqa": Key("zhiyuanyou/DeQA-Score-Mix3", "runs the code that comes with it"),
+    "rewards.deqa": Key(
+        "zhiyuanyou/DeQA-Score-Mix3", "runs the code that comes with it", is_path=True
+    ),
     "rewards.ocr_processes": Key(4, "of each rank", least=1, most=1000),
     "rewards.ocr_side": Key(
         384, "pixels to which rapidocr shrinks an image's longer side", least=32, most=16_384
@@ -198,7 +207,9 @@ COMMON = {
     "rewards.unifiedreward_model": Key("UnifiedReward-7b-v1.5"),
     "rewards.qwenvl_url": Key("http://127.0.0.1:17141/v1"),
     "rewards.qwenvl_model": Key("Qwen/Qwen2.5-VL-7B-Instruct"),
-    "rewards.judge_templates": Key("", "a folder whose <reward>.txt replaces that of the reward"),
+    "rewards.judge_templates": Key(
+        "", "a folder whose <reward>.txt replaces that of the reward", is_path=True
+    ),
     "rewards.judge_concurrency": Key(16, "requests at a time", least=1, most=1000),
     "rewards.judge_timeout_s": Key(120.0, "of one answer, with retries", above=0, most=10**6),
 }

@@ -178,6 +178,7 @@ def general_ocr_wan2_1():
     config.train.clip_range = 1e-3
     config.train.beta = 0.004
     config.train.kl_mode = "kl_true"
+    config.train.ema = True
     return config
 
 

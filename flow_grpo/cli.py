@@ -37,6 +37,11 @@ def progress(total: int, desc: str, *, shown: bool = True, initial: int = 0) -> 
     )
 
 
+def user_path(text: str) -> Path:
+    """Read an option's path; after = a shell leaves ~ as it is."""
+    return Path(os.path.expanduser(text))
+
+
 def lines(path: Path) -> list[tuple[str, str]]:
     """Return where each line stands and the line, without blank ones. Raises ValueError."""
     try:

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import reduce
@@ -35,6 +36,7 @@ class Key:
     most: float | None = None
     above: float | None = None
     below: float | None = None
+    is_path: bool = False  # of a file or folder, where ~ is the home
 
     def __post_init__(self) -> None:
         ends = (self.least, self.above), (self.most, self.below)
@@ -147,13 +149,34 @@ def has(config: ml_collections.ConfigDict, name: str) -> bool:
 
 
 def check(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> None:
-    """Raise ValueError naming key, value, need and remedy unless each value is allowed."""
+    """Raise ValueError naming key, value, need and remedy unless each value is allowed.
+
+    Expands paths, too.
+    """
     for name, key in keys.items():
         value = get(config, name)
         if not key.allows(value):
             meaning = f" ({key.meaning})" if key.meaning else ""
             hint = did_you_mean(value, key.choices) or f" The default is {key.default!r}."
             raise ValueError(f"config.{name}={value!r}: {key.needed} is needed{meaning}.{hint}")
+    expand(config, keys)
+
+
+def expand(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> None:
+    """Write the home in place of ~ in every path, as a shell does not within --key=~/path.
+
+    Raises ValueError for the home of a user who is not there.
+    """
+    for name, key in keys.items():
+        value = get(config, name)
+        if key.is_path and isinstance(value, str) and value.startswith("~"):
+            found = os.path.expanduser(value)
+            if found.startswith("~"):
+                raise ValueError(
+                    f"config.{name}={value!r}: there is no such user. Give the whole path, or one "
+                    f"that begins with ./~ if its name does."
+                )
+            parent(config, name)[name.rpartition(".")[2]] = found
 
 
 def _entries(value: Any) -> tuple:

@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from flow_grpo.cli import user_errors
+from flow_grpo.cli import user_errors, user_path
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation import tables
 from flow_grpo.evaluation.evaluate import score_prompts, spread
@@ -105,7 +105,7 @@ def read(argv: list[str]) -> Job:
         help="'base' (the default), a run's checkpoint-N folder, or a LoRA's or transformer's; "
         "a second one is compared with the first, row by row",
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder for the results")
+    parser.add_argument("--out", type=user_path, required=True, help="a new folder for the results")
     parser.add_argument("--write-images", action="store_true", help="every image, losslessly")
     args, rest = parser.parse_known_args(argv[1:])
     config, _ = settings.load([argv[0], *rest], "config/testbed.py:shapes_sd3")

@@ -74,7 +74,7 @@ def test_a_file_of_another_step_is_found(run, saved):
                 resume_point(run, saved)
             (saved / name).write_bytes(honest)
     (saved / "weights-0.safetensors").unlink()
-    with pytest.raises(ValueError, match="weights-0.safetensors is missing. Resume from another"):
+    with pytest.raises(ValueError, match="weights-0.safetensors is missing. Resume from"):
         resume_point(run, saved)
 
 

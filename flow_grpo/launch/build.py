@@ -29,7 +29,8 @@ from flow_grpo.prompts import Prompt
 from flow_grpo.records import Size
 from flow_grpo.rewards.combine import Scorer
 from flow_grpo.sampling import Schedule
-from flow_grpo.training import checkpoint, folders, optimizer
+from flow_grpo.training import checkpoint, optimizer
+from flow_grpo.training.claim import Claim
 from flow_grpo.training.optimizer import Updater
 from flow_grpo.training.run import Run
 from flow_grpo.training.snapshots import Snapshots
@@ -38,16 +39,16 @@ from flow_grpo.training.tracking import Tracker
 
 def build(
     config: ConfigDict,
-    name: str,
     plan: Plan,
     family: type[PatchedPipeline],
     identity: dict,
     resume_from: Path | None,
+    engine: Engine,
+    claim: Claim,
 ) -> Run:
     """Load the model and put a run together; nothing is written before all of it has worked."""
     objective_class = find(config.objective)
-    objective_class.check(config, family)
-    engine, pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts)
+    pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts, engine)
     schedule = Schedule(
         sigmas=pipeline.sigmas(config.sample.num_steps, size).to(pipeline.device),
         kind=config.sample.sde_type,
@@ -67,12 +68,11 @@ def build(
     pipeline.input_dtype = pipeline.transformer.dtype  # its frozen weights'; fp32 where all train
     names = (*objective.snapshots, *(["ema"] if config.train.ema else []))
     total_updates = config.num_epochs * config.train.num_inner_epochs * plan.num_updates
-    folder = Path(config.logdir) / engine.ranks.broadcast_object(folders.run_name(config, name))
     run = Run(
         config=config,
         plan=plan,
         identity=identity,
-        folder=folder,
+        folder=claim.folder,
         evaluator=_evaluator(config, engine, engine.model, pipeline, size),
         schedule=schedule,
         guidance=guidances(config)[0],
@@ -80,7 +80,8 @@ def build(
         engine=engine,
         updater=Updater(engine, config.train, total_updates),
         snapshots=Snapshots(engine, names, config.use_lora),
-        tracker=Tracker(engine.ranks, folder),
+        tracker=Tracker(engine.ranks, claim.folder),
+        claim=claim,
     )
     if resume_from is None:
         run.tracker.cut(0)  # of a run that ended before its first checkpoint
@@ -98,7 +99,8 @@ def build_evaluator(
 
     Raises ValueError if the weights do not fit the model, or it does not suit the prompts.
     """
-    engine, pipeline, size = load(config, family, prompts)
+    engine = start(config, family, prompts)
+    pipeline, size = load(config, family, prompts, engine)
     if weights.kind == "lora":
         pipeline.load_lora(str(weights.path))
     elif weights.kind == "transformer":
@@ -134,17 +136,22 @@ def _about(objective: str) -> dict:
     return {"statistics": statistics, "defaults": json.loads(defaults.to_json_best_effort())}
 
 
-def load(
-    config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]
-) -> tuple[Engine, PatchedPipeline, Size]:
-    """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
+def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]) -> Engine:
+    """Meet the other ranks, if the model's class suits the config. Raises ValueError."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     family.check_prompts(prompts)
     family.check_num_frames(config.num_frames)
     for guidance in guidances(config):
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
-    engine = _start(config)
+    return _start(config)
+
+
+def load(
+    config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt], engine: Engine
+) -> tuple[PatchedPipeline, Size]:
+    """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
+    family = family.variant(config.pretrained.model, config.pretrained.revision)
     quiet.say_once()
     pipeline = encoders.load_pipeline(config, family, prompts, engine.ranks)
     height, width = config.height or config.resolution, config.width or config.resolution
@@ -154,7 +161,7 @@ def load(
     if config.attention_backend:
         pipeline.transformer.set_attention_backend(config.attention_backend)
     pipeline.cut_decoding(config.vae_tiling, config.vae_slicing)
-    return engine, pipeline, size
+    return pipeline, size
 
 
 def add_trained_weights(pipeline: PatchedPipeline, config: ConfigDict) -> None:

@@ -7,11 +7,14 @@ import sys
 
 from flow_grpo.cli import user_errors
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.launch import model_files, preflight, provenance, settings
-from flow_grpo.launch.build import build
+from flow_grpo.launch import model_files, preflight, provenance, settings, space
+from flow_grpo.launch.build import build, start
+from flow_grpo.objectives.registry import find
+from flow_grpo.parallel import choose
 from flow_grpo.parallel.stop import Stopped
 from flow_grpo.report import output
 from flow_grpo.training import folders, loop
+from flow_grpo.training.claim import Claim
 from flow_grpo.training.run import Run
 
 
@@ -36,15 +39,33 @@ def leave(status: int) -> None:
 def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str) -> Run:
     """Check everything, the cheapest first, then load the model. Raises ValueError."""
     config, name = settings.load(argv, default_config)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    plan = preflight.check(config, world_size)
-    if os.environ.get("RANK", "0") == "0":
+    world_size, rank = choose.promised()
+    plan = preflight.check(config, world_size, argv)
+    find(config.objective).check(config, family)
+    if rank == 0:
         published = plan.beside_published(config.sample.num_batches_per_epoch)
         notes = (plan, published, model_files.to_download(config))
         print(*filter(None, notes), sep="\n", flush=True)
     identity = folders.identity(config, family.__name__, world_size)
-    resume_from = folders.resume_point(config, identity)
-    run = build(config, name, plan, family, identity, resume_from)
+    engine = start(config, family, plan.train_prompts + plan.eval_prompts)
+    claim = Claim(config, name, engine.ranks)
+    try:
+        resume_from = folders.resume_point(config, identity)
+        note = resume_from and provenance.differences(config, plan, resume_from)
+        if rank == 0 and note:
+            print(note, flush=True)
+        targets = family.lora_target_modules
+        engine.ranks.on_main(lambda: space.check(config, targets, claim.folder, resume_from))
+        run = build(config, plan, family, identity, resume_from, engine, claim)
+    except BaseException:
+        claim.release()
+        raise
+    run.again = provenance.command(
+        argv,
+        world_size,
+        run_name=run.folder.relative_to(config.logdir),
+        resume_from="latest",
+    )
     if run.ranks.is_main:
         provenance.record(run.folder, argv, world_size, resume_from)
     return run
@@ -64,12 +85,12 @@ def execute(run: Run) -> int:
             print(f"\n{table}\n\nEverything is in {run.folder}; report.html shows it.", flush=True)
     except Stopped as stopped:
         if main_process:
-            remedy = f"--config.run_name={run.folder.name} --config.resume_from=latest"
             outcome = "; ".join([str(stopped), *stopped.__notes__])
-            print(f"{outcome}, {remedy} continues it", file=sys.stderr)
+            print(f"{outcome}. To continue it: {run.again}", file=sys.stderr)
         status = stopped.exit_status
     finally:
         run.evaluator.scorer.close()
         run.tracker.close()
+        run.claim.release()
     run.engine.leave()
     return status

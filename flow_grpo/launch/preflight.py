@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from accelerate.utils import is_tensorboard_available, is_wandb_available
 from ml_collections import ConfigDict
 
 from config.base import keys_of
 from flow_grpo import keys, plan, rollouts
-from flow_grpo.launch import model_files
+from flow_grpo.launch import model_files, provenance
 from flow_grpo.prompts import Prompt
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.remote import health, servers
+from flow_grpo.training import claim
+
+TRACKERS = {"tensorboard": is_tensorboard_available, "wandb": is_wandb_available}
 
 
-def check(config: ConfigDict, world_size: int) -> plan.Plan:
-    """Check all that needs no model and return the epoch's arithmetic. Raises ValueError."""
+def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)) -> plan.Plan:
+    """Check all that needs no model and return the epoch's arithmetic. Raises ValueError.
+
+    argv: the command line, for what is to be pasted.
+    """
     keys.check(config, keys_of(config))
+    if config.run_name:
+        _check_name(config.run_name)
     rollouts.check(config.sample)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
-    _check_folder(config)
+    _check_tracker(config)
+    keys_to_continue = {"run_name": config.run_name, "resume_from": "latest"}
+    _check_folder(config, provenance.command(argv, world_size, **keys_to_continue))
     _check_comparing(config, health.check(servers.of(config)))
     return found
 
@@ -97,10 +108,34 @@ def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
             loading.check(name, settings, texts, metadata)
 
 
-def _check_folder(config: ConfigDict) -> None:
-    folder = Path(config.logdir) / config.run_name
-    if config.run_name and not config.resume_from and (folder / "metrics.jsonl").exists():
+def _check_tracker(config: ConfigDict) -> None:
+    if config.tracker in TRACKERS and not TRACKERS[config.tracker]():
         raise ValueError(
-            f"config.run_name={config.run_name!r}: {folder} holds a run. Continue it with "
-            f"--config.resume_from=latest, choose another name, or delete the folder."
+            f"config.tracker={config.tracker!r}: its package is not installed. Install it with "
+            f"`pip install {config.tracker}`, or set --config.tracker=none."
+        )
+
+
+def _check_name(name: str) -> None:
+    """Refuse what would be another place than a folder of its own below config.logdir."""
+    parts = name.split("/")
+    wrong = {"", ".", "..", *claim.FOLDERS} & set(parts)
+    if wrong or name.startswith("~") or not name.isprintable() or parts != [*map(str.strip, parts)]:
+        raise ValueError(
+            f"config.run_name={name!r}: a name as 'lr1' or 'sweep/lr1' is needed, of a folder in "
+            f"config.logdir; not through '.' or '..', nor inside a run, nor blanks at an "
+            f"end. For a place elsewhere set --config.logdir=FOLDER --config.run_name=NAME."
+        )
+
+
+def _check_folder(config: ConfigDict, continued: str) -> None:
+    folder = Path(config.logdir) / config.run_name
+    if not config.run_name:
+        return
+    if running := claim.in_use(folder):
+        raise ValueError(f"config.run_name={config.run_name!r}: {running}")
+    if not config.resume_from and (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"config.run_name={config.run_name!r}: {folder} holds a run. Choose another name, "
+            f"delete the folder, or continue the run with: {continued}"
         )

@@ -8,12 +8,20 @@ import platform
 import shlex
 import subprocess
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from ml_collections import ConfigDict
 
+from config.base import keys_of
+from flow_grpo.parallel import choose
+from flow_grpo.plan import Plan
+from flow_grpo.report.facts import PER_RUN
+from flow_grpo.training import folders
 from flow_grpo.training.checkpoint import PACKAGES
 
 FILE = "launches.json"
@@ -23,15 +31,13 @@ ROOT = Path(__file__).parents[2]
 def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | None) -> None:
     """Add a launch to the run's launches.json; a run that starts anew forgets earlier ones."""
     path, earlier = folder / FILE, []
-    own = resume_from and resume_from.resolve().parent.parent == folder.resolve()
+    own = resume_from and folders.holds(folder, resume_from)
     if own and path.exists():
         earlier = json.loads(path.read_text())
     aside = path.with_suffix(".tmp")
-    # Of accelerate's launcher only the number of processes is known.
-    launcher = "python" if num_ranks == 1 else f"accelerate launch --num_processes {num_ranks}"
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": f"{launcher} {shlex.join(argv)}",
+        "command": command(argv, num_ranks),
         "resumed_from": resume_from and (resume_from.name if own else str(resume_from)),
         "revision": revision(),
         "machine": machine(),
@@ -39,6 +45,38 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     }
     aside.write_text(json.dumps([*earlier, launch], indent=2) + "\n")
     os.replace(aside, path)
+
+
+def command(argv: Sequence[str], num_ranks: int, **keys: object) -> str:
+    """Return, to be pasted, the command that starts this again with some of the config's keys set.
+
+    Of accelerate's launcher only the kind and the number of processes are known.
+    """
+    given = [f"--config.{key}={value}" for key, value in keys.items()]  # the last of a key counts
+    kept = [argument for argument in argv if argument not in given]
+    return f"{choose.launcher(num_ranks)} {shlex.join([*kept, *given])}"
+
+
+def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
+    """Say in what a run differs from the one that wrote a checkpoint; "" if in nothing."""
+    state, ours = folders.read(resumed), json.loads(config.to_json_best_effort())
+    found = [
+        f"config.{key}={_at(ours, key)!r} (was {_at(state['config'], key)!r})"
+        for key in keys_of(config)
+        if state.get("config") and key not in (*PER_RUN, "num_epochs")
+        if _at(ours, key) != _at(state["config"], key)
+    ]
+    if state.get("prompts", folders.digest(plan.train_prompts)) != folders.digest(
+        plan.train_prompts
+    ):
+        found.append("other training prompts")
+    return f"{resumed} goes on with: {', '.join(found)}" if found else ""
+
+
+def _at(values: dict, key: str) -> object:
+    return reduce(lambda found, part: found.get(part) or {}, key.split(".")[:-1], values).get(
+        key.rpartition(".")[2]
+    )
 
 
 def revision() -> str | None:

@@ -37,6 +37,7 @@ def load(argv: list[str], default: str) -> tuple[ConfigDict, str]:
     declared = keys_of(config)
     for name, text in given.items():
         _set(config, declared, name.removeprefix("config."), text)
+    keys.expand(config, declared)
     return config, target.partition(":")[2] or "default"
 
 
@@ -55,7 +56,7 @@ def _given(arguments: list[str]) -> dict[str, str]:
 
 
 def _run_config(target: str) -> ConfigDict:
-    path, _, name = target.partition(":")
+    path, _, name = os.path.expanduser(target).partition(":")
     if not os.path.isfile(path):
         raise ValueError(
             f"--config={target}: there is no file {path!r} below {os.getcwd()}. Run from the "

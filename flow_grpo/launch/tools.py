@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -13,12 +14,20 @@ from ml_collections import ConfigDict
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+from flow_grpo.cli import user_path
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.evaluation.comparison import Task
 from flow_grpo.launch import encoders, model_files
 from flow_grpo.records import Guidance, Size
 
+OPTIONS = dict.fromkeys(("height", "width", "resolution"), "size") | {
+    "pretrained.model": "model",
+    "pretrained.revision": "revision",
+    "mixed_precision": "dtype",
+    "num_frames": "num_frames",
+    "max_sequence_length": "max_sequence_length",
+}
 PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -31,7 +40,9 @@ class Loaded(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what load() reads, but for the prompts."""
     scripts = sorted({_script(family) for family in FAMILIES.values()})
-    parser.add_argument("--model", required=True, help="a pipeline's folder or hub id")
+    parser.add_argument(
+        "--model", type=os.path.expanduser, required=True, help="a pipeline's folder or hub id"
+    )
     parser.add_argument("--revision", default="main")
     parser.add_argument("--script", choices=scripts, help="default: by the model's own class")
     parser.add_argument("--dtype", choices=tuple(PRECISION), default="fp32")
@@ -44,13 +55,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         action="append",
-        type=Path,
+        type=user_path,
         help="an editing model's image; may repeat; default: a drawn one",
     )
 
 
 def load(args: argparse.Namespace, prompts: tuple[str, ...], config: ConfigDict) -> Loaded:
     """Check the options, write them into the config, and load the model. Raises ValueError."""
+    try:
+        return _load(args, prompts, config)
+    except ValueError as error:
+        named = re.sub(r"(--)?config\.([a-z._]*[a-z])", _option, str(error))
+        raise ValueError(named) from error
+
+
+def _option(key: re.Match) -> str:
+    """Write a config's key as the option that sets it here."""
+    return f"--{OPTIONS[key[2]]}" if key[2] in OPTIONS else key[0]
+
+
+def _load(args: argparse.Namespace, prompts: tuple[str, ...], config: ConfigDict) -> Loaded:
     family = _settle(args, config)
     for each in (diffusers_logging, transformers_logging):
         each.set_verbosity_error()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def find(name: str) -> Weights:
     name: "base"; a run's checkpoint, or its lora/ or transformer/; a LoRA's folder or .safetensors
     file; a transformer's folder. Raises ValueError if it is none of these.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if name == BASE:
         return Weights(name, "base")
     if path.is_file() and path.suffix == ".safetensors":
@@ -86,7 +87,7 @@ def check_part(folder: Path, has_weights: bool = True) -> None:
 
 def run_config(weights: Weights) -> dict:
     """Return the config of the run that wrote a checkpoint; {} for weights from elsewhere."""
-    folder = Path(weights.name).resolve()
+    folder = Path(os.path.expanduser(weights.name)).resolve()
     for parent in (folder, *folder.parents[:2]):
         written = parent.parent.parent / "config.json"
         if parent.name.startswith("checkpoint-") and written.is_file():

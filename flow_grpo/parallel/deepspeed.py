@@ -31,10 +31,6 @@ class DeepSpeed(Engine):
             import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         super().__init__(Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group]))
         plugin = self._accelerator.state.deepspeed_plugin
-        if plugin is None:
-            raise ValueError(
-                "DeepSpeed was asked for, and ACCELERATE_USE_CPU too: unset the latter."
-            )
         if plugin.zero_stage not in (1, 2):
             raise ValueError(
                 f"DeepSpeed ZeRO stage {plugin.zero_stage} is not supported yet: use stage 2."

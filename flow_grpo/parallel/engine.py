@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,17 @@ class Ranks:
 
     def broadcast_object(self, value: Any) -> Any:
         return operations.broadcast_object_list([value])[0]
+
+    def on_main(self, act: Callable[[], Any]) -> Any:
+        """Let the main rank act and return on all what came of it, or raise its ValueError."""
+        try:
+            outcome = act() if self.is_main else None, ""
+        except ValueError as error:
+            outcome = None, str(error)
+        value, refused = self.broadcast_object(outcome)
+        if refused:
+            raise ValueError(refused)
+        return value
 
     def barrier(self) -> None:
         if self.num_ranks > 1:

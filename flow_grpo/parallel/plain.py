@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs as DDPKwargs
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,11 +26,6 @@ class Plain(Engine):
         super().__init__(
             Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=kwargs)
         )
-        if self._accelerator.distributed_type == DistributedType.FSDP:
-            raise ValueError(
-                "FSDP is not supported yet: launch with scripts/accelerate_configs/multi_gpu.yaml "
-                "or deepspeed_zero2.yaml."
-            )
         # Not in fp16: one that does nothing.
         self.scaler = self._accelerator.scaler or torch.amp.GradScaler(enabled=False)
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from flow_grpo.cli import user_errors
+from flow_grpo.cli import user_errors, user_path
 from flow_grpo.report.output import write
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Draw a run's report.html.")
-    parser.add_argument("run", type=Path, help="a run's folder")
+    parser.add_argument("run", type=user_path, help="a run's folder")
     parser.add_argument(
-        "--compare", type=Path, nargs="+", default=[], help="runs to draw over its evaluations"
+        "--compare", type=user_path, nargs="+", default=[], help="runs to draw over its evaluations"
     )
     given = parser.parse_args(argv)
     with user_errors():

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import os
 import signal
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +77,16 @@ def serve(args: argparse.Namespace, token: str) -> None:
     # uvicorn repeats the signal that ended it once it has shut down; that is to change nothing.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.run(
+
+    class Server(uvicorn.Server):
+        async def startup(self, *arguments: Any, **keywords: Any) -> None:
+            await super().startup(*arguments, **keywords)
+            for socket in (each for server in self.servers for each in server.sockets):
+                host, port = socket.getsockname()[:2]
+                url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+                print(f"{args.reward} is served at {url}", flush=True)
+
+    config = uvicorn.Config(
         app,
         host=args.host,
         port=args.port,
@@ -83,6 +94,7 @@ def serve(args: argparse.Namespace, token: str) -> None:
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(args.timeout) + 1,
     )
+    Server(config).run()
     scorer.close()
 
 
@@ -102,7 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reward", required=True, help="a name, or one's own module:function")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--token-file", help="its line is what clients send as bearer token")
+    parser.add_argument(
+        "--token-file",
+        type=os.path.expanduser,
+        help="its line is what clients send as bearer token",
+    )
     parser.add_argument("--device", default="", help="cpu | cuda | cuda:N; default: a GPU if any")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of config.rewards"

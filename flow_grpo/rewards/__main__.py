@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from flow_grpo.cli import user_errors
+from flow_grpo.cli import user_errors, user_path
 from flow_grpo.evaluation import tables
 from flow_grpo.rewards import loading, options, pictures
 from flow_grpo.rewards.batch import Batch
@@ -92,12 +92,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("folder", type=user_path, nargs="?")
     parser.add_argument("--reward", action="append", default=[], help="may be given several times")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of config.rewards"
     )
-    parser.add_argument("--out", type=Path, help="of a line an image; default: FOLDER/scores.csv")
+    parser.add_argument(
+        "--out", type=user_path, help="of a line an image; default: FOLDER/scores.csv"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", help="of rewards that are models; default: cuda, or cpu")
     parser.add_argument("--list", action="store_true", help="list the rewards and end")

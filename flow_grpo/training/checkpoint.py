@@ -58,12 +58,13 @@ def load(run: Run, folder: Path) -> None:
     run.epoch = state["epoch"]
     run.updater.num_updates = state["num_updates"]
     run.updater.num_skipped = state["num_skipped"]
-    if folder.resolve().parent.parent == run.folder.resolve():
+    if folders.holds(run.folder, folder):
         run.tracker.cut(state["metrics_bytes"])
-        if run.ranks.is_main:
-            found = folders.checkpoints(run.folder)
-            for later in found[found.index(run.folder / "checkpoints" / folder.name) + 1 :]:
-                _remove(later)
+        found = folders.checkpoints(run.folder) if run.ranks.is_main else []
+        same = [number for number, path in enumerate(found) if path.samefile(folder)]
+        for number, path in enumerate(found):  # of a copy by any name only the step is known
+            if number > same[0] if same else folders.step(path) > state["num_updates"]:
+                _remove(path)
     run.saved = (run.epoch, run.updater.num_updates)
     run.ranks.barrier()
 
@@ -91,6 +92,8 @@ def _write_trainer(run: Run, folder: Path, metrics_bytes: int, written: dict[str
         "num_skipped": run.updater.num_skipped,
         "metrics_bytes": metrics_bytes,
         "identity": run.identity,
+        "config": json.loads(run.config.to_json_best_effort()),  # this and the next for a note
+        "prompts": folders.digest(run.plan.train_prompts),
         "versions": {name: version(name) for name in PACKAGES},
         "files": written | digests.of(folder, rest),
     }
@@ -108,7 +111,7 @@ def _prune(run_folder: Path, limit: int) -> None:
         _remove(folder)
     for pattern in (".writing-*", ".removing-*"):
         for rest in (run_folder / "checkpoints").glob(pattern):
-            shutil.rmtree(rest)
+            rest.unlink() if rest.is_symlink() else shutil.rmtree(rest)
 
 
 def _remove(folder: Path) -> None:
@@ -116,7 +119,7 @@ def _remove(folder: Path) -> None:
     aside = folder.with_name(f".removing-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
-    shutil.rmtree(aside)
+    aside.unlink() if aside.is_symlink() else shutil.rmtree(aside)
 
 
 def _set_aside(folder: Path) -> None:

@@ -22,7 +22,7 @@ def problem(folder: Path, state: dict) -> str:
     """Say what of a checkpoint is not as it was written, "" if nothing. state: sealed, "files"."""
     rest = {key: value for key, value in state.items() if key != SEAL}
     if state.get(SEAL) != _seal(rest):
-        return "its trainer.json is not as it was written"
+        return "its trainer.json is damaged or was changed by hand"
     for name, digest in state["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"

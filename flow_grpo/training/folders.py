@@ -1,27 +1,37 @@
 """Where a run keeps what, and which checkpoint it may continue from."""
 
+import hashlib
 import json
-import time
+import re
+import shlex
 from pathlib import Path
 
 import ml_collections
 
 from flow_grpo.parallel.choose import shards_state
+from flow_grpo.prompts import Prompt
 from flow_grpo.training import digests
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
-
-
-def run_name(config: ml_collections.ConfigDict, name: str) -> str:
-    return config.run_name or f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+NAME = re.compile(rf"({re.escape(REPLACED)})?checkpoint-[0-9]+")  # others are a user's copies
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """List a run's complete checkpoints, the oldest first."""
-    folder, names = run_folder / "checkpoints", ("checkpoint-*", f"{REPLACED}checkpoint-*")
-    complete = [state.parent for name in names for state in folder.glob(f"{name}/{STATE}")]
-    return sorted(complete, key=lambda path: (int(path.name.rpartition("-")[2]), path.name))
+    found = (run_folder / "checkpoints").glob(f"*checkpoint-*/{STATE}")
+    complete = [state.parent for state in found if NAME.fullmatch(state.parent.name)]
+    return sorted(complete, key=lambda path: (step(path), path.name))
+
+
+def step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def holds(run_folder: Path, checkpoint: Path) -> bool:
+    """Whether a run has a checkpoint, or a copy of one, in its folder; links lead there too."""
+    own = [path.resolve() for path in checkpoints(run_folder)]
+    return checkpoint.resolve() in own or run_folder.resolve() in checkpoint.resolve().parents
 
 
 def resume_point(config: ml_collections.ConfigDict, identity: dict) -> Path | None:
@@ -40,11 +50,13 @@ def resume_point(config: ml_collections.ConfigDict, identity: dict) -> Path | No
         if not found:
             raise ValueError(
                 f"config.resume_from=latest: {Path(config.logdir) / config.run_name} has no "
-                f"checkpoint. Give a checkpoint's path, or 'auto' to start anew where none is."
+                f"checkpoint. Give a checkpoint's path, or 'auto' to start anew where none is; "
+                f"runs are looked for in config.logdir={config.logdir!r}."
             )
         folder = found[-1]
     else:
         folder = Path(wanted)
+        folder = folder if NAME.fullmatch(folder.name) else folder.resolve()  # it may be a link
     _check(folder, identity)
     return folder
 
@@ -62,9 +74,7 @@ def _check(folder: Path, identity: dict) -> None:
             f"new run; the LoRA in its lora/ can be carried over with config.train.lora_path."
         )
     if problem := digests.problem(folder, state):
-        raise ValueError(
-            f"config.resume_from={str(folder)!r}: {problem}. Resume from another checkpoint."
-        )
+        raise ValueError(f"config.resume_from={str(folder)!r}: {problem}. {_another(folder)}")
     for key, value in identity.items():
         if key in state["identity"] and state["identity"][key] != value:
             raise ValueError(
@@ -74,13 +84,32 @@ def _check(folder: Path, identity: dict) -> None:
             )
 
 
+def _another(folder: Path) -> str:
+    """Say which checkpoint to resume from instead."""
+    older = [path for path in checkpoints(folder.parent.parent) if path.name != folder.name]
+    if NAME.fullmatch(folder.name):
+        older = [path for path in older if step(path) <= step(folder)]
+    if not older:
+        return "Resume from an older checkpoint, or start a new run."
+    return f"Resume from an older checkpoint: {shlex.quote(f'--config.resume_from={older[-1]}')}"
+
+
 def read(folder: Path) -> dict:
-    """Return what trainer.json says, {} where it is damaged."""
+    """Return what a checkpoint's trainer.json says. Raises ValueError if that is not a run's."""
     try:
         state = json.loads((folder / STATE).read_text())
-    except (ValueError, RecursionError):
-        return {}
-    return state if isinstance(state, dict) else {}
+        state["files"].items(), state["identity"].items()
+    except (ValueError, AttributeError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise ValueError(
+            f"config.resume_from={str(folder)!r}: its {STATE} is damaged or was changed by hand "
+            f"({type(error).__name__}: {error}). {_another(folder)}"
+        ) from None
+    return state
+
+
+def digest(prompts: list[Prompt]) -> str:
+    texts = json.dumps([[prompt.text, prompt.metadata] for prompt in prompts], default=str)
+    return hashlib.sha256(texts.encode()).hexdigest()
 
 
 def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:

@@ -17,8 +17,8 @@ from flow_grpo.training.checkpoint import save
 from flow_grpo.training.collect import Sampled
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
-from flow_grpo.training.held import Held
 from flow_grpo.training.run import Run
+from flow_grpo.training.snapshots import Held
 from flow_grpo.training.tracking import Statistics, memory
 
 SHOWN = ("reward/avg", "reward/zero_std_fraction", "images_per_second")

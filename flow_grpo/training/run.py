@@ -20,9 +20,9 @@ from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
 from flow_grpo.sampling import Schedule
-from flow_grpo.training.held import Held
+from flow_grpo.training.claim import Claim
 from flow_grpo.training.optimizer import Updater
-from flow_grpo.training.snapshots import Snapshots, ema_decay
+from flow_grpo.training.snapshots import Held, Snapshots, ema_decay
 from flow_grpo.training.tracking import Timer, Tracker
 
 
@@ -47,6 +47,8 @@ class Run:
     in_update: bool = False  # from an epoch's first optimizer step to its end
     held: Held | None = None  # the start of an epoch that is in update
     timer: Timer = field(default_factory=Timer)
+    claim: Claim | None = None  # of the folder
+    again: str = ""  # the command that continues the run
 
     @property
     def ranks(self) -> Ranks:

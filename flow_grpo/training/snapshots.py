@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn, zeros_like
 
 from flow_grpo.parallel.engine import Engine, Parts
+from flow_grpo.training.optimizer import Updater
 
 POLICY = "default"  # the adapter that trains, as peft and diffusers call it
 
@@ -160,3 +161,26 @@ def _same_weights_train(module: nn.Module) -> Iterator[None]:
 def ema_decay(decay: float, num_updates: int) -> float:
     """Return the average's decay after so many optimizer steps: at first it forgets its start."""
     return min(decay, (1 + num_updates) / (10 + num_updates))
+
+
+class Held:
+    """What an epoch's updates change, as it was before the first one, on the host."""
+
+    def __init__(self, engine: Engine, snapshots: Snapshots, updater: Updater):
+        self._engine, self._snapshots, self._updater = engine, snapshots, updater
+        masters, moments, self._scale = engine.get_state()
+        self._masters, self._copies = _copies(masters), _copies(snapshots.state_dict())
+        self._moments = {name: _copies(values) for name, values in moments.items()}
+        self._counts = (updater.num_updates, updater.num_skipped)
+
+    def restore(self) -> None:
+        self._engine.set_state(self._masters, self._moments, self._scale)
+        self._snapshots.load_state_dict(self._copies)
+        self._updater.num_updates, self._updater.num_skipped = self._counts
+
+
+def _copies(values: dict) -> dict:
+    return {
+        name: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for name, value in values.items()
+    }

@@ -17,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-from flow_grpo.cli import user_errors
+from flow_grpo.cli import user_errors, user_path
 
 
 def main(argv: list[str]) -> None:
@@ -56,13 +56,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a pipeline's folder or hub id")
-    parser.add_argument("--lora", help="a LoRA's folder or .safetensors file")
-    parser.add_argument("--transformer", help="a full fine-tune's transformer/ folder")
+    parser.add_argument(
+        "--model", type=os.path.expanduser, required=True, help="a pipeline's folder or hub id"
+    )
+    parser.add_argument(
+        "--lora", type=os.path.expanduser, help="a LoRA's folder or .safetensors file"
+    )
+    parser.add_argument(
+        "--transformer", type=os.path.expanduser, help="a full fine-tune's transformer/ folder"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument("--prompts", type=Path, help="a text file, a prompt a line")
-    parser.add_argument("--image", type=Path, help="the reference image of an editing model")
-    parser.add_argument("--out", type=Path, required=True, help="a folder")
+    parser.add_argument("--prompts", type=user_path, help="a text file, a prompt a line")
+    parser.add_argument("--image", type=user_path, help="the reference image of an editing model")
+    parser.add_argument("--out", type=user_path, required=True, help="a folder")
     parser.add_argument("--steps", type=int, help="default: the pipeline's own, as all below")
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--size", help="pixels: 512, or HEIGHTxWIDTH")

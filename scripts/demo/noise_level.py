@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
+import os
 from pathlib import Path
 
 import matplotlib
@@ -22,6 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from flow_grpo import sde
+from flow_grpo.cli import user_path
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
@@ -125,16 +128,32 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="sd3", help="sd3 | flux | qwen | a pipeline's folder")
+    parser.add_argument(
+        "--model",
+        type=os.path.expanduser,
+        default="sd3",
+        help="sd3 | flux | qwen | a pipeline's folder",
+    )
     parser.add_argument("--num-steps", type=int, default=10)
     parser.add_argument("--size", type=int, default=512, help="pixels of a side")
     parser.add_argument("--kernels", nargs="+", help="KIND=NOISE_LEVEL, such as sde=0.7 cps=0.8")
-    parser.add_argument("--out", type=Path, help="path without an ending; default: noise_MODEL")
+    parser.add_argument(
+        "--out", type=user_path, help="path without an ending; default: noise_MODEL"
+    )
     given = parser.parse_args()
     kernels = [text.partition("=") for text in given.kernels or ()]
     if wrong := [kind for kind, _, _ in kernels if kind not in sde.KERNELS]:
         parser.error(f"--kernels: {wrong[0]!r} is none of {', '.join(sde.KERNELS)}")
-    chosen = [(kind, float(level or LEVELS[kind])) for kind, _, level in kernels]
+    try:
+        chosen = [(kind, float(level or LEVELS[kind])) for kind, _, level in kernels]
+    except ValueError as error:
+        parser.error(f"--kernels: KIND or KIND=NOISE_LEVEL is needed, such as sde=0.7 ({error})")
+    for kind, level in chosen:
+        if not 0 <= level <= sde.KERNELS[kind].max_level or math.isinf(level):
+            parser.error(
+                f"--kernels {kind}={level}: at least 0 and at most {sde.KERNELS[kind].max_level} "
+                f"is needed"
+            )
     sigmas = schedule(given.model, given.num_steps, given.size)
     rows = [
         row for kind, level in chosen or LEVELS.items() for row in leftovers(kind, level, sigmas)

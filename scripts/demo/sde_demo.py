@@ -24,14 +24,13 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from config.base import base
 from flow_grpo import sde
-from flow_grpo.cli import user_errors
+from flow_grpo.cli import user_errors, user_path
 from flow_grpo.evaluation import comparison
 from flow_grpo.launch import tools
 from flow_grpo.report.sheets import captioned_sheet
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> None:
     )
     tools.add_options(parser)
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--out", type=Path, required=True, help="path without an ending")
+    parser.add_argument("--out", type=user_path, required=True, help="path without an ending")
     args = parser.parse_args(argv[1:])
     with user_errors():
         loaded = tools.load(args, (args.prompt,), base(None))
