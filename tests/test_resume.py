@@ -112,8 +112,17 @@ def test_settings_of_the_optimizer_come_from_the_config_and_moments_from_the_che
     assert all(state["step"] == 4 for state in optimizer.state.values())
 
 
-def test_a_lora_of_other_settings_is_refused(files):
-    for key in ("train__lora_rank", "train__lora_alpha"):
-        argv = running.arguments(files, **running.lora(files) | {key: 16})
-        with pytest.raises(ValueError, match=key.replace("__", ".")):
-            running.prepare(argv)
+def test_a_lora_of_another_rank_is_refused(files):
+    argv = running.arguments(files, **running.lora(files) | {"train__lora_rank": 16})
+    with pytest.raises(ValueError, match="config.train.lora_rank=16, but that .* is 4"):
+        running.prepare(argv)
+
+
+def test_under_another_alpha_a_lora_starts_as_the_same_model(files):
+    started = []
+    for alpha in (8, 16):
+        argv = running.arguments(files, **running.lora(files) | {"train__lora_alpha": alpha})
+        started.append(dict(running.trained_parameters(running.prepare(argv))))
+    for name, value in started[0].items():
+        factor = 2.0 if "lora_B" in name else 1.0
+        assert torch.equal(value, factor * started[1][name]), name
