@@ -234,7 +234,10 @@ def test_a_folder_without_room_for_a_checkpoint_is_refused(tmp_path, case, monke
     config.pretrained.model, config.use_lora = str(model), case != "full"
     if case == "warm start":
         config.train.lora_path = str(model / "transformer" / "m.safetensors")
-    resumed = make(tmp_path / "x", "checkpoint-1", files={"a": 700}) if case == "resumed" else None
+    resumed = None
+    if case == "resumed":
+        resumed = make(tmp_path / "x", "checkpoint-1", files={"a": "a digest"})
+        (resumed / "a").write_bytes(b"x" * 700)
     needed = {"full": 6100 * 16, "lora": 640 * 16, "warm start": 6100 * 16, "resumed": 700}
     least = needed.get(case, 16)
     for free, fits in ((least - 1, False), (least, True)):
