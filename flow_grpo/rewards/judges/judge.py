@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from flow_grpo import inputs
 from flow_grpo.rewards.base import Reward, check_package, only_images
 from flow_grpo.rewards.batch import Batch
 
@@ -43,7 +44,7 @@ class JudgeReward(Reward):
         """Read the text of the question. Raises ValueError if it has no place for the prompt."""
         own = Path(settings["judge_templates"] or TEMPLATES) / f"{cls.name}.txt"
         path = own if own.is_file() else TEMPLATES / own.name
-        text = path.read_text(encoding="utf-8").strip()
+        text = inputs.text(path).strip()
         if "{prompt}" not in text:
             raise ValueError(f"{path} has no {{prompt}}: the judge must see the prompt.")
         return text
