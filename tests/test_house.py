@@ -43,7 +43,7 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
     "scorers": (("rewards/clip", "rewards/judges", "rewards/rules"), 1800),
     "the rest": (("rewards/remote", "reward_server", "report", "launch", "evaluation"), 4000),
 }
-SINCE = {"core": 160, "scorers": 60, "the rest": 0}  # lines that later issues added
+SINCE = {"core": 179, "scorers": 98, "the rest": 0}  # lines that later issues added
 LATER = {"parallel.speed"}  # what was added since, with a size of its own
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them
     "flow_grpo.rewards.clip.encoder",
