@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flow_grpo import inputs
+
 SUFFIXES = (".parquet", ".jsonl", ".csv", ".tsv", ".txt")
 TEXT_COLUMN = "prompt"  # what the lines of a .txt are
 
@@ -42,16 +44,23 @@ def _read(path: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[dict[str
                 if number == 0:
                     chosen = _choose(path, list(row), columns)
                 yield {key: row.get(name) for key, name in chosen.items()}
-        except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a UTF-8 {path.suffix} file ({error}).") from None
 
 
 def _rows(path: Path, file: Iterable[str]) -> Iterator[dict[str, Any]]:
     if path.suffix == ".jsonl":
-        return (json.loads(line) for line in file if line.strip())
+        return _values(path)
     if path.suffix == ".txt":
-        return ({TEXT_COLUMN: line} for line in file)
+        return ({TEXT_COLUMN: line} for _, line in inputs.lines(path))
     return csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+
+
+def _values(path: Path) -> Iterator[Any]:
+    try:
+        yield from (value for _, value in inputs.json_lines(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a UTF-8 .jsonl file: {error}") from None
 
 
 def _read_parquet(path: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 `python -m flow_grpo.prompts check dataset/mine` says what is in the files of a data set.
 """
 
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,13 +12,11 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from flow_grpo import randomness
-from flow_grpo.cli import json_rows, lines, user_errors
+from flow_grpo import inputs, randomness
+from flow_grpo.cli import user_errors
 
 SPLITS = ("train", "dev", "test")
-JPEG_END = b"\xff\xd9"
 
 
 @dataclass(frozen=True)
@@ -32,20 +29,18 @@ class Prompt:
     @property
     def tag(self) -> str:
         """The kind of prompt that evaluations are broken down by; "" if it has none."""
-        return str(self.metadata.get("tag", ""))
+        return inputs.tag_of(self.metadata)
 
     def load_images(self) -> tuple[np.ndarray, ...]:
         """Read the reference images, uint8 (H, W, 3) each."""
         return tuple(_read_image(path) for path in self.images)
 
 
-@lru_cache(maxsize=256)
-def _read_image(path: str) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"))
+_read_image = lru_cache(maxsize=256)(inputs.picture)
 
 
 def read(folder: str, split: str) -> list[Prompt]:
-    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl (see json_rows).
+    """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl (see inputs.rows).
 
     A jsonl row reaches the rewards as metadata. Raises ValueError naming file, line and fault.
     """
@@ -60,9 +55,9 @@ def read(folder: str, split: str) -> list[Prompt]:
             f"this folder; there is {found}.{hint if found == 'neither' else ''}"
         )
     if text.is_file():
-        prompts = [Prompt(line.strip()) for _, line in lines(text)]
+        prompts = [Prompt(line) for _, line in inputs.lines(text)]
     else:
-        prompts = [_prompt(*row) for row in json_rows(rows, "prompt")]
+        prompts = [_prompt(*row) for row in inputs.rows(rows, "prompt")]
     if not prompts:
         path = text if text.is_file() else rows
         raise ValueError(f"config.dataset={folder!r}: {path} has no prompts.")
@@ -70,23 +65,11 @@ def read(folder: str, split: str) -> list[Prompt]:
 
 
 def _prompt(where: str, row: dict, images: list[Path]) -> Prompt:
-    sizes = tuple(_image_size(image, where) for image in images)
-    return Prompt(row["prompt"], row, tuple(map(str, images)), sizes)
-
-
-def _image_size(image: Path, where: str) -> tuple[int, int]:
     try:
-        with Image.open(image) as opened:
-            size, kind = opened.size, opened.format
-            opened.verify()  # checksums, where the format has some; JPEG has none
-        if kind == "JPEG":
-            with open(image, "rb") as file:  # some cameras write a little behind its end
-                file.seek(max(os.path.getsize(image) - 4096, 0))
-                if JPEG_END not in file.read():
-                    raise OSError("its end is missing")
-        return size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where}: cannot read the image {image} ({error}).") from None
+        sizes = tuple(map(inputs.size, images))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return Prompt(row["prompt"].strip(inputs.MARKS), row, tuple(map(str, images)), sizes)
 
 
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
@@ -156,8 +139,8 @@ def _facts(split: str, rows: list[Prompt], num_distinct: int) -> Iterator[str]:
     for path in sorted(pictures):
         try:
             _read_image(path)
-        except OSError as error:
-            raise ValueError(f"{split}: cannot decode the image {path} ({error}).") from None
+        except ValueError as error:
+            raise ValueError(f"{split}: {error}") from None
     yield f"{split}: {len(rows)} rows, {len(rows) - num_distinct} of them repeated"
     if tags := Counter(row.tag for row in rows if row.tag):
         yield f"{split} tags: {', '.join(f'{tag} {n}' for tag, n in tags.most_common())}"

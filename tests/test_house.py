@@ -22,7 +22,7 @@ from flow_grpo.rewards.rules.ocr_engines import ENGINES
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "flow_grpo"
 LAYERS = (  # a module imports only from its own line or from a line above
-    ("cli", "keys", "own", "sde", "randomness"),
+    ("cli", "inputs", "keys", "own", "sde", "randomness"),
     ("advantages", "prompts", "records", "rollouts"),
     ("plan",),
     ("diffusers_patch",),
@@ -44,7 +44,8 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
     "the rest": (("rewards/remote", "reward_server", "report", "launch", "evaluation"), 4000),
 }
 SINCE = {  # lines of what came after: compiled passes, safe checkpoints, any LoRA, users' files
-    "core": 900,
+    "core": 1100,
+    "scorers": 100,
     "the rest": 280,
 }
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them

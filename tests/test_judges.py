@@ -18,7 +18,8 @@ from flow_grpo.rewards import loading
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.judges import chat
 from flow_grpo.rewards.judges.chat import Chat
-from flow_grpo.rewards.judges.unifiedreward import win_rates
+from flow_grpo.rewards.judges.qwenvl import QwenVL
+from flow_grpo.rewards.judges.unifiedreward import UnifiedReward, win_rates
 
 HANG_S = 600.0  # of a test that hangs
 DRIPS = "drips"
@@ -136,6 +137,129 @@ def test_a_score_is_the_last_number_in_range_or_nan_and_counted(name, answer, sc
     np.testing.assert_allclose(found[name], [score], equal_nan=True)
     assert found[f"{name}_unparsed"].tolist() == [np.isnan(score)]
     assert found[f"{name}_unanswered"].tolist() == [False]
+
+
+JUDGES = {"unifiedreward": UnifiedReward, "qwenvl": QwenVL}
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "score"),
+    [
+        ("unifiedreward", "Final Score: 4", 0.8),
+        ("unifiedreward", "Good.\nFinal Score: 4", 0.8),
+        ("unifiedreward", "**Final Score:** 3.5", 0.7),
+        ("unifiedreward", "Final Score: 1 would be harsh.\nFinal Score: 5/5", 1),
+        ("unifiedreward", "Final Score: 7", np.nan),
+        ("unifiedreward", "Final Score: 0", np.nan),
+        ("unifiedreward", "Final Score (1-5): 4", 0.8),
+        ("unifiedreward", "Final Score: [1-5] 4", 0.8),
+        ("unifiedreward", "Final Score [1–5] = **4**", 0.8),
+        ("unifiedreward", "Final Score (1 to 5): 3.5", 0.7),
+        ("unifiedreward", "Final Score (out of 5): 2", 0.4),
+        ("unifiedreward", "Final Score (scale 1-5): 4/5", 0.8),
+        ("unifiedreward", "Final Score (1-10): 4", np.nan),
+        ("unifiedreward", "Final Score: (1-10) 4", np.nan),
+        ("unifiedreward", "Final Score: -2", np.nan),
+        ("unifiedreward", "Final Score: −2", np.nan),
+        ("unifiedreward", "Final Score: –3", np.nan),
+        ("unifiedreward", "Final Score -4", np.nan),
+        ("unifiedreward", "Final Score - 4", 0.8),
+        ("unifiedreward", "Final Score – 4", 0.8),
+        ("unifiedreward", "Final Score: +4", 0.8),
+        ("unifiedreward", "Final Score: .5", np.nan),
+        ("unifiedreward", "Final Score: 4/5", 0.8),
+        ("unifiedreward", "Final Score: 4 / 5", 0.8),
+        ("unifiedreward", "Final Score: **4**/5", 0.8),
+        ("unifiedreward", "Final Score: 4 out of 5", 0.8),
+        ("unifiedreward", "Final Score: 4 of 5", 0.8),
+        ("unifiedreward", "Final Score: 4/10", np.nan),
+        ("unifiedreward", "Final Score: 8/10", np.nan),
+        ("unifiedreward", "Final Score: 4 out of 10", np.nan),
+        ("unifiedreward", "Final Score: 4 out of 5 stars", 0.8),
+        ("unifiedreward", "Final Score: 4 points", 0.8),
+        ("unifiedreward", "Final Score: 4 (good)", 0.8),
+        ("unifiedreward", "Final Score: 4.", 0.8),
+        ("unifiedreward", "Final Score: 4. The image shows 3 cats", 0.8),
+        ("unifiedreward", "Final Score: 4, because it has 3 cats", 0.8),
+        ("unifiedreward", "Final Score: 4 - good", 0.8),
+        ("unifiedreward", "Final Score: 3-4", np.nan),
+        ("unifiedreward", "Final Score: 3 - 4", np.nan),
+        ("unifiedreward", "Final Score: 3 to 4", np.nan),
+        ("unifiedreward", "Final Score: 3 or 4", np.nan),
+        ("unifiedreward", "Final Score: 3~4", np.nan),
+        ("unifiedreward", "Final Score: 1,5", np.nan),
+        ("unifiedreward", "Final Score: 4th", np.nan),
+        ("unifiedreward", "Final Score: 40%", np.nan),
+        ("unifiedreward", "Final Score: 4 %", np.nan),
+        ("unifiedreward", "Final Score: 4.5.1", np.nan),
+        ("unifiedreward", "Final Score: 1e1", np.nan),
+        ("unifiedreward", "Final Score: 3 + 1 = 4", np.nan),
+        ("unifiedreward", "Final Score: 3, 4", np.nan),
+        ("unifiedreward", "Final Score: [4]", 0.8),
+        ("unifiedreward", "Final Score: (4)", 0.8),
+        ("unifiedreward", "Final Score: <4>", 0.8),
+        ("unifiedreward", "Final Score:\n4", 0.8),
+        ("unifiedreward", "Final Score:\n\n**4**\n\n3 cats", 0.8),
+        ("unifiedreward", "Final Score: 4\n- 3 cats", 0.8),
+        ("unifiedreward", "Final Score:\n1. The cat\n2. x", np.nan),
+        ("unifiedreward", "Final Score: four", np.nan),
+        ("unifiedreward", "", np.nan),
+        ("unifiedreward", "Final Score: 4 (1-5)", 0.8),
+        ("unifiedreward", "Final Score: 4 (1-10)", np.nan),
+        ("unifiedreward", "Final Score: 4\nFinal Score: -2", np.nan),
+        ("unifiedreward", "Final Score: 4\nThe final score reflects all.", 0.8),
+        ("unifiedreward", "Final Score (1-5)", np.nan),
+        ("unifiedreward", "Final Score: 1-5", np.nan),
+        ("unifiedreward", "Final Score: 4/5/2024", np.nan),
+        ("unifiedreward", "Final Score: <3", np.nan),
+        ("unifiedreward", "Final Score: < 3", np.nan),
+        ("unifiedreward", "Final Score: ４", 0.8),
+        ("unifiedreward", "Final Score: 5/5.", 1),
+        ("unifiedreward", "Final Score: 4_", 0.8),
+        ("unifiedreward", 'Final Score: "4"', 0.8),
+        ("unifiedreward", "Final Score: 4/5 (very good)", 0.8),
+        ("unifiedreward", "Final Score | 4 |", 0.8),
+        ("unifiedreward", "Final Score: >4", np.nan),
+        ("unifiedreward", "Final Score: 4;", 0.8),
+        ("unifiedreward", 'Final Score: 4,\n"x": 3', 0.8),
+        ("unifiedreward", "### Final Score\n4", 0.8),
+        ("unifiedreward", "Final Score: 3/4", np.nan),
+        ("unifiedreward", "Final Score: 2.5/5", 0.5),
+        ("unifiedreward", "Final Score: 10", np.nan),
+        ("unifiedreward", "Final Score: $4", np.nan),
+        ("unifiedreward", "Final Score: 4\n5", 0.8),
+        ("unifiedreward", "Final Score: 4 5", np.nan),
+        ("unifiedreward", "Final Score: 3...4", np.nan),
+        ("qwenvl", "<Score>3</Score>", 0.6),
+        ("qwenvl", "<Score>0</Score>", 0),
+        ("qwenvl", "<Score>6</Score>", np.nan),
+        ("qwenvl", "3", np.nan),
+        ("qwenvl", "<Score>4/5</Score>", 0.8),
+        ("qwenvl", "<Score>.5</Score>", 0.1),
+        ("qwenvl", "<Score>-1</Score>", np.nan),
+        ("qwenvl", "<Score>(0-5) 4</Score>", 0.8),
+        ("qwenvl", "<Score>0-5</Score>", np.nan),
+        ("qwenvl", "<score> 4 points </score>", 0.8),
+        ("qwenvl", "<Score>4</Score> no: <Score>-2</Score>", np.nan),
+        ("qwenvl", "<Score>4", np.nan),
+        ("qwenvl", "<Score>4.0</Score>", 0.8),
+        ("qwenvl", "<Score>\n4\n</Score>", 0.8),
+        ("qwenvl", "<Score>4 out of 10</Score>", np.nan),
+        ("qwenvl", "<Score>-0</Score>", np.nan),
+        ("qwenvl", "<Score>2</Score> <Score></Score>", 0.4),
+    ],
+)
+def test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan(name, answer, score):
+    judge = JUDGES[name].__new__(JUDGES[name])  # parsing needs no endpoint
+    np.testing.assert_allclose(judge.parse(answer), score, equal_nan=True)
+
+
+@pytest.mark.parametrize("answer", ["Final Score: -2", "Final Score: 3-4", "Final Score: 4/10"])
+def test_a_number_that_is_no_score_is_counted(answer, ask):
+    found, _ = ask("unifiedreward", lambda *question: said(answer))
+    assert np.isnan(found["unifiedreward"]).all()
+    assert found["unifiedreward_unparsed"].tolist() == [True]
+    assert found["unifiedreward_unanswered"].tolist() == [False]
 
 
 def test_each_picture_is_asked_about_with_its_own_prompt(ask, monkeypatch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import ocr, ocr_engines
 from flow_grpo.rewards.rules.ocr_engines import Line, in_reading_order
 
+ROOT = Path(__file__).parent.parent
 HANG_S = 600.0  # of a test that hangs
 SETTINGS = loading.settings(base()) | {"ocr_processes": 1}
 
@@ -53,6 +55,121 @@ def test_a_prompt_without_a_target_is_named_at_the_start(prompt):
     with pytest.raises(ValueError) as error:
         loading.check("ocr", SETTINGS, ['a sign "OPEN"', prompt], [{}, {}])
     assert f"reward 'ocr': the prompt {prompt!r} quotes no text" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ('a 12" pipe with the text "HELLO"', "HELLO"),
+        ('a 5\'10" man with a "STOP" sign', "STOP"),
+        ('a 12", a 14" and a 3½" rim, "GO"', "GO"),
+        ('a 10 " x 12 " frame with "HELLO"', "HELLO"),
+        ('a 12 " pipe with "HELLO"', "HELLO"),
+        ("a 12” pipe with “HELLO”", "HELLO"),
+        ('a 24" sign "24" high', "24"),
+        ('"Area 51" on a 6" board', "Area 51"),
+        ('a sign "“OPEN”"', "OPEN"),
+        ('a sign “"OPEN"”', "OPEN"),
+        ('a sign " „OFFEN“ "', "OFFEN"),
+        ("『「開店」』", "開店"),
+        ('"He said “yes” twice"', "He said “yes” twice"),
+        ("「彼は『はい』と」", "彼は『はい』と"),
+        ('a sign “A 6" NUT”', 'A 6" NUT'),
+        ("»OFFEN« or »ÖPPET» or ”ÖPPET”", "OFFEN"),
+        ("”ÖPPET” and „OTWARTE”", "ÖPPET"),
+        ("第3「開店」", "開店"),
+        ("it's a dog's \"it's\"", "it's"),
+    ],
+)
+def test_inches_open_no_quote_and_quotes_are_paired(prompt, wanted):
+    assert ocr.target(prompt) == wanted
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        'a sign "12" PIPES"',
+        '"HELLO" and "WORLD',
+        'a sign "HELLO" "',
+        'a sign "A 6" NUT"',
+        "“OPEN” and 」",
+        "«a «b» or “c”",
+    ],
+)
+def test_a_prompt_with_an_odd_mark_is_refused_with_its_row(prompt):
+    with pytest.raises(ValueError) as error:
+        loading.check("ocr", SETTINGS, ['a sign "OPEN"', prompt], [{}, {}])
+    message = str(error.value)
+    assert f"the prompt {prompt!r} has a quotation mark without its other half" in message
+    assert message.endswith("It is row 2 of 2.")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_of_the_prompts_that_are_there_the_same_text_is_wanted_as_ever(split):
+    for line in (ROOT / f"dataset/ocr/{split}.txt").read_text().splitlines():
+        assert line.count('"') == 2 and ocr.target(line) == line.split('"')[1]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "read"),
+    [
+        ("Don’t Stop", "Don't Stop"),
+        ("Wait…", "Wait..."),
+        ("ＯＰＥＮ　２４", "OPEN 24"),
+        ("OPEN\u200b", "OPEN"),
+        ("so\u00adft\u2060", "soft"),
+        ("9–5 — daily −3", "9-5 - daily -3"),
+        ("non‑stop", "non-stop"),
+        ("the “best” «one»", 'the "best" "one"'),
+        ("½ price", "1/2 price"),
+        ("ﬁne ﬂour №5", "fine flour No5"),
+        ("5′ 10″", "5' 10\""),
+        ("I ❤\ufe0f you", "I ❤ you"),
+    ],
+)
+def test_a_text_that_looks_the_same_scores_1(wanted, read):
+    for pair in ((wanted, read), (read, wanted), (wanted, wanted)):
+        assert ocr.score(*pair) == ocr.likeness(*pair) == 1.0
+    assert ocr.video_score(wanted, [read]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "engine", "script"),
+    [
+        ("ОТКРЫТО", "rapidocr", "cyrillic"),
+        ("열림", "rapidocr", "hangul"),
+        ("مفتوح", "rapidocr", "arabic"),
+        ("खुला", "rapidocr", "devanagari"),
+        ("เปิด", "rapidocr", "thai"),
+        ("営業中", "paddleocr", "cjk"),
+    ],
+)
+def test_a_script_that_the_engine_can_not_read_is_warned_of(
+    text, engine, script, caplog, monkeypatch
+):
+    monkeypatch.setattr(rewards_base, "find_spec", lambda name: name)
+    prompts = ['"OPEN"', f'a sign "{text}"', f'"{text}"']
+    loading.check("ocr", SETTINGS | {"ocr_engine": engine}, prompts, [{}] * 3)
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert said.startswith(f"2 of 3 prompts want text that {engine} can't read ({script}), ")
+    assert repr(text) in said
+
+
+def test_of_what_it_can_read_nothing_is_said(caplog):
+    texts = [
+        "OPEN",
+        "CAFÉ 24",
+        "Straße",
+        "営業中",
+        "コーヒー々",
+        "ΑΒΓ",
+        "ＯＰＥＮ",
+        "ʼ…½",
+        "🎂 100%",
+    ]
+    loading.check("ocr", SETTINGS, [f'"{text}"' for text in texts], [{}] * len(texts))
+    assert not caplog.records
 
 
 def levenshtein(a, b):
@@ -179,6 +296,24 @@ def test_pictures_and_videos_are_read_by_processes_that_end_with_the_scorer():
     while worker.exitcode is None and time.monotonic() < deadline:
         time.sleep(0.05)  # the pool joins it as well: a join here may return without its status
     assert worker.exitcode == 0
+
+
+def test_thin_pictures_are_read():
+    pytest.importorskip("rapidocr")
+    scorer = loading.load("ocr", SETTINGS, "cpu")
+    sides = [(16, 4096), (4096, 16), (1, 3000), (2000, 40), (1, 1), (32, 8192)]
+    images = [np.full((*side, 3), 255, np.uint8) for side in sides]
+    wide = np.full((20, 500, 3), 255, np.uint8)
+    wide[:, :256] = written("OPEN", 18)[41:61]
+    found = scorer(Batch([*images, wide], ['"OPEN"'] * 7, [{}] * 7))
+    scorer.close()
+    assert found["ocr"].tolist() == [0.0] * 6 + [1.0]
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (32, 512), (512, 32), (1024, 64), (8, 8)])
+def test_other_pictures_are_handed_to_the_engine_as_they_are(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    assert ocr_engines._less_thin(image, 384) is image
 
 
 @pytest.mark.slow

@@ -69,6 +69,73 @@ class Kept(Reward):
 
 class Unrelated:
     pass
+
+def like_jpeg(images):
+    return {"like_jpeg": [1.0] * len(images), "jpeg_compressibility": [9.0] * len(images)}
+
+def sums(images):
+    return {"sums": [1.0] * len(images), "avg": [9.0] * len(images)}
+
+def dark(images):
+    return {"dark": [0.5] * len(images)}
+
+def also_dark(images):
+    return {"also_dark": [1.0] * len(images), "my_rewards:dark": [2.0] * len(images)}
+
+def bright(images):
+    return {"bright": [1.0] * len(images), "extra": [2.0] * len(images)}
+
+def brighter(images):
+    return {"brighter": [1.0] * len(images), "extra": [3.0] * len(images)}
+
+def both(images):
+    return {"both": [1.0] * len(images), "my_rewards:both": [2.0] * len(images)}
+
+def scribbles(batch):
+    for image in batch.images:
+        image[:] = 7
+    for row in batch.metadata:
+        row["n"] += 10
+        row["list"].append(1)
+    for references in batch.references:
+        references[0][:] = 7
+    batch.group[:] = -1
+    batch.prompts.clear()
+    return [len(row["list"]) for row in batch.metadata]
+
+class Scribbles(Reward):
+    def __call__(self, batch):
+        return {"Scribbles": scribbles(batch)}
+
+def tensors(kind, images):
+    import torch
+    values = torch.tensor([0.5, -1.25, 3.0], requires_grad=kind != "bf16")
+    return {"graph": values * 1, "bf16": values.bfloat16(), "list": list(values * 1),
+            "named": {"named": values * 1, "half": values.half()}}[kind]
+
+def graph(images): return tensors("graph", images)
+def bf16(images): return tensors("bf16", images)
+def in_a_list(images): return tensors("list", images)
+def named(images): return tensors("named", images)
+
+class Elsewhere:
+    # a tensor on a device, as numpy sees it
+
+    def __init__(self, values, here=False):
+        self.values, self.here = values, here
+
+    def __array__(self, *arguments, **named):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def detach(self): return self
+    def cpu(self): return Elsewhere(self.values, True)
+    def double(self): return self
+    def numpy(self):
+        assert self.here
+        return np.array(self.values)
+
+def on_a_device(images):
+    return Elsewhere([0.5, -1.25, 3.0])
 """
 
 
@@ -172,3 +239,52 @@ def test_what_can_not_be_used_is_refused_before_anything_loads(name, message):
     config.reward_fn = {name: 1.0}
     with pytest.raises(ValueError, match="config.reward_fn=.*" + message):
         preflight.check(config, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "name", "column", "owner"),
+    [
+        (["like_jpeg", "jpeg_compressibility"], "like_jpeg", "jpeg_compressibility", ""),
+        (["jpeg_compressibility", "like_jpeg"], "like_jpeg", "jpeg_compressibility", ""),
+        (["like_jpeg"], "like_jpeg", "jpeg_compressibility", ""),
+        (["sums"], "sums", "avg", ""),
+        (["dark", "also_dark"], "also_dark", "my_rewards:dark", "my_rewards:dark"),
+        (["also_dark", "dark"], "also_dark", "my_rewards:dark", "my_rewards:dark"),
+        (["bright", "brighter"], "brighter", "extra", "my_rewards:bright"),
+    ],
+)
+def test_a_column_that_is_another_s_is_refused(weights, name, column, owner):
+    full = [each if each.startswith("jpeg") else f"my_rewards:{each}" for each in weights]
+    with pytest.raises(RuntimeError) as error:
+        score(dict.fromkeys(full, 1.0))
+    said = f"reward 'my_rewards:{name}' returned a column {column!r}, which is that of"
+    assert f"{said} {owner or column!r}" in str(error.value)
+
+
+def test_a_score_returned_twice_is_refused():
+    with pytest.raises(RuntimeError, match="'my_rewards:both' failed: it returned both 'both' and"):
+        score({"my_rewards:both": 1.0})
+
+
+@pytest.mark.parametrize("name", ["scribbles", "Scribbles"])
+def test_what_a_function_writes_into_is_its_own(name):
+    """Rows that share an array or a dict as well, as the images of a prompt do."""
+    images = [np.full((4, 4, 3), value, np.uint8) for value in (0, 51, 255)]
+    reference, row = np.zeros((4, 4, 3), np.uint8), {"n": 1, "list": []}
+    reference.setflags(write=False)  # as an image is that PIL has read
+    group = np.zeros(3, int)
+    batch = Batch(images, ["a"] * 3, [row] * 3, [(reference,)] * 3, group)
+    scorer = Scorer({f"my_rewards:{name}": 1.0, "my_rewards:only_images": 1.0}, {})
+    found = scorer.score(batch)
+    scorer.close()
+    assert found[f"my_rewards:{name}"].tolist() == [1, 1, 1]
+    assert found["my_rewards:only_images"].tolist() == [0, 51, 255]
+    assert [image.max() for image in images] == [0, 51, 255] and not reference.any()
+    assert row == {"n": 1, "list": []} and batch.prompts == ["a"] * 3 and not group.any()
+
+
+@pytest.mark.parametrize("name", ["graph", "bf16", "in_a_list", "named", "on_a_device"])
+def test_tensors_are_taken_from_where_they_are(name):
+    found = score({f"my_rewards:{name}": 2.0})
+    assert found[f"my_rewards:{name}"].tolist() == [0.5, -1.25, 3.0]
+    assert found["avg"].tolist() == [1, -2.5, 6] and found["avg"].dtype == np.float64

@@ -234,10 +234,6 @@ def test_a_picture_that_was_cut_short_is_named_at_the_start(tmp_path, name):
     assert read(str(tmp_path), "test")[1].image_sizes == ((64, 64),)
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
-    if name == "a.gif":  # which has neither checksums nor a length: only check() decodes it
-        with pytest.raises(ValueError, match=f"cannot decode the image .*{name}"):
-            check(str(tmp_path))
-        return
     with pytest.raises(ValueError, match=f"line 2: cannot read the image .*{name}"):
         read(str(tmp_path), "test")
 

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dataset.files import write_by_image
+from flow_grpo import inputs
 from flow_grpo.cli import user_errors
 from flow_grpo.rewards.rules.geneval_rules import check_row
 
@@ -28,16 +29,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Read rows that can be judged and have an image. Raises ValueError naming file and line."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file.")
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-                check_row(row)
-                if not isinstance(row["image"], str) or not isinstance(row["prompt"], str):
-                    raise ValueError('"image" and "prompt" must be texts')
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{path}, line {number}: {error!r}.") from None
-            yield row
+    for where, row in inputs.json_lines(path):
+        try:
+            check_row(row)
+            if not isinstance(row["image"], str) or not isinstance(row["prompt"], str):
+                raise ValueError('"image" and "prompt" must be texts')
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{where}: {error!r}.") from None
+        yield row
 
 
 def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from config.base import base
 from dataset.files import write_by_image, write_lines
+from flow_grpo import inputs
 from flow_grpo.cli import user_errors
 from flow_grpo.rewards.rules import geneval_rules
 from flow_grpo.rewards.rules.geneval_rules import CLASSES
@@ -148,7 +149,7 @@ def confirmed(pictures: Sequence[Path], scenes: Sequence[tuple[str, int]], detec
     detect: as flow_grpo.rewards.rules.detector.Detector; as sure as GenEval's counting asks for.
     """
     for picture, (name, count) in zip(pictures, scenes, strict=True):
-        (found,) = detect([np.asarray(Image.open(picture).convert("RGB"))])
+        (found,) = detect([inputs.picture(picture)])
         if len(geneval_rules.keep(found, "counting").get(name, [])) == count:
             yield picture, name, count
 

@@ -8,7 +8,6 @@ of the benchmark's own evaluation_metadata.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from collections.abc import Iterable, Iterator
 from itertools import islice, permutations, product
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.files import write_rows
+from flow_grpo import inputs
 from flow_grpo.cli import user_errors
 from flow_grpo.rewards.rules.geneval_rules import CLASSES, COLORS, RELATIONS, check_row
 
@@ -145,21 +145,17 @@ def train_rows(seed: int, held_out: Iterable[Row]) -> list[Row]:
 
 def read_excluded(path: Path) -> Iterator[Row]:
     """Read the rows of another test set. Raises ValueError if they are not GenEval's."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise ValueError(f"--exclude={path}: can't be read ({error}).") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                one = json.loads(line)
-                check_row(one)
-                scene_key(one)
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"--exclude={path}, line {number}: not a row of GenEval's metadata ({error})."
-                ) from None
-            yield one
+    if not path.is_file():
+        raise ValueError(f"--exclude={path}: can't be read (there is no such file).")
+    for where, one in inputs.json_lines(path):
+        try:
+            check_row(one)
+            scene_key(one)
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"--exclude={where}: not a row of GenEval's metadata ({error})."
+            ) from None
+        yield one
 
 
 def write(folder: Path, seed: int = 0, exclude: Iterable[Row] = ()) -> None:

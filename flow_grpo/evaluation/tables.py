@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from flow_grpo.evaluation.intervals import interval, mean, paired_interval
+from flow_grpo.inputs import ALL, MEAN_OF_TAGS
 from flow_grpo.prompts import Prompt
-from flow_grpo.report.recorded import MEAN_OF_TAGS
 
 
 class Summary(NamedTuple):
@@ -87,7 +87,7 @@ def table(rows: Sequence[Summary] | Sequence[Comparison]) -> str:
     """Lay results out, a line a score and a column a tag."""
     names, tags = (list(dict.fromkeys(column)) for column in list(zip(*rows, strict=True))[:2])
     cells = {(row.score, row.tag): str(row) for row in rows}
-    lines = [["", *(tag or "all" for tag in tags)]]
+    lines = [["", *(tag or ALL for tag in tags)]]
     lines += [[name, *(cells[name, tag] for tag in tags)] for name in names]
     widths = [max(map(len, column)) + 3 for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from ml_collections import ConfigDict
-from PIL import Image
 from transformers.utils import logging as transformers_logging
 
+from flow_grpo import inputs
 from flow_grpo.cli import user_path
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.registry import FAMILIES
@@ -108,6 +108,7 @@ def _settle(args: argparse.Namespace, config: ConfigDict) -> type[PatchedPipelin
     for path in args.reference or ():
         if not path.is_file():
             raise ValueError(f"--reference={path}: there is no such file.")
+        inputs.size(path)
     model_files.check(config)
     family = model_files.family(config)
     if args.script and args.script != _script(family):
@@ -126,7 +127,7 @@ def _task(
 ) -> Task:
     size = Size(config.height, config.width, config.num_frames)
     pipeline.check_size(size)
-    images = tuple(np.asarray(Image.open(path).convert("RGB")) for path in args.reference or ())
+    images = tuple(map(inputs.picture, args.reference or ()))
     if not images and pipeline.num_references[0]:
         rows, columns = np.mgrid[0 : size.height, 0 : size.width]
         waves = [np.sin(rows / 9 + n) + np.cos(columns / (11 + n)) for n in range(3)]

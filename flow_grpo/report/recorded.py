@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-MEAN_OF_TAGS = "mean_of_tags"  # stands where a tag does: each tag counts alike, as in GenEval
+from flow_grpo.inputs import MEAN_OF_TAGS
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict]:

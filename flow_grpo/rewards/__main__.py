@@ -4,7 +4,7 @@ python -m flow_grpo.rewards --reward shapes [--reward jpeg_compressibility] FOLD
 
 FOLDER has images and, for rewards that need them, prompts: a metadata.jsonl with an object a
 line, {"file": "a.png", "prompt": "...", "tag": "..."}, as scripts/evaluate.py --write-images
-writes it, or a prompts.txt with a line an image in the order of their names.
+writes it, or a prompts.txt with a line an image in the order of their names (2.png, 10.png).
 """
 
 import argparse
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from flow_grpo import inputs
 from flow_grpo.cli import user_errors, user_path
 from flow_grpo.evaluation import tables
 from flow_grpo.rewards import loading, options, pictures
@@ -59,7 +60,7 @@ def score(
     for start in tqdm(range(0, len(found), batch_size), "score", leave=False, disable=None):
         rows = slice(start, start + batch_size)
         images = [pictures.load(picture.file) for picture in found[rows]]
-        references = [tuple(map(pictures.load, each.references)) for each in found[rows]]
+        references = [tuple(map(inputs.picture, each.references)) for each in found[rows]]
         known = (column[rows] for column in columns)
         try:
             parts.append(
@@ -74,7 +75,7 @@ def score(
 
 def report(found: list[Picture], scores: dict[str, np.ndarray], out: Path) -> None:
     """Print a table and write the rows. Images without a prompt count as one each."""
-    tags = [str((picture.metadata or {}).get("tag", "")) for picture in found]
+    tags = [inputs.tag_of(picture.metadata or {}) for picture in found]
     prompts = [str(picture.file) if picture.prompt is None else picture.prompt for picture in found]
     print(tables.table(tables.summarise(scores, tags, prompts)))
     rows = [

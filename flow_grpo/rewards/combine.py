@@ -15,6 +15,7 @@ import numpy as np
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.batch import Batch, scatter
+from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.rewards.remote import health, servers
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
@@ -79,6 +80,16 @@ class Scorer:
     def combine(
         self, columns: Mapping[str, dict[str, np.ndarray]], num_rows: int
     ) -> dict[str, np.ndarray]:
+        """Add "avg" to all columns. Raises RuntimeError for one that is another reward's."""
+        owners = {name: name for name in ("avg", *REWARDS, *columns)}
+        for name, part in columns.items():
+            for key in part:
+                owner = owners.setdefault(key, name)
+                if owner != name and not {owner, name} <= set(REWARDS):  # these agree
+                    raise RuntimeError(
+                        f"reward {name!r} returned a column {key!r}, which is that of {owner!r}. "
+                        f"Rename it in what the function returns."
+                    )
         total = np.zeros(num_rows)
         for name, weight in self.weights.items():
             if weight:

@@ -1,5 +1,6 @@
 """From a name in config.reward_fn to a scorer: found, checked before weights load, then built."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -60,16 +61,27 @@ def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[[Batch
     return _Renamed(name, scorer) if name not in REWARDS else scorer
 
 
+def _host(scores: Any) -> Any:
+    """Take tensors from where they are, off a graph and in a type that numpy knows."""
+    if isinstance(scores, (list, tuple)):
+        return [_host(each) for each in scores]
+    return scores.detach().cpu().double().numpy() if hasattr(scores, "detach") else scores
+
+
 class _Renamed(Reward):
     def __init__(self, name: str, scorer: Callable[[Batch], Any]):
         self.name, self.scorer = name, scorer
 
     def __call__(self, batch: Batch) -> dict:
-        scores = self.scorer(batch)
+        # Row by row a copy of its own: what it writes into is no one else's.
+        own = Batch.cat([copy.deepcopy(batch.rows([row])) for row in range(len(batch))])
+        scores = self.scorer(own)
         if not isinstance(scores, dict):
-            return {self.name: scores}
-        own = self.name.partition(":")[2]
-        return {self.name if key == own else key: value for key, value in scores.items()}
+            return {self.name: _host(scores)}
+        short = self.name.partition(":")[2]
+        if short in scores and self.name in scores:
+            raise ValueError(f"it returned both {short!r} and {self.name!r}, which are one")
+        return {self.name if k == short else k: _host(each) for k, each in scores.items()}
 
     def close(self) -> None:
         if isinstance(self.scorer, Reward):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from PIL import Image, ImageSequence
 
-from flow_grpo.cli import json_rows
+from flow_grpo import inputs
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -44,8 +44,9 @@ class Missing(Sequence):
 def read(folder: Path) -> list[Picture]:
     """List a folder's images, with what metadata.jsonl or prompts.txt says of them.
 
-    metadata.jsonl: see json_rows; its rows' "file" decide which images there are. prompts.txt: a
-    line an image, by their names. Raises ValueError naming the file, the line and the fault.
+    metadata.jsonl: see inputs.rows; its rows' "file" decide which images there are. prompts.txt: a
+    line an image, by their names, 2.png before 10.png. Raises ValueError naming the file, the line
+    and the fault, and an image that was cut.
     """
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; one with images is needed.")
@@ -53,35 +54,46 @@ def read(folder: Path) -> list[Picture]:
     if rows.is_file() and lines.is_file():
         raise ValueError(f"{folder} has both {rows.name} and {lines.name}: delete one of them.")
     if rows.is_file():
-        found = [_picture(*row, folder) for row in json_rows(rows, "file")]
+        found = [_picture(*row, folder) for row in inputs.rows(rows, "file")]
     else:
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-        found = [Picture(file) for file in files]
+        files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        shown = (path for path in files if path.name[0] != "." and not path.is_dir())
+        found = [Picture(file) for file in sorted(shown, key=_number)]
+        for each in found:
+            inputs.size(each.file)
     if not found:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
     if lines.is_file():
-        prompts = [line.strip() for line in lines.read_text(encoding="utf-8").splitlines()]
+        prompts = [line for _, line in inputs.lines(lines)]
         if len(prompts) != len(found):
             raise ValueError(
                 f"{lines} has {len(prompts)} lines and {folder} {len(found)} images: a line an "
-                f"image is needed, in the order of their names."
+                f"image is needed, in the order of their names; blank lines do not count."
             )
         found = [Picture(each.file, p, {}) for each, p in zip(found, prompts, strict=True)]
     return found
 
 
+def _number(path: Path) -> tuple[list, str]:
+    """Return what names are sorted by: numbers in them as numbers."""
+    parts = re.split(r"([0-9]+)", path.stem)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)], path.name
+
+
 def _picture(where: str, row: dict, references: list[Path], folder: Path) -> Picture:
-    for file in (folder / row["file"], *references):
-        if not file.is_file():
-            raise ValueError(f"{where}: there is no image {file}.")
-    return Picture(folder / row["file"], row.get("prompt"), row, tuple(references))
+    file, prompt = folder / row["file"], row.get("prompt")
+    for each in (file, *references):
+        if not each.is_file():
+            raise ValueError(f"{where}: there is no image {each}.")
+        try:
+            inputs.size(each)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return Picture(file, prompt and prompt.strip(inputs.MARKS), row, tuple(references))
 
 
 def load(path: Path) -> np.ndarray:
-    """Return uint8 (H, W, 3), or (F, H, W, 3) of a file with several frames."""
-    try:
-        with Image.open(path) as opened:
-            frames = [np.asarray(f.convert("RGB")) for f in ImageSequence.Iterator(opened)]
-    except OSError as error:
-        raise ValueError(f"cannot read the image {path} ({error}).") from None
-    return np.stack(frames) if len(frames) > 1 else frames[0]
+    """Return inputs.picture(path), or (F, H, W, 3) of a file with several frames."""
+    with inputs.opened(path) as image:
+        frames = list(inputs.frames(image))
+        return np.stack(frames) if len(frames) > 1 else frames[0]

@@ -17,6 +17,7 @@ import os
 import sys
 from pathlib import Path
 
+from flow_grpo import inputs
 from flow_grpo.cli import user_errors, user_path
 
 
@@ -94,8 +95,10 @@ def check(args: argparse.Namespace) -> list[str]:
     for option, path in (("--prompts", args.prompts), ("--image", args.image)):
         if path and not path.is_file():
             raise ValueError(f"{option}={path}: there is no such file.")
-    text = args.prompts.read_text(encoding="utf-8").split("\n") if args.prompts else []
-    prompts = args.prompt + [line.strip() for line in text if line.strip()]
+    if args.image:
+        inputs.size(args.image)
+    text = inputs.lines(args.prompts) if args.prompts else []
+    prompts = args.prompt + [line for _, line in text]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT, or --prompts FILE with a line each.")
     return prompts
@@ -146,9 +149,9 @@ def call_options(args: argparse.Namespace, pipe) -> dict:
     if args.size and "max_area" in known:  # or Kontext draws a megapixel, whatever was asked for
         options |= {"max_area": options["height"] * options["width"], "_auto_resize": False}
     if args.image:
-        from diffusers.utils import load_image
+        from PIL import Image
 
-        options["image"] = load_image(str(args.image))
+        options["image"] = Image.fromarray(inputs.picture(args.image))
     options = {name: value for name, value in options.items() if value is not None}
     for name in options:
         if name not in known:

@@ -2,27 +2,68 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 
+from flow_grpo import inputs
 from flow_grpo.rewards.base import Reward, check_package, only_images
 from flow_grpo.rewards.batch import Batch
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-class JudgeReward(Reward):
-    """Score each image by the last number that `pattern` finds in a judge's answer.
+MOST = 100  # characters in which a number is looked for
+DIGITS = r"\d+(?:\.\d+)?"
+# A number behind a colon, emphasis and the scale in brackets; and what comes after it.
+_NUMBER = re.compile(
+    rf"""[\s*_#"'`|]* (?:[-–—]\s)? [\s:=*_#"'`|]*  (?P<scale>[(\[][^()\[\]]*[)\]][\s:=*_]*)?
+    (?:[(\[{{"'~≈]|<(?=[\d.]+>))?\s*
+    (?P<sign>[-–—−])? \+?(?P<number>{DIGITS}|\.\d+) (?P<rest>.*)""",
+    re.VERBOSE | re.DOTALL,
+)
+_OVER = re.compile(rf"[ *_]*(?:/|(?:out )?of\b)[ *_]*({DIGITS})(.*)", re.DOTALL | re.IGNORECASE)
+_NOTE = re.compile(rf"[ *_]*[(\[][^()\[\]]*?(?:[-–—−/]|to|of)\s*({DIGITS})\D*[)\]]", re.IGNORECASE)
+# What makes it another number or one of several: 4th, 40 %, 1,5, 4.5.1, 3 4, 3-4, 3 to 4, 3 + 1.
+_MORE = re.compile(
+    r"[^\W_]|[ *_]*%|[.,]+\d|[^\S\n]+[-+.]?\d"
+    r"|[^\S\n]*(?:[-–—−~/+*×=:^,;&|]|(?:to|or|and|(?:out )?of)\b)[ *_]*[-+.]?\d",
+    re.IGNORECASE,
+)
 
-    NaN where there is no answer or no number in range; `<name>_unanswered` and `<name>_unparsed`
-    count these. config.rewards has <endpoint>_url and <endpoint>_model.
+
+def number(text: str, highest: float) -> float | None:
+    """Return the number with which a text begins, or the numerator of a fraction.
+
+    None: it begins with none. NaN: with a negative one, one on another scale than that to
+    `highest`, or with several, such as a range.
+    """
+    if not (found := _NUMBER.match(text[:MOST])):
+        return None
+    scales, rest = re.findall(DIGITS, found["scale"] or "")[-1:], found["rest"]
+    if over := _OVER.match(rest):
+        scales, rest = [*scales, over[1]], over[2]
+    if note := _NOTE.match(rest):
+        scales.append(note[1])
+    listed = "\n" in text[: found.start("number")] and re.match(r"[.)][ \t]+\S", rest)  # "1. It"
+    other = any(float(scale) != highest for scale in scales)
+    wrong = found["sign"] or listed or other or _MORE.match(rest)
+    return math.nan if wrong else float(found["number"])
+
+
+class JudgeReward(Reward):
+    """Score each image by the number that follows `pattern`, where it is last, in an answer.
+
+    NaN where there is no answer, no number in range, or several, such as 3-4;
+    `<name>_unanswered` and `<name>_unparsed` count these. config.rewards has <endpoint>_url and
+    <endpoint>_model.
     """
 
     name: str  # of the reward and its template
     endpoint: str
-    pattern: str  # one group, the number
+    pattern: str  # one group: a text that begins with the number, or with its scale
     lowest: float
     highest: float  # scores are divided by it
 
@@ -43,7 +84,7 @@ class JudgeReward(Reward):
         """Read the text of the question. Raises ValueError if it has no place for the prompt."""
         own = Path(settings["judge_templates"] or TEMPLATES) / f"{cls.name}.txt"
         path = own if own.is_file() else TEMPLATES / own.name
-        text = path.read_text(encoding="utf-8").strip()
+        text = inputs.text(path).strip()
         if "{prompt}" not in text:
             raise ValueError(f"{path} has no {{prompt}}: the judge must see the prompt.")
         return text
@@ -76,8 +117,9 @@ class JudgeReward(Reward):
 
     def parse(self, answer: str | None) -> float:
         """Return the score in an answer, NaN if it has none."""
-        found = re.findall(self.pattern, answer or "", re.IGNORECASE)
-        value = float(found[-1]) if found else np.nan
+        texts = re.findall(self.pattern, answer or "", re.IGNORECASE | re.DOTALL)
+        values = [value for text in texts if (value := number(text, self.highest)) is not None]
+        value = values[-1] if values else np.nan
         return value / self.highest if self.lowest <= value <= self.highest else np.nan
 
     def close(self) -> None:

@@ -9,5 +9,5 @@ class QwenVL(JudgeReward):
     """Score 0 to 1, in steps of 1/5, what the model answers as <Score>0 to 5</Score>."""
 
     name = endpoint = "qwenvl"
-    pattern = r"<score>\s*(\d+(?:\.\d+)?)\s*</score>"
+    pattern = r"<score>([^<]*)</score>"
     lowest, highest = 0, 5

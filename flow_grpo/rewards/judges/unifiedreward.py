@@ -17,7 +17,7 @@ class UnifiedReward(JudgeReward):
     """Score 1/5 to 1: the "Final Score" of the answer, from 1 to 5, divided by 5."""
 
     name = endpoint = "unifiedreward"
-    pattern = r"final score\W*(\d+(?:\.\d+)?)"
+    pattern = r"final score(.*?)(?=final score|$)"
     lowest, highest = 1, 5
 
 

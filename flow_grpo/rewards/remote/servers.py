@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from ml_collections import ConfigDict
 
+from flow_grpo import inputs
 from flow_grpo.rewards.base import check_package
 from flow_grpo.rewards.registry import REWARDS
 
@@ -57,10 +58,10 @@ def of(config: ConfigDict) -> Servers:
 def read_token(path: str, key: str) -> str:
     """Return the token in a file. Raises ValueError. key: who names the file, for the message."""
     try:
-        token = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        token = inputs.text(Path(path)).strip()
+    except (OSError, ValueError) as error:
         raise ValueError(f"{key}={path!r} can't be read: {error}.") from None
-    if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
+    if len(token) < MIN_TOKEN or not (token.isascii() and token.isprintable()) or " " in token:
         raise ValueError(
             f"{key}={path!r}: one line of at least {MIN_TOKEN} characters without spaces is "
             f"needed. Make one with: openssl rand -hex 32 > {path}"

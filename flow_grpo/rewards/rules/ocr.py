@@ -5,11 +5,10 @@ Flow-GRPO's text-rendering reward (arXiv:2505.05470), with the text cut from the
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
-import re
 import threading
-import unicodedata
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import wait
 
@@ -18,27 +17,9 @@ import numpy as np
 from flow_grpo.rewards.base import Reward, check_package, only_images
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.rules import ocr_engines
+from flow_grpo.rewards.rules.quoted import plain, target
 
 FRAME_STRIDE = 4  # of a video every fourth frame is read
-_QUOTES = str.maketrans(dict.fromkeys("“”„‟«»「」『』＂", '"'))
-
-
-def target(prompt: str) -> str:
-    """Return what a prompt wants written: the first text between double quotes, of any kind.
-
-    Raises ValueError naming the prompt if nothing, or only spaces, stands between two quotes.
-    """
-    for found in re.findall('"([^"]*)"', prompt.translate(_QUOTES)):
-        if plain(found):
-            return found
-    raise ValueError(
-        f'the prompt {prompt!r} quotes no text. One that does is needed, such as a sign "OPEN".'
-    )
-
-
-def plain(text: str) -> str:
-    """Drop what does not count: space, case, and how Unicode composes a letter."""
-    return "".join(unicodedata.normalize("NFC", text).lower().split())
 
 
 def likeness(wanted: str, read: str) -> float:
@@ -69,8 +50,17 @@ class OCR(Reward):
         engine = settings["ocr_engine"]
         for package in {"rapidocr": ("rapidocr", "onnxruntime")}.get(engine, (engine,)):
             check_package(package, "ocr" if engine == "rapidocr" else engine)
-        for prompt in prompts:
-            target(prompt)
+        wanted = []
+        for row, prompt in enumerate(prompts, start=1):
+            try:
+                wanted.append(target(prompt))
+            except ValueError as error:
+                raise ValueError(f"{error} It is row {row} of {len(prompts)}.") from None
+        for script, texts in ocr_engines.unreadable(engine, wanted).items():
+            logging.getLogger(__name__).warning(
+                "%d of %d prompts want text that %s can't read (%s), such as %r: no image of it "
+                "scores 1", len(texts), len(wanted), engine, script.lower(), texts[0],
+            )  # fmt: skip
 
     def __init__(self, settings, device):
         self._pool = ProcessPoolExecutor(

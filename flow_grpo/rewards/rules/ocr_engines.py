@@ -5,12 +5,19 @@ Their scores are not interchangeable: config.ocr_engine names one, whatever else
 
 from __future__ import annotations
 
+import re
+import unicodedata
 import zlib  # noqa: F401  before paddleocr 2.x, whose pyclipper brings another one
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from flow_grpo.rewards.rules import quoted
+
+RAPID_SIDE = 2000  # to which RapidOCR shrinks before it looks at Det.limit_side_len
+LEAST = 24  # pixels of a shrunk side; it rounds sides to 32s, 16 to 0
 
 
 class Line(NamedTuple):
@@ -57,12 +64,20 @@ def rapid(side: int) -> Engine:
     )
 
     def read(image: np.ndarray) -> list[Line]:
-        found = engine(np.ascontiguousarray(image[..., ::-1]))  # BGR
+        found = engine(np.ascontiguousarray(_less_thin(image, side)[..., ::-1]))  # BGR
         if found.txts is None:
             return []
         return [Line(*pair) for pair in zip(found.txts, found.boxes, strict=True)]
 
     return read
+
+
+def _less_thin(image: np.ndarray, side: int) -> np.ndarray:
+    """Repeat the edge of an image that RapidOCR would shrink to nothing, and then raise."""
+    longer = max(image.shape[:2])
+    least = min(longer, -(-LEAST * longer // min(side, RAPID_SIDE)))
+    more = [(0, max(0, least - pixels)) for pixels in image.shape[:2]]
+    return np.pad(image, (*more, (0, 0)), mode="edge") if any(map(any, more)) else image
 
 
 def paddle(side: int) -> Engine:
@@ -93,4 +108,19 @@ def paddle3_lines(result: list[Mapping[str, Any]]) -> list[Line]:
     return [Line(text, np.array(poly)) for text, poly in zip(texts, polygons, strict=True)]
 
 
+def unreadable(engine: str, texts: Iterable[str]) -> dict[str, list[str]]:
+    """Return the texts that have letters of a script which an engine does not know, by script."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        letters = (c for c in quoted.plain(text) if unicodedata.category(c)[0] == "L")
+        scripts = {re.split("[ -]", unicodedata.name(c, "UNNAMED"))[0] for c in letters}
+        for script in sorted(scripts - SCRIPTS[engine]):
+            found.setdefault(script, []).append(text)
+    return found
+
+
 ENGINES = {"rapidocr": rapid, "paddleocr": paddle}
+SCRIPTS = {  # by the first word of their letters' names; as each model's list of characters says
+    "rapidocr": {"LATIN", "GREEK", "CJK", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA"},
+    "paddleocr": {"LATIN"},
+}
