@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import running
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from waiting import HANG_S, wait_until
 
 from flow_grpo.launch import entry
@@ -196,10 +196,10 @@ def test_a_mistake_ends_a_script_with_one_message_and_status_1(files):
 
 @pytest.fixture(scope="module")
 def weightless(files):
-    """A pipeline whose files of weights are empty: nothing that needs them gets by."""
+    """A pipeline whose files hold no weights: nothing that needs them gets by."""
     folder = Path(shutil.copytree(files / "sd3", files / "weightless" / "sd3"))
     for file in folder.rglob("*.safetensors"):
-        file.write_bytes(b"")
+        save_file({}, file)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import running
+from diffusers.utils import logging as diffusers_logging
 
 from flow_grpo.launch import quiet
 
@@ -16,6 +17,7 @@ def test_a_run_says_once_that_prompts_are_cut(files, fresh_logs):
     folder.mkdir(exist_ok=True)
     for split in ("train", "test"):
         (folder / f"{split}.txt").write_text("".join(f"{LONG}{n}\n" for n in range(4)))
+    diffusers_logging.set_verbosity_warning()  # other tests want fewer
     running.train(running.arguments(files, run_name="long", dataset=folder, num_epochs=1))
     (once,) = (f for f in logging.getLogger("diffusers").handlers[0].filters if hasattr(f, "said"))
     assert isinstance(once, quiet.Once) and once.said

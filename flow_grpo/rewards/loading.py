@@ -61,6 +61,10 @@ def load(name: str, settings: Mapping[str, Any], device: str) -> Callable[[Batch
     return _Renamed(name, scorer) if name not in REWARDS else scorer
 
 
+def _copies(values: Any) -> Any:
+    return [copy.deepcopy(v) for v in values] if isinstance(values, list) else copy.copy(values)
+
+
 def _host(scores: Any) -> Any:
     """Take tensors from where they are, off a graph and in a type that numpy knows."""
     if isinstance(scores, (list, tuple)):
@@ -73,9 +77,9 @@ class _Renamed(Reward):
         self.name, self.scorer = name, scorer
 
     def __call__(self, batch: Batch) -> dict:
-        # Row by row a copy of its own: what it writes into is no one else's.
-        own = Batch.cat([copy.deepcopy(batch.rows([row])) for row in range(len(batch))])
-        scores = self.scorer(own)
+        # What it writes into is no one else's, nor another row's.
+        columns = {name: _copies(values) for name, values in vars(batch).items()}
+        scores = self.scorer(Batch(**columns))
         if not isinstance(scores, dict):
             return {self.name: _host(scores)}
         short = self.name.partition(":")[2]
