@@ -85,13 +85,15 @@ def rows(path: Path, key: str) -> Iterator[tuple[str, dict, list[Path]]]:
     list, from the file's folder. "tag": see tag_of. Raises ValueError naming the file and the line.
     """
     for where, row in json_lines(path):
-        for name in dict.fromkeys((key, "prompt")):
-            value = row.get(name, "" if name == key else None) if isinstance(row, dict) else ""
-            if value is not None or name == key:
-                if not isinstance(value, str) or not is_seen(value) or "\0" in value.strip(MARKS):
-                    raise ValueError(
-                        f'{where}: an object with a "{name}" text is needed, not {row!r:.80}.'
-                    )
+        given = row if isinstance(row, dict) else {}
+        texts = {key: given.get(key)}
+        if given.get("prompt") is not None:
+            texts["prompt"] = given["prompt"]
+        for name, value in texts.items():
+            if not isinstance(value, str) or not is_seen(value) or "\0" in value.strip(MARKS):
+                raise ValueError(
+                    f'{where}: an object with a "{name}" text is needed, not {row!r:.80}.'
+                )
         named = row.get("image", [])
         names = [named] if isinstance(named, str) else named
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

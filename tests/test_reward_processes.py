@@ -82,7 +82,7 @@ def test_a_run_outlives_a_server_that_is_killed_and_comes_back_and_stops_if_it_d
         assert len(read_metrics(tmp_path / "back", "epoch")) == 3
 
         endless = "--config.num_epochs=1000"  # it has not ended when the server does
-        process = train(tmp_path, "gone", url, "--config.reward_timeout=20", endless)
+        process = train(tmp_path, "gone", url, "--config.reward_timeout=60", endless)
         wait_for('"kind": "epoch"', tmp_path / "gone", process)
         servers[-1].kill()
         servers[-1].wait()

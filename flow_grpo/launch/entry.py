@@ -50,7 +50,8 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
     engine = start(config, family, plan.train_prompts + plan.eval_prompts)
     claim = Claim(config, name, engine.ranks)
     try:
-        resume_from = folders.resume_point(config, identity)
+        # Of the main rank alone, for it reads the whole checkpoint.
+        resume_from = engine.ranks.on_main(lambda: folders.resume_point(config, identity))
         note = resume_from and provenance.differences(config, plan, resume_from)
         if rank == 0 and note:
             print(note, flush=True)
