@@ -21,8 +21,8 @@ class Clock:
 
 @pytest.fixture
 def handlers():
-    """The handlers of before come back."""
-    held = {number: signal.getsignal(number) for number in SIGNALS}
+    """The system's own handlers, whatever started pytest; those of before come back."""
+    held = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
     yield
     for number, handler in held.items():
         signal.signal(number, handler)
@@ -60,6 +60,12 @@ def test_a_signal_waits_for_the_next_check_which_says_how_to_leave(launched, cap
     assert stopped.value.exit_status == 128 + number and exits == []
     said = capfd.readouterr().err
     assert f"{number.name}: ends in order, at once after another one in 5 s" in said
+
+
+def test_a_run_in_a_shells_background_hears_an_interrupt(handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Stop(Ranks(torch.device("cpu")))
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
 def test_a_run_under_nohup_does_not_hear_the_terminal_go(handlers):

@@ -34,7 +34,8 @@ class Stop:
         launched = any(n.startswith(("ACCELERATE_", "TORCHELASTIC_")) for n in os.environ)
         self._parent = os.getppid() if launched else None
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            # nohup lets SIGHUP be ignored, and means it; a shell's "&" does so to SIGINT.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._remember)
 
     @property
