@@ -21,6 +21,7 @@ import numpy as np
 import uvicorn
 from waiting import HANG_S
 
+from flow_grpo.reward_server import connections
 from flow_grpo.reward_server.app import Limits, create_app
 from flow_grpo.reward_server.batcher import Batcher
 from flow_grpo.rewards.batch import Batch
@@ -62,13 +63,15 @@ def serve(
     max_rows=64,
     compares=False,
     clock=time.monotonic,
+    idle_s=HANG_S,
+    most=4096,
     **limits,
 ) -> Iterator[Running]:
-    """Serve a function of a Batch with uvicorn; limits: of Limits."""
+    """Serve a function of a Batch; idle_s, most: of its connections; limits: of Limits."""
     batcher = Batcher(score, max_rows, linger_s=0.005, clock=clock)
     app = create_app(name, batcher, replace(Limits(), **limits), token, compares)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
+    config = connections.config(app, idle_s, most, log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
