@@ -15,10 +15,12 @@ import math
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from flow_grpo.cli import user_errors
 from flow_grpo.reward_server.batcher import Batcher
@@ -71,6 +73,7 @@ def serve(args: argparse.Namespace, token: str) -> None:
     settings = options.settings(args.set, [args.reward])
     loading.check(args.reward, settings, [], [])
     device = args.device or options.device([args.reward])
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # wire.py has its own limit
     scorer = Scorer({args.reward: 1.0}, settings, device)
 
     def score(batch: Batch) -> dict[str, np.ndarray]:

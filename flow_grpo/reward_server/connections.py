@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import resource
 from collections import OrderedDict
 
@@ -24,7 +25,12 @@ def config(
     one that has been without a request for longest ends.
     """
     return uvicorn.Config(
-        app, http=_protocol(idle_s, most), ws="none", timeout_keep_alive=int(idle_s), **settings
+        app,
+        http=_protocol(idle_s, most),
+        ws="none",
+        timeout_keep_alive=math.ceil(idle_s),
+        proxy_headers=False,
+        **settings,
     )
 
 
@@ -68,6 +74,12 @@ def _protocol(idle_s: float, most: int) -> type[H11Protocol]:
                 self.transport.abort()
             if self.cycle is not before:
                 self.wake()
+
+        def send_400_response(self, message: str) -> None:
+            if self.cycle and not self.cycle.response_complete:  # it hears of no body any more
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            super().send_400_response(message)
 
         def on_response_complete(self) -> None:
             self.wait()

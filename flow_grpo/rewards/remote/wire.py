@@ -187,7 +187,7 @@ def _tensors(header: dict[str, Any], data: np.ndarray) -> Iterator[tuple[str, Te
         whole = isinstance(shape, list) and len(shape) <= 8 and _is_list_of(shape, len(shape), int)
         if not whole or kind not in ITEM_BYTES or min(shape, default=0) < 0:
             raise Malformed(f"the tensor {name[:80]!r} has no type and shape that we know")
-        if begin != last or end - begin != math.prod(shape) * ITEM_BYTES[kind]:
+        if begin != last or end > len(data) or end - begin != math.prod(shape) * ITEM_BYTES[kind]:
             raise Malformed(f"the bytes of the tensor {name[:80]!r} are not where its shape says")
         last = end
         if kind != "U8" or end == begin:

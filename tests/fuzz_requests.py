@@ -1,0 +1,321 @@
+"""Hostile requests to a reward server, and hostile answers to its client and to a judge's.
+
+    python tests/fuzz_requests.py --count 10000 --seed 0
+
+Prints a markdown table of what came of them, with seconds and the server's peak memory, and then of
+the dear inputs by name. Exit status 1 if anything came that was not promised: another status, a
+score that is none, a crash, memory or keys that stay. The server is a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import perf_counter  # of what is printed; nothing is decided by it
+
+import hostile_answers
+import hostile_requests
+import numpy as np
+import serving
+from hostile_requests import TOKEN, Case
+from serving import HANG_S, Clock
+
+from flow_grpo.reward_server.app import NUM_REMEMBERED, REMEMBERED_BYTES
+from flow_grpo.rewards.judges.chat import Chat
+from flow_grpo.rewards.remote import wire
+from flow_grpo.rewards.remote.client import RemoteReward
+from flow_grpo.rewards.remote.exchange import Refused
+from flow_grpo.rewards.remote.servers import Servers, SomeFailed
+
+ROOT = Path(__file__).parents[1]
+REFUSALS = {400, 401, 404, 405, 408, 409, 411, 413, 415, 422, 429}
+LOST = b""  # instead of an answer
+NAME = "hostile_requests:mean"
+HOT = {"timeout": 30, "body-timeout": 1, "idle-timeout": 5, "max-body-mib": 256}
+
+
+class Server:
+    """A reward server's process, and what it says of itself."""
+
+    def __init__(self, process: subprocess.Popen, port: int):
+        self.process, self.port, self.held = process, port, []
+
+    def ask(self, raw: bytes, then: str = "") -> bytes:
+        """Send bytes; return the answer, or LOST. then: see Case."""
+        peer = socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S)
+        with suppress(OSError):
+            peer.sendall(raw)
+        if then == "waits":
+            self.held = [*self.held[-100:], peer]
+            return LOST
+        with peer, suppress(OSError):
+            if then == "leaves":
+                peer.shutdown(socket.SHUT_WR)
+            found = b""
+            while more := peer.recv(65536):
+                found += more
+                head, end, body = found.partition(b"\r\n\r\n")
+                length = [
+                    x for x in head.lower().split(b"\r\n") if x.startswith(b"content-length:")
+                ]
+                if end and length and len(body) >= int(length[0].split(b":")[1]):
+                    break
+            return found
+        return LOST
+
+    def send(self, case: Case) -> tuple[int, bytes]:
+        """Return status, 0 if there was none, and body."""
+        if (raw := case.raw) is None:
+            head = {"host": "x", "authorization": f"Bearer {TOKEN}", "connection": "close"}
+            head |= {"content-type": wire.CONTENT_TYPE, "content-length": str(len(case.body))}
+            lines = [f"{key}: {value}" for key, value in (head | case.headers).items()]
+            raw = "\r\n".join(["POST /score HTTP/1.1", *lines, "", ""]).encode() + case.body
+        found = self.ask(raw, case.then)
+        while found.startswith(b"HTTP/1.1 100 "):
+            found = found.partition(b"\r\n\r\n")[2]
+        head, _, body = found.partition(b"\r\n\r\n")
+        return (int(head.split()[1]), body) if head.startswith(b"HTTP/") else (0, body)
+
+    def metrics(self) -> dict[str, float]:
+        lines = [f"GET /metrics HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}"]
+        body = self.ask("\r\n".join([*lines, "connection: close", "", ""]).encode())
+        rows = (
+            line.rsplit(" ", 1) for line in body.partition(b"\r\n\r\n")[2].decode().splitlines()
+        )
+        return {name: float(value) for name, value in rows}
+
+    def mib(self, key: str) -> float:
+        """VmHWM, the peak, or VmRSS, of now."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+    def rests(self) -> bool:
+        found = self.metrics()
+        return found["reward_waiting_requests"] == found["reward_waiting_bytes"] == 0
+
+
+@contextmanager
+def server(**options: float) -> Iterator[Server]:
+    """Serve `hostile_requests:mean` with a token."""
+    port, flags = serving.free_port(), [f"--{k}={v}" for k, v in (HOT | options).items()]
+    command = [sys.executable, "-m", "flow_grpo.reward_server", "--reward", NAME, f"--port={port}"]
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with tempfile.NamedTemporaryFile("w") as token, tempfile.TemporaryFile("w+") as said:
+        print(TOKEN, file=token, flush=True)
+        process = subprocess.Popen(
+            [*command, *flags, f"--token-file={token.name}"],
+            cwd=ROOT,
+            env=os.environ | paths,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
+        try:
+            assert "is served at" in process.stdout.readline()
+            yield Server(process, port)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(HANG_S) == 0
+            said.seek(0)
+            assert "Traceback" not in (text := said.read()), text
+        finally:
+            process.kill()
+            process.stdout.close()
+
+
+def judged(case: Case, status: int, body: bytes) -> str:
+    """Return what an answer is: right, refused, lost, or what is wrong with it."""
+    if status == 200:
+        if case.scores is None:
+            return "wrong: scored"
+        found = json.loads(body)
+        for wanted, score, error in zip(
+            case.scores, found["scores"][NAME], found["errors"], strict=True
+        ):
+            if score != wanted and not (score is None and error):
+                return "wrong: another score"
+            if score is None and not case.must:
+                return "wrong: a score is missing" if not error else "right"
+        return "right"
+    if status == 0 and (case.raw is not None or case.then):
+        return "lost"
+    if status not in (case.must or REFUSALS):
+        return f"wrong: status {status}"
+    return "refused"
+
+
+def requests(at: Server, rng: random.Random, count: int) -> tuple[Counter, Counter]:
+    """Send so many; return what came of them, and how many of each kind there were."""
+    seen, kinds = Counter(), Counter()
+    sent = 0
+    while sent < count:
+        kind = rng.choices(list(hostile_requests.MAKERS), hostile_requests.MAKERS.values())[0]
+        case = kind(rng)
+        while case:
+            status, body = at.send(case)
+            outcome = judged(case, status, body)
+            if outcome.startswith("wrong"):
+                print(kind.__name__, outcome, status, body[:300], (case.raw or case.body)[:300])
+            seen[outcome] += 1
+            kinds[kind.__name__] += 1
+            sent, case = sent + 1, case.again
+    at.held.clear()
+    serving.wait_until(at.rests)
+    found = at.metrics()
+    if found["reward_remembered_answers"] > NUM_REMEMBERED:
+        seen["wrong: keys"] += 1
+    if found["reward_remembered_bytes"] > REMEMBERED_BYTES:
+        seen["wrong: bytes of answers"] += 1
+    return seen, kinds
+
+
+def answers(rng: random.Random, count: int) -> Counter:
+    """Let a client and a judge's client ask servers that give hostile answers, half each."""
+    seen, sent, clock = Counter(), [], Clock()
+
+    def drawn(right: dict) -> Iterator[bytes]:
+        while True:
+            sent.append(hostile_answers.answer(rng, right))
+            yield sent[-1]
+
+    batch = serving.rows(serving.pictures(2))
+    with hostile_answers.serving(drawn(hostile_answers.GOOD)) as url:
+        with serving.client(url, timeout_s=20, clock=clock) as reward:
+            for _ in range(count // 2):
+                seen[_outcome(lambda: _right(reward(batch), sent[-1]), sent)] += 1
+                clock.now += 10**6  # the circuit is closed again
+                reward._open_until = 0.0
+    passed = []
+    with hostile_answers.serving(drawn(hostile_answers.SAID)) as url:
+        judge = Chat(url, "m", 1, 20.0, lambda: sum(passed), passed.append)
+        for _ in range(count - count // 2):
+            ask = lambda: _said(judge.ask([(batch.images[:1], "?")]), sent[-1])  # noqa: E731
+            seen[_outcome(ask, sent)] += 1
+        judge.close()
+    return seen
+
+
+def _outcome(call: Callable[[], bool], sent: list[bytes]) -> str:
+    try:
+        right = call()
+    except (Refused, SomeFailed, ConnectionError):
+        return "refused"
+    except Exception as error:
+        print(repr(error)[:300], sent[-1][:300])
+        return f"wrong: {type(error).__name__}"
+    if not right:
+        print("invented", sent[-1][:300])
+    return "right" if right else "wrong: invented"
+
+
+def _right(scores: dict[str, np.ndarray], answer: bytes) -> bool:
+    if answer.startswith(b"HTTP/1.1 422"):
+        return bool(np.isnan(scores["mean"]).all())
+    given = json.loads(answer.rpartition(b"\r\n\r\n")[2])["scores"]["mean"]
+    return np.array_equal(scores["mean"], np.array(given, float), equal_nan=True)
+
+
+def _said(texts: list[str | None], answer: bytes) -> bool:
+    given = json.loads(answer.rpartition(b"\r\n\r\n")[2])
+    return texts == [given["choices"][0]["message"]["content"]]
+
+
+def maps(at: Server) -> None:
+    """8 MiB of empty maps, wherever they may stand."""
+    text = "[" + "{}," * (2**23 // 3) + "{}]"
+    tensors, _, _ = hostile_requests.plain(random.Random(0))
+    for rows in (f'{{"prompts": ["x"], "metadata": {text}}}', f'{{"prompts": {text}}}', text):
+        assert at.send(Case(hostile_requests.request(tensors, rows)))[0] == 413
+    assert at.send(Case(hostile_requests.headed(text)))[0] == 413
+
+
+def announcements(at: Server) -> None:
+    """64 connections announce 256 MiB each and send a byte; others are served meanwhile."""
+    lines = ["POST /score HTTP/1.1", "host: x", f"content-type: {wire.CONTENT_TYPE}"]
+    lines += [f"authorization: Bearer {TOKEN}", f"content-length: {2**28}", "", "x"]
+    for _ in range(64):
+        at.ask("\r\n".join(lines).encode(), "waits")
+    case = hostile_requests.good(random.Random(0))
+    assert judged(case, *at.send(case)) == "right"
+
+
+def lists() -> None:
+    """60 MB of `[]` as an answer, to a reward's client or a judge's."""
+    answer = hostile_answers.http(b"[" + b"[]," * 20_000_000 + b"[]]")
+    batch = serving.rows(serving.pictures(2))
+    with hostile_answers.serving(iter(lambda: answer, 0)) as url:
+        reward = RemoteReward("mean", Servers({"mean": [url]}, 3.0))
+        judge = Chat(url, "m", 1, 3.0)
+        for call in (lambda: reward(batch), lambda: judge.ask([(batch.images[:1], "?")])):
+            try:
+                call()
+            except (Refused, ConnectionError):
+                continue
+            raise AssertionError("it was taken for an answer")
+        reward.close()
+        judge.close()
+
+
+def row(what: str, seen: Counter, seconds: float, mib: str) -> str:
+    wrong = sum(count for name, count in seen.items() if name.startswith("wrong"))
+    cells = (what, seen.total(), seen["right"], seen["refused"], seen["lost"], wrong)
+    return f"| {' | '.join(map(str, cells))} | {seconds:.1f} | {mib} |"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv[1:])
+    rng, rows = random.Random(args.seed), []
+    num_answers = args.count // 10
+    with server() as at:
+        requests(at, random.Random(-1), 50)  # what it needs to be warm
+        before, start = at.mib("VmRSS"), perf_counter()
+        seen, kinds = requests(at, rng, args.count - num_answers)
+        grown = f"{at.mib('VmHWM'):.0f} peak, {before:.0f} before, {at.mib('VmRSS'):.0f} after"
+        rows.append(row("hostile requests", seen, perf_counter() - start, grown))
+    print(dict(kinds), dict(seen))
+    start = perf_counter()
+    to_clients = answers(rng, num_answers)
+    rows.append(row("hostile answers", to_clients, perf_counter() - start, "-"))
+    for name, case in (
+        ("8 MiB of empty maps, four times", maps),
+        ("64 announcements of 256 MiB", announcements),
+    ):
+        with server() as at:
+            requests(at, random.Random(-1), 50)
+            before, start = at.mib("VmRSS"), perf_counter()
+            case(at)
+            seconds, mib = (
+                perf_counter() - start,
+                f"{at.mib('VmHWM'):.0f} peak, {before:.0f} before",
+            )
+            rows.append(row(name, Counter(refused=4 if case is maps else 64), seconds, mib))
+    start = perf_counter()
+    lists()
+    rows.append(
+        row(
+            "60 MB of `[]` to a client and a judge", Counter(refused=2), perf_counter() - start, "-"
+        )
+    )
+    print("| what | number | scored, rightly | refused | no answer | wrong | s | MiB |")
+    print("|---|---|---|---|---|---|---|---|", *rows, sep="\n")
+    both = seen + to_clients
+    return int(any(name.startswith("wrong") for name in both))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main(sys.argv))
