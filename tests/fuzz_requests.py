@@ -11,148 +11,48 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
 from time import perf_counter  # of what is printed; nothing is decided by it
 
 import hostile_answers
 import hostile_requests
 import numpy as np
 import serving
-from hostile_requests import TOKEN, Case
-from serving import HANG_S, Clock
+from hostile_http import HEAD, draw
+from hostile_requests import Case
+from hostile_server import NAME, Server, server
+from serving import Clock
 
 from flow_grpo.reward_server.app import NUM_REMEMBERED, REMEMBERED_BYTES
 from flow_grpo.rewards.judges.chat import Chat
-from flow_grpo.rewards.remote import wire
 from flow_grpo.rewards.remote.client import RemoteReward
 from flow_grpo.rewards.remote.exchange import Refused
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
-ROOT = Path(__file__).parents[1]
 REFUSALS = {400, 401, 404, 405, 408, 409, 411, 413, 415, 422, 429}
-LOST = b""  # instead of an answer
-NAME = "hostile_requests:mean"
-HOT = {"timeout": 30, "body-timeout": 1, "idle-timeout": 5, "max-body-mib": 256}
-
-
-class Server:
-    """A reward server's process, and what it says of itself."""
-
-    def __init__(self, process: subprocess.Popen, port: int):
-        self.process, self.port, self.held = process, port, []
-
-    def ask(self, raw: bytes, then: str = "") -> bytes:
-        """Send bytes; return the answer, or LOST. then: see Case."""
-        peer = socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S)
-        with suppress(OSError):
-            peer.sendall(raw)
-        if then == "waits":
-            self.held = [*self.held[-100:], peer]
-            return LOST
-        with peer, suppress(OSError):
-            if then == "leaves":
-                peer.shutdown(socket.SHUT_WR)
-            found = b""
-            while more := peer.recv(65536):
-                found += more
-                head, end, body = found.partition(b"\r\n\r\n")
-                length = [
-                    x for x in head.lower().split(b"\r\n") if x.startswith(b"content-length:")
-                ]
-                if end and length and len(body) >= int(length[0].split(b":")[1]):
-                    break
-            return found
-        return LOST
-
-    def send(self, case: Case) -> tuple[int, bytes]:
-        """Return status, 0 if there was none, and body."""
-        if (raw := case.raw) is None:
-            head = {"host": "x", "authorization": f"Bearer {TOKEN}", "connection": "close"}
-            head |= {"content-type": wire.CONTENT_TYPE, "content-length": str(len(case.body))}
-            lines = [f"{key}: {value}" for key, value in (head | case.headers).items()]
-            raw = "\r\n".join(["POST /score HTTP/1.1", *lines, "", ""]).encode() + case.body
-        found = self.ask(raw, case.then)
-        while found.startswith(b"HTTP/1.1 100 "):
-            found = found.partition(b"\r\n\r\n")[2]
-        head, _, body = found.partition(b"\r\n\r\n")
-        return (int(head.split()[1]), body) if head.startswith(b"HTTP/") else (0, body)
-
-    def metrics(self) -> dict[str, float]:
-        lines = [f"GET /metrics HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {TOKEN}"]
-        body = self.ask("\r\n".join([*lines, "connection: close", "", ""]).encode())
-        rows = (
-            line.rsplit(" ", 1) for line in body.partition(b"\r\n\r\n")[2].decode().splitlines()
-        )
-        return {name: float(value) for name, value in rows}
-
-    def mib(self, key: str) -> float:
-        """VmHWM, the peak, or VmRSS, of now."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
-
-    def rests(self) -> bool:
-        found = self.metrics()
-        return found["reward_waiting_requests"] == found["reward_waiting_bytes"] == 0
-
-
-@contextmanager
-def server(**options: float) -> Iterator[Server]:
-    """Serve `hostile_requests:mean` with a token."""
-    port, flags = serving.free_port(), [f"--{k}={v}" for k, v in (HOT | options).items()]
-    command = [sys.executable, "-m", "flow_grpo.reward_server", "--reward", NAME, f"--port={port}"]
-    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    with tempfile.NamedTemporaryFile("w") as token, tempfile.TemporaryFile("w+") as said:
-        print(TOKEN, file=token, flush=True)
-        process = subprocess.Popen(
-            [*command, *flags, f"--token-file={token.name}"],
-            cwd=ROOT,
-            env=os.environ | paths,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            text=True,
-        )
-        try:
-            assert "is served at" in process.stdout.readline()
-            yield Server(process, port)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(HANG_S) == 0
-            said.seek(0)
-            assert "Traceback" not in (text := said.read()), text
-        finally:
-            process.kill()
-            process.stdout.close()
 
 
 def judged(case: Case, status: int, body: bytes) -> str:
     """Return what an answer is: right, refused, lost, or what is wrong with it."""
-    if status == 200:
-        if case.scores is None:
-            return "wrong: scored"
-        found = json.loads(body)
-        for wanted, score, error in zip(
-            case.scores, found["scores"][NAME], found["errors"], strict=True
-        ):
-            if score != wanted and not (score is None and error):
-                return "wrong: another score"
-            if score is None and not case.must:
-                return "wrong: a score is missing" if not error else "right"
-        return "right"
     if status == 0 and (case.raw is not None or case.then):
         return "lost"
-    if status not in (case.must or REFUSALS):
+    if status not in (case.must or {200, *REFUSALS}):
         return f"wrong: status {status}"
-    return "refused"
+    if status != 200:
+        return "refused"
+    if case.scores is None:
+        return "wrong: scored"
+    found = json.loads(body)
+    for wanted, score, error in zip(
+        case.scores, found["scores"][NAME], found["errors"], strict=True
+    ):
+        missing = score is None and error
+        if not (missing if wanted is None else score == wanted or (missing and not case.must)):
+            return f"wrong: {score} instead of {wanted}"
+    return "right"
 
 
 def requests(at: Server, rng: random.Random, count: int) -> tuple[Counter, Counter]:
@@ -160,15 +60,14 @@ def requests(at: Server, rng: random.Random, count: int) -> tuple[Counter, Count
     seen, kinds = Counter(), Counter()
     sent = 0
     while sent < count:
-        kind = rng.choices(list(hostile_requests.MAKERS), hostile_requests.MAKERS.values())[0]
-        case = kind(rng)
+        kind, case = draw(rng)
         while case:
             status, body = at.send(case)
             outcome = judged(case, status, body)
             if outcome.startswith("wrong"):
-                print(kind.__name__, outcome, status, body[:300], (case.raw or case.body)[:300])
+                print(kind, outcome, status, body[:300], (case.raw or case.body)[:300])
             seen[outcome] += 1
-            kinds[kind.__name__] += 1
+            kinds[kind] += 1
             sent, case = sent + 1, case.again
     at.held.clear()
     serving.wait_until(at.rests)
@@ -242,8 +141,7 @@ def maps(at: Server) -> None:
 
 def announcements(at: Server) -> None:
     """64 connections announce 256 MiB each and send a byte; others are served meanwhile."""
-    lines = ["POST /score HTTP/1.1", "host: x", f"content-type: {wire.CONTENT_TYPE}"]
-    lines += [f"authorization: Bearer {TOKEN}", f"content-length: {2**28}", "", "x"]
+    lines = ["POST /score HTTP/1.1", *HEAD, f"content-length: {2**28}", "", "x"]
     for _ in range(64):
         at.ask("\r\n".join(lines).encode(), "waits")
     case = hostile_requests.good(random.Random(0))
@@ -317,5 +215,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     sys.exit(main(sys.argv))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import random
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BytesIO
 
@@ -17,9 +16,6 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save
 
-from flow_grpo.rewards.remote import wire
-
-TOKEN = "0123456789abcdef0123456789abcdef"
 Scores = list[float | None]
 
 
@@ -54,7 +50,7 @@ def plain(rng: random.Random) -> tuple[dict, dict, Scores]:
     found = images(rng, rng.randint(1, 4))
     rows = {
         "prompts": [f"a {rng.random()}, 'b' [c]" for _ in found],
-        "metadata": [{"tag": "x", "include": [{"count": n, "box": [0.5, 1]}]} for n in range(len(found))],
+        "metadata": [{"tag": "x", "include": [{"box": [0.5, n]}]} for n in range(len(found))],
         "group": rng.choice((None, [7] * len(found))),
     }  # fmt: skip
     return (
@@ -88,7 +84,7 @@ def deep(rng: random.Random) -> Case:
     depth = rng.choice((65, 1000, 30_000, 200_000))
     start, end = rng.choice((("[", "]"), ('{"a":', "}"), ('[{"a":[', "]}]")))
     nested = start * depth + "1" + end * rng.choice((depth, 0))
-    text = '{"prompts": ["x"], "metadata": [{"a": %s}]}' % nested
+    text = f'{{"prompts": ["x"], "metadata": [{{"a": {nested}}}]}}'
     if rng.random() < 0.3:  # in the head itself
         return Case(headed(nested), None, (400, 413))
     return Case(request(plain(rng)[0], text), None, (400, 413))
@@ -233,7 +229,7 @@ def misplaced(rng: random.Random) -> Case:
     same = json.dumps(entry) == before
     text = json.dumps(head)
     moved = headed(text) + body[8 + size :]
-    return Case(moved, scores if same else None, (200,) if same else (400, 413, 422, 200))
+    return Case(moved, scores, (200,) if same else ())
 
 
 def sized(rng: random.Random) -> Case:
@@ -250,77 +246,3 @@ def repeated(rng: random.Random) -> Case:
     other.must, other.scores = (409,), None
     first.again = Case(first.body, first.scores, (200,), first.headers) if same else other
     return first
-
-
-def unauthorised(rng: random.Random) -> Case:
-    given = rng.choice(("", "Bearer", f"Bearer {TOKEN[:-1]}", f"bearer {TOKEN}", TOKEN, "Bearer é"))
-    path = rng.choice(("/score", "/health", "/metrics", "/openapi.json", "/docs", "/x", "//score"))
-    verb = rng.choice(("GET", "POST", "PUT", "HEAD", "DELETE", "PATCH"))
-    body = good(rng).body if verb == "POST" else b""
-    lines = [f"{verb} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}"]
-    lines += ["connection: close", *([f"authorization: {given}"] if given else [])]
-    head = "\r\n".join([*lines, f"content-type: {wire.CONTENT_TYPE}", "", ""])
-    return Case(b"", None, (401,), raw=head.encode("latin-1") + body)
-
-
-SMUGGLED = (
-    "transfer-encoding: chunked", "transfer-encoding: chunked\r\ncontent-length: 5",
-    "content-length: 5\r\ncontent-length: 6", "content-length: -1", "content-length: +5",
-    "content-length: 5, 6", "content-length: 0x5", "content-length: " + "9" * 30,
-    "content-length : 5", "transfer-encoding: xchunked", "transfer-encoding: identity",
-    "content-length: 5\r\n transfer-encoding: chunked", "x: \x00", "no colon", ": empty",
-    "x: " + "y" * 70_000, "\r\n".join(f"x{n}: y" for n in range(5000)), "connection: upgrade\r\nupgrade: h2c",
-    "expect: 100-continue\r\ncontent-length: 9999999999", "content-length:", "upgrade: websocket\r\nconnection: upgrade",
-)  # fmt: skip
-LINES = (
-    "POST /score HTTP/1.1", "POST /score HTTP/1.0", "POST /score HTTP/9.9", "POST /score", "", "\x00" * 9,
-    "PRI * HTTP/2.0", "GET http://x/score HTTP/1.1", "CONNECT x:1 HTTP/1.1", "POST /" + "a" * 70_000 + " HTTP/1.1",
-    "POST /score\tHTTP/1.1", "\x16\x03\x01\x02\x00\x01\x00", "OPTIONS * HTTP/1.1", "POST /%00%ff HTTP/1.1",
-)  # fmt: skip
-
-
-def smuggled(rng: random.Random) -> Case:
-    """Odd HTTP. Two requests in one must not become a score that nobody may see."""
-    line = LINES[0] if rng.random() < 0.6 else rng.choice(LINES)
-    inner = "POST /score HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
-    lines = [
-        line,
-        "host: x",
-        f"content-type: {wire.CONTENT_TYPE}",
-        f"authorization: Bearer {TOKEN}",
-    ]
-    lines += rng.sample(SMUGGLED, rng.choice((0, 1, 1, 2)))
-    text = "\r\n".join([*lines, "", ""]) + rng.choice(
-        ("", "5\r\nhello\r\n0\r\n\r\n", "0\r\n\r\n" + inner, inner, "zz\r\n")
-    )
-    return Case(b"", None, raw=text.encode("latin-1"), then="leaves")  # fmt: skip
-
-
-def announced(rng: random.Random) -> Case:
-    """More is promised than comes."""
-    body = good(rng).body
-    length = rng.choice((2**28, 2**28 + 1, 2**40, len(body) + 1))
-    lines = ["POST /score HTTP/1.1", "host: x", f"content-type: {wire.CONTENT_TYPE}"]
-    lines += [f"authorization: Bearer {TOKEN}", f"content-length: {length}", "", ""]
-    sent = "\r\n".join(lines).encode() + body
-    keep = rng.choice((3, len(sent) - len(body), len(sent) - 9, len(sent)))
-    return Case(b"", None, raw=sent[:keep], then=rng.choice(("waits", "leaves")))
-
-
-def labelled(rng: random.Random) -> Case:
-    case = good(rng)
-    case.headers |= rng.choice(
-        ({"content-type": "text/plain"}, {"content-type": ""}, {"idempotency-key": "k" * 129})
-    )
-    case.scores, case.must = None, (400, 415)
-    return case
-
-
-MAKERS: dict[Callable[[random.Random], Case], int] = {  # with how often each is drawn
-    good: 10, cut: 8, flipped: 12, deep: 5, many: 2, mistyped: 12, numbers: 8, pictures: 14,
-    misplaced: 10, sized: 5, repeated: 6, unauthorised: 6, smuggled: 10, announced: 4, labelled: 3,
-}  # fmt: skip
-
-
-def draw(rng: random.Random) -> Case:
-    return rng.choices(list(MAKERS), list(MAKERS.values()))[0](rng)
