@@ -139,6 +139,15 @@ def maps(at: Server) -> None:
     assert at.send(Case(hostile_requests.headed(text)))[0] == 413
 
 
+def admitted(at: Server) -> None:
+    """Nearly as many values as a request may have."""
+    tensors, _, _ = hostile_requests.plain(random.Random(0))
+    first = {"image/0": tensors["image/0"]}
+    text = f'{{"prompts": ["x"], "metadata": [{{"a": [{"{}," * 131_000}{{}}]}}]}}'
+    case = Case(hostile_requests.request(first, text), [float(first["image/0"].mean())], (200,))
+    assert judged(case, *at.send(case)) == "right"
+
+
 def announcements(at: Server) -> None:
     """64 connections announce 256 MiB each and send a byte; others are served meanwhile."""
     lines = ["POST /score HTTP/1.1", *HEAD, f"content-length: {2**28}", "", "x"]
@@ -188,26 +197,25 @@ def main(argv: list[str]) -> int:
     start = perf_counter()
     to_clients = answers(rng, num_answers)
     rows.append(row("hostile answers", to_clients, perf_counter() - start, "-"))
-    for name, case in (
-        ("8 MiB of empty maps, four times", maps),
-        ("64 announcements of 256 MiB", announcements),
+    for name, case, seen_ in (
+        ("8 MiB of empty maps, four times", maps, Counter(refused=4)),
+        ("131,000 empty maps, as many as are let in", admitted, Counter(right=1)),
+        (
+            "64 announcements of 256 MiB, and a good request",
+            announcements,
+            Counter(right=1, lost=64),
+        ),
     ):
         with server() as at:
             requests(at, random.Random(-1), 50)
             before, start = at.mib("VmRSS"), perf_counter()
             case(at)
-            seconds, mib = (
-                perf_counter() - start,
-                f"{at.mib('VmHWM'):.0f} peak, {before:.0f} before",
-            )
-            rows.append(row(name, Counter(refused=4 if case is maps else 64), seconds, mib))
+            seconds, peak = perf_counter() - start, at.mib("VmHWM")
+            rows.append(row(name, seen_, seconds, f"{peak:.0f} peak, {before:.0f} before"))
     start = perf_counter()
     lists()
-    rows.append(
-        row(
-            "60 MB of `[]` to a client and a judge", Counter(refused=2), perf_counter() - start, "-"
-        )
-    )
+    name, seconds = "60 MB of `[]` to a client and to a judge", perf_counter() - start
+    rows.append(row(name, Counter(refused=2), seconds, "-"))
     print("| what | number | scored, rightly | refused | no answer | wrong | s | MiB |")
     print("|---|---|---|---|---|---|---|---|", *rows, sep="\n")
     both = seen + to_clients
