@@ -53,7 +53,9 @@ def _protocol(idle_s: float, most: int) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if len(self.connections) > most:
-                next(iter(idle), self).transport.abort()
+                oldest = next(iter(idle), self)
+                oldest.wake()
+                oldest.transport.abort()
             self.wait()
 
         def wait(self) -> None:
