@@ -134,6 +134,7 @@ def test_an_error_of_a_row_is_its_own_and_one_of_the_machine_is_all_rows(error):
     assert found["errors"][1].startswith(type(error).__name__)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(8000, 8000), (12_000, 12_000), (65_000, 65_000)])
 def test_a_decompression_bomb_costs_its_row(size):
     tensors = {"image/0": file(4), "image/1": np.frombuffer(bomb(*size), np.uint8)}

@@ -17,7 +17,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,9 @@ from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scorer
 from flow_grpo.rewards.remote import servers
 
+if TYPE_CHECKING:
+    from flow_grpo.reward_server.app import Limits
+
 OPTIONS = (  # name, type, default, least, most, meaning
     ("batch-size", int, 64, 1, 65536, "images of a scorer's call"),
     ("linger-ms", float, 5.0, 0, 10_000, "how long a call that is not full waits for more"),
@@ -39,7 +42,7 @@ OPTIONS = (  # name, type, default, least, most, meaning
     ("max-body-mib", int, 256, 1, 65536, "of a request"),
     ("max-pixels", int, 2**27, 1, 2**40, "of a request"),
     ("max-items", int, 4096, 1, 2**20, "images of a request"),
-    ("max-values", int, 2**18, 16, 2**24, "JSON values of a request's prompts and metadata"),
+    ("max-values", int, 2**18, 16, 2**24, "commas and opening brackets of a request's JSON"),
     ("max-queue", int, 256, 1, 65536, "requests that wait or are scored"),
     ("max-queue-mib", int, 1024, 1, 2**20, "that all requests hold in memory"),
 )
@@ -65,7 +68,7 @@ def serve(args: argparse.Namespace, token: str) -> None:
         import uvicorn
 
         from flow_grpo.reward_server import connections
-        from flow_grpo.reward_server.app import Limits, create_app
+        from flow_grpo.reward_server.app import create_app
     except ImportError as error:
         raise ValueError(
             f"a reward server needs the package {error.name}: pip install 'flow_grpo[server]'."
@@ -83,20 +86,9 @@ def serve(args: argparse.Namespace, token: str) -> None:
             raise error.__cause__ or error from None
         return {name: values for name, values in found.items() if name != "avg"}
 
-    mib = 2**20
-    limits = Limits(
-        body_bytes=args.max_body_mib * mib,
-        queue_bytes=max(args.max_queue_mib, args.max_body_mib) * mib,
-        pixels=args.max_pixels,
-        items=args.max_items,
-        queue=args.max_queue,
-        timeout_s=args.timeout,
-        values=args.max_values,
-        body_s=args.body_timeout,
-    )
     batcher = Batcher(score, args.batch_size, args.linger_ms / 1000)
     compares = loading.find(args.reward).needs_groups
-    app = create_app(args.reward, batcher, limits, token, compares)
+    app = create_app(args.reward, batcher, _limits(args), token, compares)
     # uvicorn repeats the signal that ended it once it has shut down; that is to change nothing.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -120,6 +112,22 @@ def serve(args: argparse.Namespace, token: str) -> None:
     )
     Server(config).run()
     scorer.close()
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    from flow_grpo.reward_server.app import Limits
+
+    mib = 2**20
+    return Limits(
+        body_bytes=args.max_body_mib * mib,
+        queue_bytes=max(args.max_queue_mib, args.max_body_mib) * mib,
+        pixels=args.max_pixels,
+        items=args.max_items,
+        queue=args.max_queue,
+        timeout_s=args.timeout,
+        values=args.max_values,
+        body_s=args.body_timeout,
+    )
 
 
 def _is_loopback(host: str) -> bool:

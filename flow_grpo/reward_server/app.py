@@ -45,7 +45,7 @@ class Limits:
     items: int = 4096  # images of a request
     queue: int = 256  # requests that were read
     timeout_s: float = 600.0  # of a request, and of one call of the scorer
-    values: int = wire.MAX_VALUES  # JSON values of a request
+    values: int = wire.MAX_VALUES  # of a request's JSON
     body_s: float = 30.0  # for a body, and longer at BODY_BYTES_S
 
 

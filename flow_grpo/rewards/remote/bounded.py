@@ -24,7 +24,9 @@ class TooLarge(Exception):
 
 
 def loads(text: str | bytes, max_values: int, max_depth: int = MAX_DEPTH) -> tuple[Any, int]:
-    """Parse JSON strictly; return it and how many values it may have, at most max_values.
+    """Parse JSON strictly; return it and how many commas and opening brackets it has, and one.
+
+    That is no less than its values, and no more than twice as many; max_values bounds it.
 
     Neither NaN nor infinities nor halves of surrogate pairs. Raises Malformed or TooLarge.
     """

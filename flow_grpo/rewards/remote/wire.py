@@ -25,7 +25,7 @@ from flow_grpo.rewards.remote.bounded import VALUE_BYTES, Malformed, TooLarge, l
 CONTENT_TYPE = "application/x-safetensors"
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 MAX_ROWS_BYTES = 2**24  # of the JSON
-MAX_VALUES = 2**18  # of the JSON of a request's rows, and of its tensors' names and shapes
+MAX_VALUES = 2**18  # of the rows' JSON, and of that of the tensors, as bounded.py counts
 MAX_FILE_PIXELS = 2**25  # of one compressed image: twice 4096 x 4096
 MAX_COLUMNS = 64  # scores of an answer
 MAX_ERROR = 500  # characters
