@@ -77,6 +77,12 @@ def announced(rng: random.Random) -> Case:
     return Case(b"", None, raw=sent[:keep], then=rng.choice(("waits", "leaves")))
 
 
+def dribbled(rng: random.Random) -> Case:
+    case = good(rng)
+    case.then = "dribbles"
+    return case
+
+
 def labelled(rng: random.Random) -> Case:
     case = good(rng)
     case.headers |= rng.choice(
@@ -89,6 +95,7 @@ def labelled(rng: random.Random) -> Case:
 MAKERS: dict[Callable[[random.Random], Case], int] = {  # with how often each is drawn
     good: 10, cut: 8, flipped: 12, deep: 5, many: 2, mistyped: 12, numbers: 8, pictures: 14,
     misplaced: 10, sized: 5, repeated: 6, unauthorised: 6, smuggled: 10, announced: 4, labelled: 3,
+    dribbled: 3,
 }  # fmt: skip
 
 

@@ -28,6 +28,10 @@ def lengths(head: bytes) -> list[int]:
     return [int(line[15:]) for line in lines if line.startswith(b"content-length:")]
 
 
+def pieces(raw: bytes, size: int) -> list[bytes]:
+    return [raw[start : start + size] for start in range(0, len(raw), size)]
+
+
 class Server:
     """A reward server's process, and what it says of itself."""
 
@@ -38,7 +42,8 @@ class Server:
         """Send bytes; return the answer, or LOST. then: see Case."""
         peer = socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S)
         with suppress(OSError):
-            peer.sendall(raw)
+            for piece in pieces(raw, 997 if then == "dribbles" else 2**20):
+                peer.sendall(piece)
         if then == "waits":
             self.held = [*self.held[-100:], peer]
             return LOST

@@ -96,8 +96,10 @@ def test_a_server_of_a_known_reward_gives_no_other_reward_s_figure(name):
 
 def test_rewards_that_give_each_other_s_score_must_agree(score):
     ones, nan = np.ones(3), np.array([1, np.nan, 1])
-    found = score({"one": {"one": ones, "one_part": nan}, "one_part": {"one_part": ones}})
-    assert found["one_part"].tolist() == [1, 1, 1]  # its own reward's
+    both = {"one": {"one": ones, "one_part": nan}, "one_part": {"one_part": ones}}
+    for names in (("one", "one_part"), ("one_part", "one")):
+        found = score({name: both[name] for name in names})
+        assert found["one_part"].tolist() == [1, 1, 1]  # its own reward's
     with pytest.raises(RuntimeError, match="'one' returned a column 'one_part', .* that of"):
         score({"one": {"one": ones, "one_part": ones}, "one_part": {"one_part": 2 * ones}})
 

@@ -28,7 +28,7 @@ from flow_grpo.rewards.remote import wire
 def test_random_requests_are_answered_as_promised():
     with hostile_server.server(**{"body-timeout": 0.2}) as at:
         seen, kinds = fuzz_requests.requests(at, random.Random(7), 150)
-    assert set(seen) == {"right", "refused", "lost"} and len(kinds) == 15, seen
+    assert set(seen) == {"right", "refused", "lost"} and len(kinds) == 16, seen
 
 
 def test_random_answers_give_no_score_that_was_not_sent():

@@ -89,6 +89,17 @@ def test_messages_do_not_say_it(url, monkeypatch, caplog):
     assert "sesame" not in command and "--config.run_name=a" in command
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ValueError, ConnectionError])
+def test_a_server_does_not_say_it_either(error, caplog):
+    def fails(batch):
+        raise error("http://me:sesame@host/?key=sesame does not answer")
+
+    with serving.serve(fails) as server:
+        answer = serving.post(server.url, serving.exact(serving.ONE))
+    assert answer.status_code in (422, 500) and "does not answer" in answer.text
+    assert "sesame" not in answer.text + caplog.text
+
+
 def test_a_judge_that_fails_is_named_without_its_password():
     judge = Chat(f"http://me:sesame@127.0.0.1:{serving.free_port()}/v1?token=sesame", "m", 1, 0.5)
     with pytest.raises(ConnectionError) as error:

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flow_grpo.cli import redacted
 from flow_grpo.reward_server.batcher import Batcher, Unscorable
 from flow_grpo.reward_server.ledger import Full, Ledger, Place
 from flow_grpo.rewards.batch import Batch
@@ -107,7 +108,8 @@ class Service:
         except HTTPException:
             raise
         except Exception as error:
-            raise HTTPException(500, f"{type(error).__name__}: {error}"[:500]) from None
+            said = redacted(f"{type(error).__name__}: {error}")[: wire.MAX_ERROR]
+            raise HTTPException(500, said) from None
         finally:
             place.release()
 

@@ -9,6 +9,7 @@ import queue
 import struct
 import threading
 import time
+import traceback
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,8 +18,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image
 
+from flow_grpo.cli import redacted
 from flow_grpo.rewards.batch import Batch, scatter
-from flow_grpo.rewards.remote.wire import cut, encode_answer
+from flow_grpo.rewards.remote.wire import MAX_ERROR, cut, encode_answer
 
 # What a scorer raises for an input that it can't take; anything else is its own failure.
 OF_INPUT = (
@@ -131,7 +133,8 @@ class Batcher:
                 for job in jobs:
                     self._serve([job])
             else:
-                logging.getLogger(__name__).exception("the scorer failed")
+                said = redacted(traceback.format_exc())
+                logging.getLogger(__name__).error("the scorer failed\n%s", said)
                 jobs[0].answer.set_exception(error)
             return
         start = 0
@@ -150,7 +153,7 @@ class Batcher:
                 raise
             units = batch.units()
             if len(units) == 1:
-                return {}, [f"{type(error).__name__}: {error}"[:500]] * len(batch)
+                return {}, [redacted(f"{type(error).__name__}: {error}")[:MAX_ERROR]] * len(batch)
         parts, errors = [], [None] * len(batch)
         for unit in units:
             scores, unit_errors = self._apart(batch.rows(unit))

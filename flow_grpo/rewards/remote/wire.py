@@ -123,6 +123,8 @@ def decode_answer(
         raise Malformed(str(error)) from None
     if not isinstance(answer, dict) or not isinstance(answer.get("scores"), dict):
         raise Malformed('the answer is no {"scores": ..., "errors": ...}')
+    if len(answer["scores"]) > MAX_COLUMNS:
+        raise Malformed(f"it has {len(answer['scores'])} scores, more than {MAX_COLUMNS}")
     errors = answer.get("errors")
     if not _is_list_of(errors, num_rows, (str, type(None))):
         raise Malformed(f'"errors" is no list of {num_rows} strings or nulls')
