@@ -32,8 +32,7 @@ class Case:
     must: tuple[int, ...] = ()  # the only statuses allowed, where given
     headers: dict[str, str] = field(default_factory=dict)
     raw: bytes | None = None  # the whole request instead
-    then: str = ""  # "waits": the rest never comes; "leaves": the connection
-    # is closed; "dribbles": it comes in pieces
+    then: str = ""  # "waits": the rest never comes; "leaves": it ends; "dribbles": in pieces
     again: Case | None = None  # sent afterwards
 
 
