@@ -66,7 +66,7 @@ def test_what_is_announced_and_does_not_come_locks_no_one_out(sent):
 @pytest.mark.parametrize("drips", [b"", b"x", b"x" * 100])
 def test_a_body_that_does_not_come_in_time_ends(drips):
     """Each piece comes soon after the one before it, and there is no end of them."""
-    with serve(mean, body_s=0.3) as server:
+    with serve(mean, body_s=0.15) as server:
         peer, ended = connect(server, f"{HEAD}content-length: 100000000\r\n\r\n"), threading.Event()
 
         def drip():
@@ -90,12 +90,12 @@ def test_a_body_that_does_not_come_in_time_ends(drips):
 )
 def test_a_connection_without_a_whole_head_ends(text):
     """The last two have their answer, and then say nothing."""
-    with serve(mean, idle_s=0.3) as server, connect(server, text) as peer:
+    with serve(mean, idle_s=0.15) as server, connect(server, text) as peer:
         rest(peer)  # returns
 
 
 def test_a_head_that_drips_ends():
-    with serve(mean, idle_s=0.3) as server, connect(server, "GET /health HTTP/1.1\r\n") as peer:
+    with serve(mean, idle_s=0.15) as server, connect(server, "GET /health HTTP/1.1\r\n") as peer:
         ended = threading.Event()
 
         def drip():
@@ -112,7 +112,7 @@ def test_a_head_that_drips_ends():
 
 def test_an_answer_that_is_not_read_ends_its_connection():
     many = "GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 3000
-    with serve(mean, idle_s=0.3) as server, connect(server) as peer:
+    with serve(mean, idle_s=0.15) as server, connect(server) as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         with pytest.raises(OSError):  # it never reads: in the end there is no one to send to
             while True:
@@ -147,7 +147,7 @@ def test_what_a_request_makes_of_its_bytes_is_counted_until_it_is_scored(kind):
         "pixels": (exact(ONE, {"image/0": serving.file(300)}), 300 * 300 * 3),
     }[kind]
     assert len(body) < at_least
-    with serve(gate, timeout_s=0.3) as server:
+    with serve(gate, timeout_s=0.2) as server:
         answer = post(server.url, body)
         assert answer.status_code == 504  # no one waits any more, and the request still does
         assert figure(server, "reward_waiting_requests") == 0
