@@ -198,6 +198,7 @@ COMMON = {
     "rewards.deqa": Key(
         "zhiyuanyou/DeQA-Score-Mix3", "runs the code that comes with it", is_path=True
     ),
+    "rewards.deqa_revision": Key("", "the commit of the hub whose code runs, 40 digits"),
     "rewards.ocr_processes": Key(4, "of each rank", least=1, most=1000),
     "rewards.ocr_side": Key(
         384, "pixels to which rapidocr shrinks an image's longer side", least=32, most=16_384

@@ -2,12 +2,25 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
+
+T = TypeVar("T")
+HIDDEN = "***"
+# In a URL: what stands before an @, and in its query or fragment what is named like a secret.
+_SECRETS = re.compile(
+    r"""(?<=://)[^\s"'<>]*(?=@)
+    | (?<=[?&;#]) (?P<name>[\w.~%+-]*
+        (?:key|token|secret|passw(?:or)?d|pwd|auth|sig|signature|credentials?|session)[\w.~%+-]*=)
+        [^&;\#\s"'<>]*""",
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 @contextmanager
@@ -18,7 +31,18 @@ def user_errors() -> Iterator[None]:
     except ValueError as error:
         if os.environ.get("FLOW_GRPO_TRACEBACK"):
             raise
-        sys.exit(f"ValueError: {error}")
+        sys.exit(redacted(f"ValueError: {error}"))
+
+
+def redacted(value: T) -> T:
+    """Hide passwords and keys of URLs in a text, or in all texts of what JSON can hold."""
+    if isinstance(value, str):
+        return _SECRETS.sub(lambda found: (found["name"] or "") + HIDDEN, value)
+    if isinstance(value, dict):
+        return {redacted(name): redacted(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(redacted, value))
+    return value
 
 
 def did_you_mean(

@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from flow_grpo.cli import user_errors, user_path
+from flow_grpo.cli import redacted, user_errors, user_path
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation import tables
 from flow_grpo.evaluation.evaluate import score_prompts, spread
@@ -186,7 +186,7 @@ def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) ->
         "revision": provenance.revision(),
         "machine": provenance.machine(),
         "versions": {name: version(name) for name in PACKAGES},
-        "config": json.loads(job.config.to_json_best_effort()),
+        "config": redacted(json.loads(job.config.to_json_best_effort())),
     }
     (folder / "evaluation.json").write_text(json.dumps(made_with, indent=2) + "\n")
 

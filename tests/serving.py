@@ -14,16 +14,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import httpx
 import numpy as np
 import uvicorn
+from PIL import Image
+from safetensors.numpy import save
 from waiting import HANG_S
 
+from flow_grpo.reward_server import connections
 from flow_grpo.reward_server.app import Limits, create_app
 from flow_grpo.reward_server.batcher import Batcher
 from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.remote import wire
 from flow_grpo.rewards.remote.client import RemoteReward
 from flow_grpo.rewards.remote.servers import Servers
 
@@ -62,13 +67,15 @@ def serve(
     max_rows=64,
     compares=False,
     clock=time.monotonic,
+    idle_s=HANG_S,
+    most=4096,
     **limits,
 ) -> Iterator[Running]:
-    """Serve a function of a Batch with uvicorn; limits: of Limits."""
+    """Serve a function of a Batch; idle_s, most: of its connections; limits: of Limits."""
     batcher = Batcher(score, max_rows, linger_s=0.005, clock=clock)
     app = create_app(name, batcher, replace(Limits(), **limits), token, compares)
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2)
+    config = connections.config(app, idle_s, most, log_level="error", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -199,3 +206,40 @@ def started(name: str, *more: str) -> Iterator[str]:
         assert server.wait(HANG_S) == 0
     finally:
         server.kill()
+
+
+class Gate:
+    """A scorer that waits until it may go on."""
+
+    def __init__(self):
+        self.calls, self.go = [], threading.Event()
+
+    def __call__(self, batch):
+        self.calls.append(len(batch))
+        assert self.go.wait(HANG_S)
+        return mean(batch)
+
+
+def picky(batch) -> dict[str, np.ndarray]:
+    """Refuses a row whose metadata has no "n"."""
+    return {"mean": np.array([float(row["n"]) for row in batch.metadata])}
+
+
+def file(side: int, kind: str = "JPEG", mode: str = "RGB") -> np.ndarray:
+    """A black image's file as a tensor."""
+    written = BytesIO()
+    Image.new(mode, (side, side)).save(written, kind)
+    return np.frombuffer(written.getvalue(), np.uint8)
+
+
+def post(url: str, body: bytes, kind: str = wire.CONTENT_TYPE, **headers) -> httpx.Response:
+    return HTTP.post(f"{url}/score", content=body, headers={"content-type": kind} | headers)
+
+
+def exact(rows: object, tensors: dict | None = None) -> bytes:
+    text = rows if isinstance(rows, str) else json.dumps(rows)
+    given = {"image/0": np.zeros((2, 2, 3), np.uint8)} if tensors is None else tensors
+    return save(given, metadata={"rows": text})
+
+
+ONE = {"prompts": [""], "metadata": [{}], "group": None}

@@ -5,6 +5,7 @@ with the real weights.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,3 +71,46 @@ def test_a_server_gives_a_client_the_same(folder):
     ):
         found = reward(Batch(PICTURES, ["p"] * 20, [{}] * 20))
     np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)
+
+
+@pytest.mark.parametrize("commit", ["", "main", "a" * 39, "A" * 40, "v1.0"])
+def test_the_code_of_a_hub_id_runs_at_a_commit_alone(commit):
+    settings = loading.settings(base()) | {"deqa": "owner/model", "deqa_revision": commit}
+    with pytest.raises(
+        ValueError, match="deqa_revision='.*the commit that you have read is needed"
+    ):
+        loading.check("deqa", settings, ["p"], [{}])
+    loading.check("deqa", settings | {"deqa_revision": "0f" * 20}, ["p"], [{}])
+
+
+def test_that_commit_is_of_the_weights_and_of_the_code(monkeypatch):
+    import transformers
+
+    asked = {}
+
+    def load(name, **more):
+        asked.update(more, name=name)
+        raise OSError("no network")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    settings = loading.settings(base()) | {"deqa": "owner/model", "deqa_revision": "0f" * 20}
+    with pytest.raises(OSError, match="no network"):
+        loading.load("deqa", settings, "cpu")
+    assert asked["revision"] == asked["code_revision"] == "0f" * 20
+    assert asked["name"] == "owner/model"
+
+
+@pytest.mark.parametrize("code", ["other/model--rater.Rater", ["a/b--c.D", None]])
+def test_a_folder_whose_code_is_elsewhere_is_refused(folder, code):
+    config = Path(folder) / "config.json"
+    config.write_text(json.dumps({"model_type": "rater", "auto_map": {"AutoModel": code}}))
+    with pytest.raises(ValueError, match="auto_map names the code of another repository"):
+        loading.check("deqa", loading.settings(base()) | {"deqa": folder}, ["p"], [{}])
+
+
+def test_no_other_module_runs_code_that_comes_with_a_model():
+    root = serving.ROOT
+    files = [*(root / "flow_grpo").rglob("*.py"), *(root / "scripts").rglob("*.py")]
+    found = [path.name for path in files if "trust_remote_code" in path.read_text()]
+    assert found == ["deqa.py"]
+    assert "deqa" not in base().reward_fn and "deqa" not in base().eval_reward_fn

@@ -3,117 +3,20 @@
 Not seen with a real model: what is real is the HTTP and what is asked and made of the answers.
 """
 
-import base64
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from judging import DRIPS, HANG_S, PICTURES, Endpoint, asking, said
 
-from config.base import base
-from flow_grpo.rewards import loading
-from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.judges import chat
 from flow_grpo.rewards.judges.chat import Chat
-from flow_grpo.rewards.judges.qwenvl import QwenVL
-from flow_grpo.rewards.judges.unifiedreward import UnifiedReward, win_rates
-
-HANG_S = 600.0  # of a test that hangs
-DRIPS = "drips"
-RNG = np.random.default_rng(0)
-PICTURES = [RNG.integers(0, 256, (8, 8 + n, 3), dtype=np.uint8) for n in range(6)]
-
-
-def said(text):
-    """A chat completion as sglang and vLLM send it."""
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    return 200, json.dumps({"id": "1", "object": "chat.completion", "choices": [choice]}).encode()
-
-
-class Endpoint:
-    """Answers what `reply(images, text, count)` says: (status, body), or DRIPS."""
-
-    def __init__(self, reply):
-        self.requests, self.at_once, self.most_at_once = [], 0, 0
-        self.lock, self.ended, endpoint = threading.Lock(), threading.Event(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with endpoint.lock:
-                    endpoint.requests.append((self.path, dict(self.headers), body))
-                    count = len(endpoint.requests)
-                    endpoint.at_once += 1
-                    endpoint.most_at_once = max(endpoint.most_at_once, endpoint.at_once)
-                *parts, text = body["messages"][0]["content"]
-                pictures = [decode(part["image_url"]["url"]) for part in parts]
-                answer = reply(pictures, text["text"], count)
-                with endpoint.lock:
-                    endpoint.at_once -= 1
-                if answer == DRIPS:
-                    return self.drip()
-                self.send_response(answer[0])
-                self.send_header("Content-Length", str(len(answer[1])))
-                self.end_headers()
-                self.wfile.write(answer[1])
-
-            def drip(self):
-                self.send_response(200)
-                self.send_header("Content-Length", "100000")
-                self.end_headers()
-                while not endpoint.ended.wait(0.02):
-                    try:
-                        self.wfile.write(b" ")
-                        self.wfile.flush()
-                    except OSError:
-                        return
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self):
-        self.ended.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def decode(url):
-    kind, data = url.split(",")
-    assert kind == "data:image/png;base64"
-    return np.asarray(Image.open(BytesIO(base64.b64decode(data))))
 
 
 @pytest.fixture
 def ask(monkeypatch):
-    """Return ask(reward, reply, count=.., **settings) -> (columns, endpoint)."""
-    monkeypatch.setattr(chat, "BACKOFF_S", 0.01)
-    endpoints = []
-
-    def run(name, reply, count=1, group=None, **changes):
-        endpoint = Endpoint(reply)
-        endpoints.append(endpoint)
-        urls = {"unifiedreward_url": endpoint.url, "qwenvl_url": endpoint.url}
-        settings = loading.settings(base()) | {"judge_timeout_s": HANG_S} | urls | changes
-        prompts = [f"prompt {n}" for n in range(count)]
-        loading.check(name, settings, prompts, [{}] * count)
-        scorer = loading.load(name, settings, "cpu")
-        try:
-            return scorer(Batch(PICTURES[:count], prompts, [{}] * count, None, group)), endpoint
-        finally:
-            scorer.close()
-
-    yield run
-    for endpoint in endpoints:
-        endpoint.close()
+    with asking(monkeypatch) as run:
+        yield run
 
 
 @pytest.mark.parametrize(
@@ -137,121 +40,6 @@ def test_a_score_is_the_last_number_in_range_or_nan_and_counted(name, answer, sc
     np.testing.assert_allclose(found[name], [score], equal_nan=True)
     assert found[f"{name}_unparsed"].tolist() == [np.isnan(score)]
     assert found[f"{name}_unanswered"].tolist() == [False]
-
-
-JUDGES = {"unifiedreward": UnifiedReward, "qwenvl": QwenVL}
-
-
-@pytest.mark.parametrize(
-    ("name", "answer", "score"),
-    [
-        ("unifiedreward", "Final Score: 4", 0.8),
-        ("unifiedreward", "Good.\nFinal Score: 4", 0.8),
-        ("unifiedreward", "**Final Score:** 3.5", 0.7),
-        ("unifiedreward", "Final Score: 1 would be harsh.\nFinal Score: 5/5", 1),
-        ("unifiedreward", "Final Score: 7", np.nan),
-        ("unifiedreward", "Final Score: 0", np.nan),
-        ("unifiedreward", "Final Score (1-5): 4", 0.8),
-        ("unifiedreward", "Final Score: [1-5] 4", 0.8),
-        ("unifiedreward", "Final Score [1–5] = **4**", 0.8),
-        ("unifiedreward", "Final Score (1 to 5): 3.5", 0.7),
-        ("unifiedreward", "Final Score (out of 5): 2", 0.4),
-        ("unifiedreward", "Final Score (scale 1-5): 4/5", 0.8),
-        ("unifiedreward", "Final Score (1-10): 4", np.nan),
-        ("unifiedreward", "Final Score: (1-10) 4", np.nan),
-        ("unifiedreward", "Final Score: -2", np.nan),
-        ("unifiedreward", "Final Score: −2", np.nan),
-        ("unifiedreward", "Final Score: –3", np.nan),
-        ("unifiedreward", "Final Score -4", np.nan),
-        ("unifiedreward", "Final Score - 4", 0.8),
-        ("unifiedreward", "Final Score – 4", 0.8),
-        ("unifiedreward", "Final Score: +4", 0.8),
-        ("unifiedreward", "Final Score: .5", np.nan),
-        ("unifiedreward", "Final Score: 4/5", 0.8),
-        ("unifiedreward", "Final Score: 4 / 5", 0.8),
-        ("unifiedreward", "Final Score: **4**/5", 0.8),
-        ("unifiedreward", "Final Score: 4 out of 5", 0.8),
-        ("unifiedreward", "Final Score: 4 of 5", 0.8),
-        ("unifiedreward", "Final Score: 4/10", np.nan),
-        ("unifiedreward", "Final Score: 8/10", np.nan),
-        ("unifiedreward", "Final Score: 4 out of 10", np.nan),
-        ("unifiedreward", "Final Score: 4 out of 5 stars", 0.8),
-        ("unifiedreward", "Final Score: 4 points", 0.8),
-        ("unifiedreward", "Final Score: 4 (good)", 0.8),
-        ("unifiedreward", "Final Score: 4.", 0.8),
-        ("unifiedreward", "Final Score: 4. The image shows 3 cats", 0.8),
-        ("unifiedreward", "Final Score: 4, because it has 3 cats", 0.8),
-        ("unifiedreward", "Final Score: 4 - good", 0.8),
-        ("unifiedreward", "Final Score: 3-4", np.nan),
-        ("unifiedreward", "Final Score: 3 - 4", np.nan),
-        ("unifiedreward", "Final Score: 3 to 4", np.nan),
-        ("unifiedreward", "Final Score: 3 or 4", np.nan),
-        ("unifiedreward", "Final Score: 3~4", np.nan),
-        ("unifiedreward", "Final Score: 1,5", np.nan),
-        ("unifiedreward", "Final Score: 4th", np.nan),
-        ("unifiedreward", "Final Score: 40%", np.nan),
-        ("unifiedreward", "Final Score: 4 %", np.nan),
-        ("unifiedreward", "Final Score: 4.5.1", np.nan),
-        ("unifiedreward", "Final Score: 1e1", np.nan),
-        ("unifiedreward", "Final Score: 3 + 1 = 4", np.nan),
-        ("unifiedreward", "Final Score: 3, 4", np.nan),
-        ("unifiedreward", "Final Score: [4]", 0.8),
-        ("unifiedreward", "Final Score: (4)", 0.8),
-        ("unifiedreward", "Final Score: <4>", 0.8),
-        ("unifiedreward", "Final Score:\n4", 0.8),
-        ("unifiedreward", "Final Score:\n\n**4**\n\n3 cats", 0.8),
-        ("unifiedreward", "Final Score: 4\n- 3 cats", 0.8),
-        ("unifiedreward", "Final Score:\n1. The cat\n2. x", np.nan),
-        ("unifiedreward", "Final Score: four", np.nan),
-        ("unifiedreward", "", np.nan),
-        ("unifiedreward", "Final Score: 4 (1-5)", 0.8),
-        ("unifiedreward", "Final Score: 4 (1-10)", np.nan),
-        ("unifiedreward", "Final Score: 4\nFinal Score: -2", np.nan),
-        ("unifiedreward", "Final Score: 4\nThe final score reflects all.", 0.8),
-        ("unifiedreward", "Final Score (1-5)", np.nan),
-        ("unifiedreward", "Final Score: 1-5", np.nan),
-        ("unifiedreward", "Final Score: 4/5/2024", np.nan),
-        ("unifiedreward", "Final Score: <3", np.nan),
-        ("unifiedreward", "Final Score: < 3", np.nan),
-        ("unifiedreward", "Final Score: ４", 0.8),
-        ("unifiedreward", "Final Score: 5/5.", 1),
-        ("unifiedreward", "Final Score: 4_", 0.8),
-        ("unifiedreward", 'Final Score: "4"', 0.8),
-        ("unifiedreward", "Final Score: 4/5 (very good)", 0.8),
-        ("unifiedreward", "Final Score | 4 |", 0.8),
-        ("unifiedreward", "Final Score: >4", np.nan),
-        ("unifiedreward", "Final Score: 4;", 0.8),
-        ("unifiedreward", 'Final Score: 4,\n"x": 3', 0.8),
-        ("unifiedreward", "### Final Score\n4", 0.8),
-        ("unifiedreward", "Final Score: 3/4", np.nan),
-        ("unifiedreward", "Final Score: 2.5/5", 0.5),
-        ("unifiedreward", "Final Score: 10", np.nan),
-        ("unifiedreward", "Final Score: $4", np.nan),
-        ("unifiedreward", "Final Score: 4\n5", 0.8),
-        ("unifiedreward", "Final Score: 4 5", np.nan),
-        ("unifiedreward", "Final Score: 3...4", np.nan),
-        ("qwenvl", "<Score>3</Score>", 0.6),
-        ("qwenvl", "<Score>0</Score>", 0),
-        ("qwenvl", "<Score>6</Score>", np.nan),
-        ("qwenvl", "3", np.nan),
-        ("qwenvl", "<Score>4/5</Score>", 0.8),
-        ("qwenvl", "<Score>.5</Score>", 0.1),
-        ("qwenvl", "<Score>-1</Score>", np.nan),
-        ("qwenvl", "<Score>(0-5) 4</Score>", 0.8),
-        ("qwenvl", "<Score>0-5</Score>", np.nan),
-        ("qwenvl", "<score> 4 points </score>", 0.8),
-        ("qwenvl", "<Score>4</Score> no: <Score>-2</Score>", np.nan),
-        ("qwenvl", "<Score>4", np.nan),
-        ("qwenvl", "<Score>4.0</Score>", 0.8),
-        ("qwenvl", "<Score>\n4\n</Score>", 0.8),
-        ("qwenvl", "<Score>4 out of 10</Score>", np.nan),
-        ("qwenvl", "<Score>-0</Score>", np.nan),
-        ("qwenvl", "<Score>2</Score> <Score></Score>", 0.4),
-    ],
-)
-def test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan(name, answer, score):
-    judge = JUDGES[name].__new__(JUDGES[name])  # parsing needs no endpoint
-    np.testing.assert_allclose(judge.parse(answer), score, equal_nan=True)
 
 
 @pytest.mark.parametrize("answer", ["Final Score: -2", "Final Score: 3-4", "Final Score: 4/10"])
@@ -395,70 +183,3 @@ def test_a_template_of_ones_own_replaces_the_reward_s(ask, tmp_path):
 def test_a_url_that_is_none_is_refused_before_anything_loads(ask):
     with pytest.raises(ValueError, match="config.rewards.qwenvl_url='localhost'"):
         ask("qwenvl", None, qwenvl_url="localhost")
-
-
-def widest(pictures, text, count):
-    """A fair judge, which prefers the wider image whatever its place."""
-    first = pictures[0].shape[1] > pictures[1].shape[1]
-    return said(f"Thus:\nImage {1 if first else 2} is better")
-
-
-def test_pairs_score_the_share_of_the_group_that_a_picture_beats(ask):
-    found, endpoint = ask("unifiedreward_pairs", widest, 6, np.array([7, 7, 7, 2, 2, 2]))
-    assert found["unifiedreward_pairs"].tolist() == [0, 0.5, 1, 0, 0.5, 1]
-    assert found["unifiedreward_pairs_unparsed"].tolist() == [0] * 6
-    assert len(endpoint.requests) == 6  # 3 pairs a group
-
-
-def test_pairs_are_shown_in_either_order_and_always_in_the_same(ask):
-    orders = []
-
-    def watch(pictures, text, count):
-        orders.append(tuple(picture.shape[1] for picture in pictures))
-        return widest(pictures, text, count)
-
-    ask("unifiedreward_pairs", watch, 6, np.zeros(6))
-    once, swapped = set(orders), sum(a > b for a, b in orders)
-    assert len(once) == 15 and 3 <= swapped <= 12
-    orders.clear()
-    ask("unifiedreward_pairs", watch, 6, np.zeros(6))
-    assert set(orders) == once
-
-
-def test_a_judge_that_always_likes_the_first_place_is_split_by_the_random_order(ask):
-    """The coin, not the order in the batch, decides: no image wins all of its pairs."""
-    group = np.zeros(6)
-    found, _ = ask("unifiedreward_pairs", lambda *q: said("Image 1 is better"), 6, group)
-    scores = found["unifiedreward_pairs"]
-    assert scores.sum() == 3 and scores.tolist() != [1, 0.8, 0.6, 0.4, 0.2, 0]
-
-
-def test_a_pair_without_a_verdict_counts_half_and_a_picture_without_any_is_nan(ask):
-    def shy(pictures, text, count):
-        widths = {picture.shape[1] for picture in pictures}
-        return said("A tie.") if 8 in widths else widest(pictures, text, count)
-
-    found, _ = ask("unifiedreward_pairs", shy, 3, np.zeros(3))
-    np.testing.assert_array_equal(found["unifiedreward_pairs"], [np.nan, 0.25, 0.75])
-    assert found["unifiedreward_pairs_unparsed"].tolist() == [1, 0.5, 0.5]
-
-
-def test_without_groups_there_is_nothing_to_compare(ask):
-    assert loading.find("unifiedreward_pairs").needs_groups
-    assert not loading.find("qwenvl").needs_groups
-    found, endpoint = ask("unifiedreward_pairs", widest, 3)
-    assert np.isnan(found["unifiedreward_pairs"]).all() and not endpoint.requests
-
-
-def test_win_rates_of_a_group_of_four():
-    # (0,1)=0 (0,2)=1 (0,3) without a verdict (1,2)=1 (1,3)=1 (2,3)=0, seen from the first
-    nan = np.nan
-    results = np.array([[nan, 0, 1, nan], [1, nan, 1, 1], [0, 0, nan, 0], [nan, 0, 1, nan]])
-    assert win_rates(results).tolist() == [0.5, 1, 0, 0.5]
-
-
-def test_win_rates_sum_to_half_the_group():
-    upper = np.triu(RNG.integers(0, 3, (9, 9)) / 2, 1)
-    assert win_rates(upper + np.tril(1 - upper.T, -1)).sum() == pytest.approx(4.5, abs=1e-12)
-    with pytest.raises(AssertionError, match="add up to 1"):
-        win_rates(upper)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from torch import nn
 
 from config.base import base, with_objective
+from flow_grpo.cli import redacted
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
@@ -133,7 +134,10 @@ def _about(objective: str) -> dict:
     """What the report must be told of a run, for it knows neither objectives nor their keys."""
     statistics = {name: each._asdict() for name, each in find(objective).statistics.items()}
     defaults = with_objective(base(), objective)
-    return {"statistics": statistics, "defaults": json.loads(defaults.to_json_best_effort())}
+    return {
+        "statistics": statistics,
+        "defaults": redacted(json.loads(defaults.to_json_best_effort())),
+    }
 
 
 def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt]) -> Engine:

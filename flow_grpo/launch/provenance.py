@@ -18,6 +18,7 @@ import torch
 from ml_collections import ConfigDict
 
 from config.base import keys_of
+from flow_grpo.cli import redacted
 from flow_grpo.parallel import choose
 from flow_grpo.plan import Plan
 from flow_grpo.report.facts import PER_RUN
@@ -50,16 +51,17 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
 def command(argv: Sequence[str], num_ranks: int, **keys: object) -> str:
     """Return, to be pasted, the command that starts this again with some of the config's keys set.
 
-    Of accelerate's launcher only the kind and the number of processes are known.
+    Without secrets of URLs, as logs and files keep it. Of accelerate's launcher only the kind and
+    the number of processes are known.
     """
     given = [f"--config.{key}={value}" for key, value in keys.items()]  # the last of a key counts
     kept = [argument for argument in argv if argument not in given]
-    return f"{choose.launcher(num_ranks)} {shlex.join([*kept, *given])}"
+    return f"{choose.launcher(num_ranks)} {shlex.join(redacted([*kept, *given]))}"
 
 
 def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
     """Say in what a run differs from the one that wrote a checkpoint; "" if in nothing."""
-    state, ours = folders.read(resumed), json.loads(config.to_json_best_effort())
+    state, ours = folders.read(resumed), redacted(json.loads(config.to_json_best_effort()))
     found = [
         f"config.{key}={_at(ours, key)!r} (was {_at(state['config'], key)!r})"
         for key in keys_of(config)

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from flow_grpo.cli import redacted
 from flow_grpo.inputs import MEAN_OF_TAGS
 
 
@@ -80,7 +81,9 @@ def load(folder: Path) -> Recorded:
             f"a run's folder, logs/<run_name>, is needed, after its first evaluation."
         )
     files = [folder / name for name in ("config.json", "launches.json", "run.json")]
-    config, launches, about = (json.loads(f.read_text()) if f.is_file() else {} for f in files)
+    config, launches, about = (
+        redacted(json.loads(f.read_text())) if f.is_file() else {} for f in files
+    )
     defaults, statistics = about.get("defaults", {}), about.get("statistics", {})
     rows = [read_metrics(folder, kind) for kind in ("eval", "epoch", "update")]
     return Recorded(folder, config, launches or [], defaults, statistics, *rows)

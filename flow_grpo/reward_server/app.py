@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import hmac
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from flow_grpo.cli import redacted
 from flow_grpo.reward_server.batcher import Batcher, Unscorable
+from flow_grpo.reward_server.ledger import Full, Ledger, Place
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.remote import wire
 
 NUM_REMEMBERED = 4096  # answers, for retries of requests that were already scored
+REMEMBERED_BYTES = 2**26  # of them all
 RETRY_AFTER_S = 1
 NUM_DECODERS = 2  # threads
 MAX_KEY = 128  # characters of an idempotency key
+BODY_BYTES_S = 2**18  # a body that comes faster than this is waited for beyond Limits.body_s
+UNAUTHORISED = {"WWW-Authenticate": "Bearer"}
 STUCK = "a call of the scorer takes longer than a request may: it is stuck"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,19 +44,26 @@ class Limits:
     queue_bytes: int = 2**30  # of all requests that are being read, wait or are scored
     pixels: int = 2**27  # of all images of a request
     items: int = 4096  # images of a request
-    queue: int = 256  # requests
+    queue: int = 256  # requests that were read
     timeout_s: float = 600.0  # of a request, and of one call of the scorer
+    values: int = wire.MAX_VALUES  # of a request's JSON
+    body_s: float = 30.0  # for a body, and longer at BODY_BYTES_S
 
 
 class Service:
-    """The state behind the routes; only the event loop's thread touches it."""
+    """The state behind the routes; only the event loop's thread touches it, but for the ledger."""
 
     def __init__(self, reward: str, batcher: Batcher, limits: Limits, compares: bool):
         self.reward, self.batcher, self.limits = reward, batcher, limits
         self.compares = compares  # the images of a group, so that a request needs whole groups
-        self.num_bytes = self.num_requests = 0  # taken in and not yet answered
+        self.ledger = Ledger(limits.queue_bytes)
+        self.num_requests = 0  # read and not yet answered
+        self.num_jobs = 0  # with the batcher, whether or not someone still waits
         self.statuses: Counter[int] = Counter()
-        self._jobs: OrderedDict[str, Future] = OrderedDict()  # by idempotency key
+        # By idempotency key: a digest of the body, and what became of it.
+        self._running: dict[str, tuple[bytes, Future]] = {}
+        self._answers: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
+        self._answers_bytes = 0
         self.decoders = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
 
     async def health(self) -> JSONResponse:
@@ -68,29 +86,21 @@ class Service:
             f"reward_calls_total {batcher.num_calls}",
             f"reward_call_seconds_total {batcher.seconds:.6f}",
             f"reward_waiting_requests {self.num_requests}",
-            f"reward_waiting_bytes {self.num_bytes}",
+            f"reward_waiting_bytes {self.ledger.total}",
+            f"reward_remembered_answers {len(self._answers)}",
+            f"reward_remembered_bytes {self._answers_bytes}",
         ]
         return PlainTextResponse("\n".join(lines) + "\n")
 
-    async def score(self, request: Request) -> JSONResponse:
+    async def score(self, request: Request) -> Response:
         """Score images; flow_grpo/rewards/remote/wire.py describes body and answer."""
-        taken = self._admit(request)
-        self.num_requests += 1
-        self.num_bytes += taken
+        length, place = self._admit(request), Place(self.ledger)
         try:
             key = request.headers.get("idempotency-key")
-            body = await asyncio.wait_for(request.body(), self.limits.timeout_s)
-            batch = await self._decode(body)
-            del body
-            self.num_bytes += (decoded := batch.num_bytes()) - taken
-            taken = decoded
-            job = self._jobs.get(key)
-            scored = job is not None and job.done()
-            if not scored and self.num_bytes > max(self.limits.queue_bytes, taken):
-                raise _busy("its images do not fit beside those that wait")
-            job = job or self._submit(key, batch)
-            waiting = asyncio.shield(asyncio.wrap_future(job))
-            return JSONResponse(await asyncio.wait_for(waiting, self.limits.timeout_s))
+            answer = await self._answer(key, await self._read(request, length, place), place)
+            return Response(answer, media_type="application/json")
+        except Full as error:
+            raise _busy(f"{error}, and it does not fit beside them") from None
         except TimeoutError:
             raise HTTPException(504, f"no scores within {self.limits.timeout_s:g} s") from None
         except Unscorable as error:
@@ -98,65 +108,144 @@ class Service:
         except HTTPException:
             raise
         except Exception as error:
-            raise HTTPException(500, f"{type(error).__name__}: {error}"[:500]) from None
+            said = redacted(f"{type(error).__name__}: {error}")[: wire.MAX_ERROR]
+            raise HTTPException(500, said) from None
         finally:
-            self.num_requests -= 1
-            self.num_bytes -= taken
+            place.release()
 
     def _stuck(self) -> bool:
         return self.batcher.busy_s() > self.limits.timeout_s
 
     def _admit(self, request: Request) -> int:
-        """Return how many bytes a request has, or refuse it before they are read."""
+        """Return how many bytes a request announces, or refuse it before they are read."""
         limits = self.limits
         if request.headers.get("content-type") != wire.CONTENT_TYPE:
             raise HTTPException(415, f"content-type {wire.CONTENT_TYPE} is needed")
         if len(request.headers.get("idempotency-key", "")) > MAX_KEY:
             raise HTTPException(400, f"an idempotency-key has at most {MAX_KEY} characters")
         length = request.headers.get("content-length", "")
-        if not length.isdecimal():
-            raise HTTPException(411, "content-length is needed")
+        if not length.isdecimal() or "transfer-encoding" in request.headers:
+            raise HTTPException(411, "content-length is needed, and no transfer-encoding")
         if int(length) > limits.body_bytes:
             raise HTTPException(
                 413, f"the body has {length} bytes, at most {limits.body_bytes} are allowed"
             )
-        if self._stuck():
-            raise HTTPException(503, STUCK)
-        if self.num_requests >= limits.queue:
-            raise _busy(f"{self.num_requests} requests wait")
-        if self.num_bytes + int(length) > limits.queue_bytes:
-            raise _busy(f"{self.num_bytes} bytes wait")
+        self._make_room()
+        if self.ledger.total + int(length) > limits.queue_bytes:
+            raise _busy(f"{self.ledger.total} bytes wait")
         return int(length)
 
-    async def _decode(self, body: bytes) -> Batch:
-        limits, loop = self.limits, asyncio.get_running_loop()
+    def _make_room(self) -> None:
+        """Refuse a request where too many wait."""
+        if self._stuck():
+            raise HTTPException(503, STUCK)
+        waiting = max(self.num_requests, self.num_jobs)
+        if waiting >= self.limits.queue:
+            raise _busy(f"{waiting} requests wait")
+
+    async def _read(self, request: Request, length: int, place: Place) -> bytearray:
+        """Take a body in; what counts is what has come, not what was announced."""
+        limits, loop, body = self.limits, asyncio.get_running_loop(), bytearray()
+        start = loop.time()
         try:
-            return await loop.run_in_executor(
-                self.decoders, wire.decode, body, limits.items, limits.pixels
+            async with asyncio.timeout(limits.body_s) as patience:
+                async for chunk in request.stream():
+                    place.hold(len(chunk))
+                    body += chunk
+                    allowed_s = limits.body_s + len(body) / BODY_BYTES_S
+                    patience.reschedule(start + min(allowed_s, limits.timeout_s))
+        except TimeoutError:
+            raise HTTPException(
+                408, f"{len(body)} of {length} bytes came in time", {"connection": "close"}
+            ) from None
+        except ClientDisconnect:
+            raise HTTPException(400, "the connection ended") from None
+        return body
+
+    async def _answer(self, key: str | None, body: bytearray, place: Place) -> bytes:
+        """Score a body, unless that was done or begun under its key."""
+        self._make_room()
+        self.num_requests += 1
+        try:
+            digest = await self._off_loop(partial(_digest, body)) if key else b""
+            job = self._known(key, digest)
+            if job is None:
+                batch = await self._decode(body, place)
+                # Another request may have come with the key meanwhile.
+                job = self._known(key, digest) or self._submit(key, digest, batch, place)
+                del batch
+            del body
+            place.release()
+            if isinstance(job, bytes):
+                return job
+            waiting = asyncio.shield(asyncio.wrap_future(job))
+            return await asyncio.wait_for(waiting, self.limits.timeout_s)
+        finally:
+            self.num_requests -= 1
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, work)
+
+    async def _decode(self, body: bytearray, place: Place) -> Batch:
+        limits = self.limits
+        try:
+            return await self._off_loop(
+                lambda: wire.decode(body, limits.items, limits.pixels, limits.values, place.hold)
             )
         except wire.Malformed as error:
             raise HTTPException(400, str(error)) from None
         except wire.TooLarge as error:
             raise HTTPException(413, str(error)) from None
 
-    def _submit(self, key: str | None, batch: Batch) -> Future:
-        """Queue a request, and remember its answer for those who ask for it again."""
-        job, loop = self.batcher.submit(batch), asyncio.get_running_loop()
+    def _known(self, key: str | None, digest: bytes) -> Future | bytes | None:
+        """Return what became of a request under its key; refuse another body under it."""
+        if not key:
+            return None
+        found = self._running.get(key) or self._answers.get(key)
+        if found and found[0] != digest:
+            raise HTTPException(409, "this idempotency-key came with another body before")
+        return found and found[1]
+
+    def _submit(self, key: str | None, digest: bytes, batch: Batch, place: Place) -> Future:
+        """Queue a request; what it holds is free once it is scored, whoever still waits."""
+        loop, held = asyncio.get_running_loop(), place.hand_over()
+        job = self.batcher.submit(batch)
+        self.num_jobs += 1
         if key:
-            self._jobs[key] = job
-            job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._forget, key, job))
+            self._running[key] = digest, job
+
+        def done(_: Future) -> None:
+            held.release()
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._remember, key, digest, job)
+
+        job.add_done_callback(done)
         return job
 
-    def _forget(self, key: str, job: Future) -> None:
-        """Drop what failed, and may be tried anew, or the oldest where there are too many."""
-        if job.exception():
-            self._jobs.pop(key, None)
-        elif len(self._jobs) > NUM_REMEMBERED:
-            self._jobs.popitem(last=False)
+    def _remember(self, key: str | None, digest: bytes, job: Future) -> None:
+        """Keep an answer for those who ask again. What failed may be tried anew."""
+        self.num_jobs -= 1
+        if not key:
+            return
+        del self._running[key]
+        if not job.exception():
+            self._answers[key] = digest, job.result()
+            self._answers_bytes += len(job.result())
+        while len(self._answers) > NUM_REMEMBERED or self._answers_bytes > REMEMBERED_BYTES:
+            _, (_, oldest) = self._answers.popitem(last=False)
+            self._answers_bytes -= len(oldest)
 
 
-def counted(app: ASGIApp, statuses: Counter[int]) -> ASGIApp:
-    """Count the answers by status. FastAPI's own kind of middleware would copy every body."""
+def _digest(body: bytearray) -> bytes:
+    return hashlib.sha256(body).digest()
+
+
+def guarded(app: ASGIApp, statuses: Counter[int], token: str) -> ASGIApp:
+    """Ask for the token whatever the route, and count the answers by status.
+
+    FastAPI's own kind of middleware would copy every body.
+    """
+    wanted = f"Bearer {token}".encode()
 
     async def serve(scope: Scope, receive: Receive, send: Send) -> None:
         async def counting(message: Message) -> None:
@@ -164,7 +253,12 @@ def counted(app: ASGIApp, statuses: Counter[int]) -> ASGIApp:
                 statuses[message["status"]] += 1
             await send(message)
 
-        await app(scope, receive, counting)
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if scope["type"] == "http" and token and not hmac.compare_digest(given, wanted):
+            answer = JSONResponse({"detail": "a bearer token is needed"}, 401, UNAUTHORISED)
+            await answer(scope, receive, counting)
+        else:
+            await app(scope, receive, counting)
 
     return serve
 
@@ -174,11 +268,6 @@ def create_app(
 ) -> FastAPI:
     """Return the application. token: what a request must bring; "": none. compares: groups."""
     service = Service(reward, batcher, limits, compares)
-
-    async def authorise(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -192,7 +281,6 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
-        dependencies=[Depends(authorise)],
     )
     file = {"schema": {"type": "string", "format": "binary"}}
     body = {"content": {wire.CONTENT_TYPE: file}, "required": True}
@@ -200,7 +288,7 @@ def create_app(
     app.get("/metrics")(service.metrics)
     app.post("/score", openapi_extra={"requestBody": body})(service.score)
 
-    app.add_middleware(counted, statuses=service.statuses)
+    app.add_middleware(guarded, statuses=service.statuses, token=token)
     return app
 
 

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
 import queue
+import struct
 import threading
 import time
+import traceback
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from PIL import Image
 
+from flow_grpo.cli import redacted
 from flow_grpo.rewards.batch import Batch, scatter
-from flow_grpo.rewards.remote.wire import cut, encode_answer
+from flow_grpo.rewards.remote.wire import MAX_ERROR, cut, encode_answer
 
 # What a scorer raises for an input that it can't take; anything else is its own failure.
-OF_INPUT = (ValueError, TypeError, LookupError, AttributeError)
+OF_INPUT = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(OSError, EOFError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError),
+)  # the second line has those of files that can't be read
+OF_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 Score = Callable[[Batch], dict[str, np.ndarray]]  # (B,) columns; raises what the scorer raises
 Scored = tuple[dict[str, np.ndarray], list[str | None]]  # (B,) columns and each row's error
 
@@ -28,7 +39,7 @@ class Unscorable(Exception):
 @dataclass
 class _Job:
     batch: Batch
-    answer: Future = field(default_factory=Future)  # of encode_answer()'s dict
+    answer: Future = field(default_factory=Future)  # of encode_answer()'s JSON
 
     @property
     def kind(self) -> tuple[bool, bool]:
@@ -60,7 +71,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, batch: Batch) -> Future:
-        """Queue a request; the result is its answer, or Unscorable, or the scorer's exception."""
+        """Queue a request; the result is its answer's bytes, Unscorable, or the scorer's error."""
         job = _Job(batch)
         self._queue.put(job)
         return job.answer
@@ -84,6 +95,7 @@ class Batcher:
                 for job in jobs:
                     if not job.answer.done():
                         job.answer.set_exception(error)
+            jobs.clear()  # what they hold is free before the next one comes
             self._busy_since = None
             self.seconds += self._clock() - start
 
@@ -121,7 +133,8 @@ class Batcher:
                 for job in jobs:
                     self._serve([job])
             else:
-                logging.getLogger(__name__).exception("the scorer failed")
+                said = redacted(traceback.format_exc())
+                logging.getLogger(__name__).error("the scorer failed\n%s", said)
                 jobs[0].answer.set_exception(error)
             return
         start = 0
@@ -136,9 +149,11 @@ class Batcher:
         try:
             return self._rows(batch)
         except OF_INPUT as error:
+            if not _of_input(error):
+                raise
             units = batch.units()
             if len(units) == 1:
-                return {}, [f"{type(error).__name__}: {error}"[:500]] * len(batch)
+                return {}, [redacted(f"{type(error).__name__}: {error}")[:MAX_ERROR]] * len(batch)
         parts, errors = [], [None] * len(batch)
         for unit in units:
             scores, unit_errors = self._apart(batch.rows(unit))
@@ -167,7 +182,16 @@ class Batcher:
         num_errors = sum(error is not None for error in errors)
         self.num_scored += len(errors) - num_errors
         self.num_row_errors += num_errors
-        job.answer.set_result(encode_answer(scores, errors))
+        answer = encode_answer(scores, errors)
+        job.answer.set_result(json.dumps(answer, allow_nan=False).encode())
+
+
+def _of_input(error: Exception) -> bool:
+    """Tell whether a row is at fault, not the network or the machine."""
+    if isinstance(error, OSError):
+        lost = isinstance(error, (ConnectionError, TimeoutError))
+        return not lost and error.errno not in OF_MACHINE
+    return True
 
 
 def _merge(batches: list[Batch]) -> Batch:

@@ -16,6 +16,12 @@ import numpy as np
 from flow_grpo.rewards.batch import Batch
 
 COLUMNS = ("images", "prompts", "metadata", "references", "group")  # that a function may name
+# What a run calls its own beside the scores: no reward may return these, or any with a "/".
+OURS = frozenset(
+    ("avg", "avg_std", "missing", "zero_std_fraction", "hacking_alarm")
+    + ("kind", "epoch", "step", "row", "file", "prompt", "tag")
+)
+ENDS = ("_low", "_high", "_missing")  # behind a score: its interval, and how many are NaN
 Settings = Mapping[str, Any]
 Check = Callable[[Settings, Sequence[str], Sequence[Mapping]], None]
 

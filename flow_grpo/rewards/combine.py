@@ -6,14 +6,15 @@ import logging
 from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import ml_collections
 import numpy as np
 
+from flow_grpo.cli import redacted
 from flow_grpo.rewards import loading
-from flow_grpo.rewards.base import Reward
+from flow_grpo.rewards.base import ENDS, OURS, Reward
 from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.registry import REWARDS
 from flow_grpo.rewards.remote import health, servers
@@ -80,21 +81,25 @@ class Scorer:
     def combine(
         self, columns: Mapping[str, dict[str, np.ndarray]], num_rows: int
     ) -> dict[str, np.ndarray]:
-        """Add "avg" to all columns. Raises RuntimeError for one that is another reward's."""
+        """Add "avg" to all columns. Raises RuntimeError for one not the reward's to give."""
+        scores = {key: each for part in columns.values() for key, each in part.items()}
+        scores |= {name: part[name] for name, part in columns.items() if name in part}
         owners = {name: name for name in ("avg", *REWARDS, *columns)}
         for name, part in columns.items():
-            for key in part:
+            for key, values in part.items():
                 owner = owners.setdefault(key, name)
-                if owner != name and not {owner, name} <= set(REWARDS):  # these agree
-                    raise RuntimeError(
-                        f"reward {name!r} returned a column {key!r}, which is that of {owner!r}. "
-                        f"Rename it in what the function returns."
-                    )
+                related = {owner, name} <= set(REWARDS) and key.startswith(f"{name}_")
+                if owner != name and not (related and _agree(values, scores[key])):
+                    _refuse(name, key, f"that of {owner!r}")
+                stem = next((key.removesuffix(end) for end in ENDS if key.endswith(end)), "")
+                if key in OURS or "/" in key or stem in (*scores, "avg"):
+                    _refuse(name, key, "a name of the run's own figures")
+                if not key.isprintable() or len(key) > 200:
+                    _refuse(name, key, "no single line of at most 200 characters")
         total = np.zeros(num_rows)
         for name, weight in self.weights.items():
             if weight:
                 total = total + weight * columns[name][name]
-        scores = {key: each for part in columns.values() for key, each in part.items()}
         return scores | {"avg": total}
 
     def close(self) -> None:
@@ -129,8 +134,9 @@ class Scorer:
             scores = self._scorers[name](batch)
             scores = {key: np.asarray(value, dtype=np.float64) for key, value in scores.items()}
         except Exception as error:
-            raise RuntimeError(f"reward {name!r} failed: {error}") from error
+            raise RuntimeError(redacted(f"reward {name!r} failed: {error}")) from error
         wrong = any(value.shape != (len(batch),) for value in scores.values())
+        wrong |= not all(isinstance(key, str) for key in scores)
         if name not in scores or wrong or any(np.isinf(value).any() for value in scores.values()):
             raise RuntimeError(
                 f"reward {name!r} must return {name!r}: ({len(batch)},) without infinities; "
@@ -191,6 +197,18 @@ class Scoring:
             if len(members) == self._scorer.group_size:
                 whole += self._waiting.pop(group)
         return [number for number, _ in whole], Batch.cat([row for _, row in whole])
+
+
+def _agree(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Tell whether two rewards gave the rows that both could score the same."""
+    return bool((np.isnan(ours) | np.isnan(theirs) | (ours == theirs)).all())
+
+
+def _refuse(name: str, key: str, what: str) -> NoReturn:
+    raise RuntimeError(
+        f"reward {name!r} returned a column {key[:80]!r}, which is {what}. Rename it in what the "
+        f"function returns."
+    )
 
 
 def _remote(name: str, where: Servers) -> Reward:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flow_grpo.cli import redacted
 from flow_grpo.training import digests, folders
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _write_trainer(run: Run, folder: Path, metrics_bytes: int, written: dict[str
         "num_skipped": run.updater.num_skipped,
         "metrics_bytes": metrics_bytes,
         "identity": run.identity,
-        "config": json.loads(run.config.to_json_best_effort()),  # this and the next for a note
+        # This and the next for a note.
+        "config": redacted(json.loads(run.config.to_json_best_effort())),
         "prompts": folders.digest(run.plan.train_prompts),
         "versions": {name: version(name) for name in PACKAGES},
         "files": written | digests.of(folder, rest),

@@ -15,6 +15,7 @@ import torch
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
 
+from flow_grpo.cli import redacted
 from flow_grpo.parallel.engine import Ranks
 from flow_grpo.report.sheets import contact_sheet
 
@@ -36,7 +37,8 @@ class Tracker:
             return
         folder = self._folder
         (folder / "images").mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+        known = redacted(json.loads(config.to_json_best_effort()))
+        (folder / "config.json").write_text(json.dumps(known, indent=2) + "\n")
         if config.tracker == "tensorboard":
             self._remote = TensorBoardTracker("tensorboard", folder)
         elif config.tracker == "wandb":
@@ -47,7 +49,7 @@ class Tracker:
                 name=folder.name,
                 dir=folder,
                 mode=mode,
-                config=config.to_dict(),
+                config=redacted(config.to_dict()),
             )
         if self._remote:
             self._remote.start()
@@ -66,7 +68,9 @@ class Tracker:
         """Append a row. kind: update | epoch | eval."""
         if not self._main:
             return
-        row = {"kind": kind, "epoch": epoch, "step": num_updates} | values
+        row = {"kind": kind, "epoch": epoch, "step": num_updates}
+        assert not row.keys() & values.keys(), values
+        row |= values
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._remote:

@@ -6,7 +6,6 @@ Not by the package openai: it sends what OPENAI_CUSTOM_HEADERS holds, whatever i
 from __future__ import annotations
 
 import base64
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +23,14 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from flow_grpo.cli import redacted
+from flow_grpo.rewards.remote.bounded import Malformed, TooLarge, loads
+from flow_grpo.rewards.remote.exchange import Loop, connect, fetch
+
 NUM_ATTEMPTS, BACKOFF_S = 4, 1.0  # the longest wait doubles from one attempt to the next
 RETRIED = (408, 429, 500, 502, 503, 504)
-MAX_TOKENS, MAX_BYTES = 2048, 2**20  # of an answer
+MAX_TOKENS, MAX_BYTES, MAX_VALUES = 2048, 2**20, 2**14  # of an answer
+WAKE_S = 1.0  # for a loop that has much to do to notice that time is up
 Question = tuple[Sequence[np.ndarray], str]  # images, uint8 (H, W, 3), and the text about them
 
 
@@ -42,14 +46,10 @@ class Chat:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ):
-        key = os.environ.get("FLOW_GRPO_JUDGE_KEY")
+        key = os.environ.get("FLOW_GRPO_JUDGE_KEY", "")
         self.url, self.model, self.timeout_s = url.rstrip("/"), model, timeout_s
         self._clock, self._sleep = clock, sleep
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=concurrency),
-            trust_env=False,  # no proxy between machines of one network
-        )
+        self._loop = Loop("judge-http", connect(key, self.url.startswith("https:"), concurrency))
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
 
     def ask(self, questions: Sequence[Question]) -> list[str | None]:
@@ -60,8 +60,10 @@ class Chat:
         answers = list(self._threads.map(self._ask, questions))
         if answers and all(isinstance(answer, Exception) for answer in answers):
             raise ConnectionError(
-                f"the judge {self.model!r} at {self.url} answered none of {len(answers)} "
-                f"questions: {answers[-1]!r}"
+                redacted(
+                    f"the judge {self.model!r} at {self.url} answered none of {len(answers)} "
+                    f"questions: {answers[-1]!r:.500}"
+                )
             )
         return [None if isinstance(answer, Exception) else answer for answer in answers]
 
@@ -92,21 +94,25 @@ class Chat:
     def _post(self, request: dict, deadline: float) -> bytes:
         """Return the answer's body. Raises TimeoutError, ValueError or httpx.HTTPError."""
         left = max(0.001, deadline - self._clock())
-        body = b""
-        url = f"{self.url}/chat/completions"
-        with self._client.stream("POST", url, json=request, timeout=left) as response:
-            response.raise_for_status()
-            for chunk in response.iter_bytes():
-                body += chunk
-                if self._clock() > deadline:
-                    raise TimeoutError(f"no complete answer in {self.timeout_s:g} s")
-                if len(body) > MAX_BYTES:
-                    raise ValueError(f"an answer of more than {MAX_BYTES} bytes")
+        exchange = fetch(
+            self._loop.client,
+            "POST",
+            f"{self.url}/chat/completions",
+            MAX_BYTES,
+            left,
+            lambda: self._clock() > deadline,
+            json=request,
+        )
+        try:
+            response, body = self._loop.run(exchange, left + WAKE_S)
+        except TimeoutError:
+            raise TimeoutError(f"no complete answer in {self.timeout_s:g} s") from None
+        response.raise_for_status()
         return body
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
+        self._loop.close()
 
 
 def _may_succeed(error: BaseException) -> bool:
@@ -129,9 +135,9 @@ def _content(images: Sequence[np.ndarray], text: str) -> list[dict]:
 def _text(body: bytes) -> str:
     """Take the message out of an answer. Raises ValueError if there is none."""
     try:
-        text = json.loads(body)["choices"][0]["message"]["content"]
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"no message in the answer ({error!r})") from error
+        text = loads(body, MAX_VALUES)[0]["choices"][0]["message"]["content"]
+    except (Malformed, TooLarge, LookupError, TypeError) as error:
+        raise ValueError(f"no message in the answer ({error!r:.300})") from error
     if not isinstance(text, str):
         raise ValueError(f"a message of {type(text).__name__}")
     return text

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from flow_grpo import inputs
+from flow_grpo.cli import redacted
 from flow_grpo.rewards.base import Reward, check_package, only_images
 from flow_grpo.rewards.batch import Batch
 
@@ -70,10 +71,11 @@ class JudgeReward(Reward):
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
         url = settings[f"{cls.endpoint}_url"]
-        if not re.match(r"https?://[^/\s]+", url):
+        if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#@]*)?", url):
             raise ValueError(
-                f"config.rewards.{cls.endpoint}_url={url!r}: an endpoint such as "
-                f"http://127.0.0.1:17140/v1 is needed."
+                f"config.rewards.{cls.endpoint}_url={redacted(url)!r}: an endpoint such as "
+                f"http://127.0.0.1:17140/v1 is needed. A key is read from FLOW_GRPO_JUDGE_KEY, and "
+                f"from no URL: a run writes these into its files."
             )
         for package in ("httpx", "tenacity"):
             check_package(package, "rewards")

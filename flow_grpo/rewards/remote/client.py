@@ -6,11 +6,9 @@ Every wait ends: a call has one deadline for its connections, uploads, answers a
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +23,7 @@ from tenacity import (
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.batch import Batch, scatter
 from flow_grpo.rewards.remote import health, wire
-from flow_grpo.rewards.remote.exchange import Refused, Retry, connect, detail, send
+from flow_grpo.rewards.remote.exchange import Loop, Refused, Retry, connect, detail, send
 from flow_grpo.rewards.remote.servers import Servers, SomeFailed
 
 PART_ROWS, PART_BYTES = 64, 2**26  # of a request, unless a group is larger
@@ -33,7 +31,6 @@ BACKOFF_S, MAX_BACKOFF_S = 0.25, 15.0
 SLOTS = 32  # requests of a process at a time to each URL
 MAX_SCORER_FAILURES = 3  # answers of 500, which say that the scorer itself failed
 COOL_DOWN_S = 30.0  # after a call in vain, calls fail at once for so long
-CLOSE_S = 5.0
 Part = tuple[int, bytes]  # of a call: how many rows, and a request's body
 Answer = tuple[dict[str, np.ndarray], list[str | None]]  # scores, and each row's error
 
@@ -78,9 +75,9 @@ class RemoteReward(Reward):
         self._endpoints = [_Endpoint(url) for url in servers.urls[name]]
         self._open_until, self._last_error = 0.0, ""  # 0: the circuit is closed
         self._slots = asyncio.Semaphore(SLOTS * len(self._endpoints))
-        self._client, self._loop = connect(servers), asyncio.new_event_loop()
+        secure = any(url.startswith("https:") for urls in servers.urls.values() for url in urls)
+        self._loop = Loop("reward-http", connect(servers.token, secure))
         self._closed = False
-        threading.Thread(target=self._work, name="reward-http", daemon=True).start()
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Raises Refused, Unavailable or SomeFailed, at the latest at the deadline."""
@@ -88,11 +85,10 @@ class RemoteReward(Reward):
             raise Refused(f"{self._endpoints[0].url}: the run is ending")
         rows = self._split(batch)
         parts = [(len(r), wire.encode(batch.rows(r), self.servers.encoding)) for r in rows]
-        future = asyncio.run_coroutine_threadsafe(self._score(parts), self._loop)
+        patience_s = self.servers.timeout_s + 2 * health.HEALTH_S
         try:
-            answers = future.result(self.servers.timeout_s + 2 * health.HEALTH_S)
+            answers = self._loop.run(self._score(parts), patience_s)
         except TimeoutError:
-            future.cancel()
             raise Unavailable(
                 f"{self._endpoints[0].url}: {len(batch)} images still wait for their turn after "
                 f"config.reward_timeout={self.servers.timeout_s:g} s"
@@ -109,24 +105,9 @@ class RemoteReward(Reward):
         return scores
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-
-        async def end() -> None:
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._client.aclose()
-
-        with suppress(TimeoutError):
-            asyncio.run_coroutine_threadsafe(end(), self._loop).result(CLOSE_S)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-
-    def _work(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
+        if not self._closed:
+            self._closed = True
+            self._loop.close()
 
     def _split(self, batch: Batch) -> list[list[int]]:
         """Rows of each request: whole groups, and at least a request for each URL if possible."""
@@ -204,7 +185,9 @@ class RemoteReward(Reward):
             patience_s = (deadline - now) / 2
             endpoint.num_in_flight += 1
             try:
-                status, answer = await send(self._client, endpoint.url, body, headers, patience_s)
+                status, answer = await send(
+                    self._loop.client, endpoint.url, body, headers, patience_s, num_rows
+                )
             except Retry as error:
                 endpoint.failed(error, self._clock())
                 raise

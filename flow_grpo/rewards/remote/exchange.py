@@ -1,17 +1,23 @@
-"""One HTTP exchange with a reward server, and what its answer means for the next one."""
+"""One HTTP exchange, all of it within one deadline, and what a reward server's answer means."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
 
 import httpx
 
-from flow_grpo.rewards.remote.servers import Servers
+from flow_grpo.rewards.remote import wire
+from flow_grpo.rewards.remote.bounded import Malformed, TooLarge, loads
 
 MAX_ANSWER_BYTES = 2**26
 MAX_RETRY_AFTER_S = 30.0
+CLOSE_S = 5.0
 BUSY = (408, 429, 502, 503, 504)  # an answer with one of these is worth another try
+T = TypeVar("T")
 
 
 class Refused(RuntimeError):
@@ -26,33 +32,108 @@ class Retry(Exception):
         self.url, self.status, self.after_s = url, status, after_s
 
 
-def connect(servers: Servers) -> httpx.AsyncClient:
-    """Without a timeout of its own: send() bounds a whole attempt. No proxy, no redirects."""
+class Loop:
+    """An event loop in a daemon thread, for callers that have none, and the client it serves."""
+
+    def __init__(self, name: str, client: httpx.AsyncClient):
+        self.client, self._loop = client, asyncio.new_event_loop()
+        threading.Thread(target=self._work, name=name, daemon=True).start()
+
+    def run(self, work: Coroutine[Any, Any, T], patience_s: float) -> T:
+        """Wait for what the loop does. Raises TimeoutError, and ends it then."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(patience_s)
+        except TimeoutError:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        async def end() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.client.aclose()
+
+        with suppress(TimeoutError):
+            self.run(end(), CLOSE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _work(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
+
+
+def connect(token: str, secure: bool, num_connections: int | None = None) -> httpx.AsyncClient:
+    """Without a timeout of its own: fetch() bounds a whole exchange. No proxy, no redirects.
+
+    secure: for https; without it no certificates are loaded, which takes half a second.
+    """
     headers = {"accept-encoding": "identity"}
-    if servers.token:
-        headers["authorization"] = f"Bearer {servers.token}"
-    secure = any(url.startswith("https:") for urls in servers.urls.values() for url in urls)
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
     return httpx.AsyncClient(
         timeout=None,
         trust_env=False,
         headers=headers,
-        verify=secure,  # if not, no certificates are loaded: that takes half a second
+        verify=secure,
+        limits=httpx.Limits(max_connections=num_connections),
     )
 
 
+async def fetch(
+    client: httpx.AsyncClient,
+    method: str,
+    url: str,
+    most_bytes: int,
+    patience_s: float,
+    late: Callable[[], bool] = lambda: False,
+    **request: Any,
+) -> tuple[httpx.Response, bytes]:
+    """Send a request; return the answer and its body, packed as it came.
+
+    patience_s: for all of it, from resolving the name to the last byte. late: asked at every piece
+    whether another clock says the same. Raises TimeoutError, httpx.HTTPError, or ValueError for
+    more than most_bytes.
+    """
+
+    async def read() -> tuple[httpx.Response, bytes]:
+        answer = bytearray()
+        async with client.stream(method, url, **request) as response:
+            async for chunk in response.aiter_raw():
+                answer += chunk
+                if late():
+                    raise TimeoutError
+                if len(answer) > most_bytes:
+                    raise ValueError(f"the answer has more than {most_bytes} bytes")
+        return response, bytes(answer)
+
+    return await asyncio.wait_for(read(), patience_s)
+
+
 async def send(
-    client: httpx.AsyncClient, url: str, body: bytes, headers: dict[str, str], patience_s: float
+    client: httpx.AsyncClient,
+    url: str,
+    body: bytes,
+    headers: dict[str, str],
+    patience_s: float,
+    num_rows: int,
 ) -> tuple[int, bytes]:
-    """Post to a server's /score; return status and answer. Raises Retry or Refused.
+    """Post so many rows to a server's /score; return status and answer. Raises Retry or Refused.
 
     The status is 200, or 422: none of the rows can be scored.
     """
+    most = min(MAX_ANSWER_BYTES, wire.max_answer_bytes(num_rows))
+    post = {"content": body, "headers": headers}
     try:
-        response, answer = await asyncio.wait_for(_post(client, url, body, headers), patience_s)
+        response, answer = await fetch(client, "POST", f"{url}/score", most, patience_s, **post)
     except TimeoutError:
         raise Retry(url, f"no answer within {patience_s:.3g} s") from None
     except httpx.TransportError as error:
-        raise Retry(url, f"{type(error).__name__}: {error}") from None
+        raise Retry(url, f"{type(error).__name__}: {error}"[:300]) from None
+    except ValueError as error:
+        raise Refused(f"{url}: {error}") from None
     status = response.status_code
     if status in (200, 422):
         return status, answer
@@ -62,29 +143,17 @@ async def send(
     raise Refused(f"{url}: {reason}")
 
 
-async def _post(
-    client: httpx.AsyncClient, url: str, body: bytes, headers: dict[str, str]
-) -> tuple[httpx.Response, bytes]:
-    """Return a response and its body, of which no more is read than an answer may have."""
-    answer = bytearray()
-    async with client.stream("POST", f"{url}/score", content=body, headers=headers) as response:
-        async for chunk in response.aiter_raw():
-            answer += chunk
-            if len(answer) > MAX_ANSWER_BYTES:
-                raise Refused(f"{url}: the answer has more than {MAX_ANSWER_BYTES} bytes")
-    return response, bytes(answer)
-
-
 def detail(answer: bytes) -> str:
     """What FastAPI or anyone else says of an error, shortened."""
     try:
-        return str(json.loads(answer)["detail"])[:300]
-    except (ValueError, RecursionError, LookupError, TypeError):
+        return str(loads(answer, 1000)[0]["detail"])[:300]
+    except (Malformed, TooLarge, LookupError, TypeError):
         return repr(answer[:80])
 
 
 def _retry_after(response: httpx.Response) -> float:
     try:
-        return min(max(float(response.headers.get("retry-after", 0)), 0.0), MAX_RETRY_AFTER_S)
+        after_s = float(response.headers.get("retry-after", 0))
     except ValueError:
         return 0.0
+    return min(after_s, MAX_RETRY_AFTER_S) if after_s > 0 else 0.0  # not NaN

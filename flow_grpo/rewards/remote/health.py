@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import asyncio
 import threading
 import time
 from collections.abc import Collection
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-import requests
-import urllib3
-
+from flow_grpo.rewards.remote.bounded import Malformed, TooLarge, loads
 from flow_grpo.rewards.remote.servers import Servers
 
 HEALTH_S = 5.0  # for an answer to GET /health
@@ -44,7 +42,7 @@ def check(servers: Servers, names: Collection[str] | None = None) -> set[str]:
 def ask(servers: Servers, names: Collection[str]) -> dict[tuple[str, str], Health]:
     """Ask the URLs of these rewards, all at once, in HEALTH_S. Returns answers by reward and URL.
 
-    In daemon threads: resolving a name, or an answer that drips, takes however long it takes.
+    In daemon threads: resolving a name takes however long it takes.
     """
     answers = {
         (name, url): Health(f"{url} does not answer within {HEALTH_S:g} s")
@@ -64,36 +62,35 @@ def ask(servers: Servers, names: Collection[str]) -> dict[tuple[str, str], Healt
 
 
 def _ask(answers: dict[tuple[str, str], Health], name: str, url: str, token: str) -> None:
+    import httpx  # an extra, which every run with URLs has
+
     try:
-        answers[name, url] = _judge(name, url, *_get(f"{url}/health", token))
-    except (requests.Timeout, urllib3.exceptions.TimeoutError):
+        answers[name, url] = _judge(name, url, *asyncio.run(_get(url, token)))
+    except TimeoutError:
         pass  # as is said already
-    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+    except ValueError:  # of fetch()
+        more = f"more than {MAX_BYTES} bytes"
+        answers[name, url] = Health(f"{url} is no reward server: GET /health gives {more}")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         answers[name, url] = Health(f"{url} does not answer ({type(error).__name__}: {error})")
 
 
-def _get(url: str, token: str) -> tuple[int, bytes]:
-    """Return status and body. No proxy, no redirects, nothing unpacked."""
-    headers = {"accept-encoding": "identity"}
-    if token:
-        headers["authorization"] = f"Bearer {token}"
-    with requests.Session() as session:
-        session.trust_env = False
-        with session.get(
-            url, headers=headers, stream=True, allow_redirects=False, timeout=HEALTH_S
-        ) as response:
-            return response.status_code, response.raw.read(MAX_BYTES + 1, decode_content=False)
+async def _get(url: str, token: str) -> tuple[int, bytes]:
+    """Return status and body."""
+    from flow_grpo.rewards.remote import exchange
+
+    async with exchange.connect(token, url.startswith("https:")) as client:
+        response, body = await exchange.fetch(client, "GET", f"{url}/health", MAX_BYTES, HEALTH_S)
+    return response.status_code, body
 
 
 def _judge(name: str, url: str, status: int, body: bytes) -> Health:
     if status == 401:
         return Health(f"{url} wants another token than that of config.reward_token_file")
-    if len(body) > MAX_BYTES:
-        return Health(f"{url} is no reward server: GET /health gives more than {MAX_BYTES} bytes")
     try:
-        found = json.loads(body)
+        found, _ = loads(body, 1000)
         reward, compares = found["reward"], found.get("compares", False)
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+    except (Malformed, TooLarge, LookupError, TypeError, AttributeError):
         return Health(f"{url} is no reward server: GET /health gives {body[:80]!r}")
     if status != 200:
         return Health(

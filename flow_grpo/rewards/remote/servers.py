@@ -11,7 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flow_grpo import inputs
-from flow_grpo.rewards.base import check_package
+from flow_grpo.cli import redacted
+from flow_grpo.rewards.base import OURS, check_package
 from flow_grpo.rewards.registry import REWARDS
 
 MIN_TOKEN = 16  # characters
@@ -42,11 +43,16 @@ def of(config: ConfigDict) -> Servers:
     urls = {name: _urls(name, value) for name, value in config.reward_urls.items()}
     wanted = (*config.reward_fn, *config.eval_reward_fn)
     for name in urls:
+        if name in OURS or "/" in name:
+            raise ValueError(
+                f"config.reward_urls: a reward can't be called {name!r}, as a column of a run's "
+                f"files is called so. Rename it here, in config.reward_fn and at its server."
+            )
         if name not in wanted:
             raise ValueError(
-                f"config.reward_urls={config.reward_urls.to_dict()}: neither config.reward_fn nor "
-                f"config.eval_reward_fn has a reward {name!r}. Add it there, with weight 0 to "
-                f"monitor it, or remove the URL."
+                f"config.reward_urls={redacted(config.reward_urls.to_dict())}: neither "
+                f"config.reward_fn nor config.eval_reward_fn has a reward {name!r}. "
+                f"Add it there, with weight 0 to monitor it, or remove the URL."
             )
     if urls:
         check_package("httpx", "rewards")
@@ -77,14 +83,14 @@ def _urls(name: str, value: object) -> list[str]:
             valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except (ValueError, AttributeError, TypeError):
             valid = False
-        if not valid or parts.query or parts.fragment or parts.username:
+        if not valid or parts.query or parts.fragment or "@" in url or not url.isprintable():
             raise ValueError(
-                f"config.reward_urls: {url!r} of {name!r} is no http://HOST:PORT, such as "
-                f"http://127.0.0.1:18085."
+                f"config.reward_urls: {redacted(url)!r} of {name!r} is no http://HOST:PORT, such "
+                f"as http://127.0.0.1:18085. A secret belongs into config.reward_token_file."
             )
     if not found or len(set(found)) < len(found):
         raise ValueError(
-            f"config.reward_urls: {name!r} has {found!r}; one URL or several different ones are "
-            f"needed, such as --config.reward_urls=\"{{'{name}': ['http://127.0.0.1:18085']}}\"."
+            f"config.reward_urls: {name!r} has {redacted(found)!r}; one URL or several different "
+            f"ones are needed, such as --config.reward_urls=\"{{'{name}': ['http://127.0.0.1:18085']}}\"."
         )
     return [url.rstrip("/") for url in found]

@@ -11,27 +11,33 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from io import BytesIO
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from flow_grpo.rewards.batch import Batch
+from flow_grpo.rewards.remote.bounded import VALUE_BYTES, Malformed, TooLarge, loads
 
 CONTENT_TYPE = "application/x-safetensors"
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 MAX_ROWS_BYTES = 2**24  # of the JSON
+MAX_VALUES = 2**18  # of the rows' JSON, and of that of the tensors, as bounded.py counts
+MAX_FILE_PIXELS = 2**25  # of one compressed image: twice 4096 x 4096
+MAX_COLUMNS = 64  # scores of an answer
+MAX_ERROR = 500  # characters
+ITEM_BYTES = {"U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1} | dict.fromkeys(
+    ("I16", "U16", "F16", "BF16"), 2
+) | dict.fromkeys(("I32", "U32", "F32"), 4) | dict.fromkeys(("I64", "U64", "F64"), 8)  # fmt: skip
+Tensor = np.ndarray | str  # uint8, or what it is instead
+Hold = Callable[[int], None]  # called with bytes before memory is taken for them; may raise
 
 
-class Malformed(Exception):
-    """A body that is not what this file says."""
-
-
-class TooLarge(Exception):
-    """A body that asks for more than the server allows."""
+class _Bomb(ValueError):
+    """A small file of more pixels than are unpacked."""
 
 
 def encode(batch: Batch, encoding: str = "raw") -> bytes:
@@ -54,15 +60,21 @@ def encode(batch: Batch, encoding: str = "raw") -> bytes:
     return safetensors.save(tensors, metadata={"rows": text, "references": has})
 
 
-def decode(body: bytes, max_items: int, max_pixels: int) -> Batch:
-    """Read a request. max_pixels: of all its images together.
+def decode(
+    body: bytes | bytearray,
+    max_items: int,
+    max_pixels: int,
+    max_values: int = MAX_VALUES,
+    hold: Hold = lambda num_bytes: None,
+) -> Batch:
+    """Read a request. max_pixels: of all its images together. What is raw shares body's memory.
 
     An image that cannot be read is an error of its row alone. Raises Malformed or TooLarge.
     """
-    text, tensors, has_references = _unpack(body)
-    prompts, metadata, group = _rows(text, max_items)
-    budget = _Budget(max_pixels)
-    images, references, errors = [], [], {}
+    text, tensors, has_references = _unpack(body, max_values, hold)
+    prompts, metadata, group = _rows(text, max_items, max_values, hold)
+    budget = _Budget(max_pixels, hold)
+    images, references, errors, bombs = [], [], {}, 0
     for i in range(len(prompts)):
         sent = [_take(tensors, f"image/{i}")]
         if sent[0] is None:
@@ -73,10 +85,13 @@ def decode(body: bytes, max_items: int, max_pixels: int) -> Batch:
             image, *others = [_image(each, budget) for each in sent]
         except ValueError as error:
             image, others, errors[i] = None, [], str(error)
+            bombs += isinstance(error, _Bomb)
         images.append(image)
         references.append(tuple(others))
     if tensors:
         raise Malformed(f"{next(iter(tensors))[:80]!r} belongs to none of the {len(prompts)} rows")
+    if bombs and len(errors) == len(prompts):
+        raise TooLarge(errors[0])
     return Batch(
         images, prompts, metadata, references if has_references else None, group, errors or None
     )
@@ -84,48 +99,58 @@ def decode(body: bytes, max_items: int, max_pixels: int) -> Batch:
 
 def encode_answer(scores: dict[str, np.ndarray], errors: list[str | None]) -> dict:
     """Return the answer as JSON has it. scores: name -> (B,), NaN for "could not be scored"."""
+    if len(scores) > MAX_COLUMNS:
+        raise RuntimeError(f"the reward returned {len(scores)} columns, more than {MAX_COLUMNS}")
     columns = {
         name: [None if math.isnan(value) else value for value in np.asarray(values).tolist()]
         for name, values in scores.items()
     }
-    return {"scores": columns, "errors": errors}
+    return {"scores": columns, "errors": [error and error[:MAX_ERROR] for error in errors]}
+
+
+def max_answer_bytes(num_rows: int) -> int:
+    """Return how long the answer for so many rows may be, or any refusal."""
+    return 2**16 + num_rows * (MAX_COLUMNS * 32 + MAX_ERROR * 12)
 
 
 def decode_answer(
     body: bytes, name: str, num_rows: int
 ) -> tuple[dict[str, np.ndarray], list[str | None]]:
     """Return {score: (B,) float64} and each row's error. Raises Malformed: nothing is guessed."""
-    answer = _json(body)
+    try:
+        answer, _ = loads(body, 64 + (num_rows + 2) * (MAX_COLUMNS + 1), max_depth=8)
+    except TooLarge as error:
+        raise Malformed(str(error)) from None
     if not isinstance(answer, dict) or not isinstance(answer.get("scores"), dict):
         raise Malformed('the answer is no {"scores": ..., "errors": ...}')
+    if len(answer["scores"]) > MAX_COLUMNS:
+        raise Malformed(f"it has {len(answer['scores'])} scores, more than {MAX_COLUMNS}")
     errors = answer.get("errors")
     if not _is_list_of(errors, num_rows, (str, type(None))):
         raise Malformed(f'"errors" is no list of {num_rows} strings or nulls')
     if name not in answer["scores"]:
-        raise Malformed(f"it has scores {sorted(answer['scores'])[:8]} and none named {name!r}")
+        raise Malformed(f"it has scores {str(sorted(answer['scores'])[:8])[:300]}, none {name!r}")
     scores = {}
     for key, values in answer["scores"].items():
         if not _is_list_of(values, num_rows, (int, float, type(None))):
             raise Malformed(f"its score {key[:80]!r} is no list of {num_rows} numbers or nulls")
         try:
             scores[key] = np.array(values, np.float64)  # null is NaN
-            finite = not np.isinf(scores[key]).any()
         except OverflowError:  # of a long integer
-            finite = False
-        if not finite:
-            raise Malformed(f"its score {key[:80]!r} has an infinite number")
+            raise Malformed(f"its score {key[:80]!r} has an infinite number") from None
         scores[key][[error is not None for error in errors]] = np.nan
     return scores, errors
 
 
 class _Budget:
-    def __init__(self, max_pixels: int):
-        self._max, self._left = max_pixels, max_pixels
+    def __init__(self, max_pixels: int, hold: Hold):
+        self.max, self._left, self._hold = max_pixels, max_pixels, hold
 
-    def take(self, num_pixels: int) -> None:
+    def take(self, num_pixels: int, num_bytes: int = 0) -> None:
         self._left -= num_pixels
         if self._left < 0:
-            raise TooLarge(f"the images have more than {self._max} pixels together")
+            raise TooLarge(f"the images have more than {self.max} pixels together")
+        self._hold(num_bytes)
 
 
 def cut(batch: Batch, num_rows: int) -> list[list[int]]:
@@ -138,27 +163,57 @@ def cut(batch: Batch, num_rows: int) -> list[list[int]]:
     return parts
 
 
-def _unpack(body: bytes) -> tuple[str, dict[str, np.ndarray], bool]:
+def _unpack(
+    body: bytes | bytearray, max_values: int, hold: Hold
+) -> tuple[str, dict[str, Tensor], bool]:
     size = int.from_bytes(body[:8], "little")
     if len(body) < 8 or size > len(body) - 8:
         raise Malformed("the body is no safetensors file")
     if size > 2 * MAX_ROWS_BYTES:
         raise TooLarge(f"the header has {size} bytes, at most {2 * MAX_ROWS_BYTES} are allowed")
-    header = _json(body[8 : 8 + size])
-    kept = header.get("__metadata__") if isinstance(header, dict) else None
+    hold(12 * size)  # its text, that of the rows, and their strings
+    header, num_values = loads(body[8 : 8 + size], max_values)
+    hold(VALUE_BYTES * num_values)
+    kept = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(kept, dict) or not isinstance(kept.get("rows"), str):
         raise Malformed('the safetensors metadata has no "rows"')
-    try:
-        tensors = safetensors.load(body)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise Malformed(f"the body is no safetensors file ({str(error)[:200]})") from None
-    return kept["rows"], tensors, bool(kept.get("references"))
+    data = np.frombuffer(body, np.uint8)[8 + size :]
+    return kept["rows"], dict(_tensors(header, data)), bool(kept.get("references"))
 
 
-def _rows(text: str, max_items: int) -> tuple[list[str], list[dict], np.ndarray | None]:
+def _tensors(header: dict[str, Any], data: np.ndarray) -> Iterator[tuple[str, Tensor]]:
+    """Yield safetensors' tensors, which must lie one behind another from end to end."""
+    last = 0
+    for name, entry in sorted(header.items(), key=lambda item: _offsets(*item)):
+        kind, shape, (begin, end) = entry.get("dtype"), entry.get("shape"), _offsets(name, entry)
+        whole = isinstance(shape, list) and len(shape) <= 8 and _is_list_of(shape, len(shape), int)
+        if not whole or kind not in ITEM_BYTES or min(shape, default=0) < 0:
+            raise Malformed(f"the tensor {name[:80]!r} has no type and shape that we know")
+        if begin != last or end > len(data) or end - begin != math.prod(shape) * ITEM_BYTES[kind]:
+            raise Malformed(f"the bytes of the tensor {name[:80]!r} are not where its shape says")
+        last = end
+        if kind != "U8" or end == begin:
+            yield name, f"{kind} {tuple(shape)}"[:80]
+        else:
+            yield name, data[begin:end].reshape(shape)
+    if last != len(data):
+        raise Malformed(f"the tensors have {last} bytes and the body {len(data)}")
+
+
+def _offsets(name: str, entry: Any) -> tuple[int, int]:
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if not _is_list_of(offsets, 2, int):
+        raise Malformed(f"{name[:80]!r} is no tensor of a safetensors file")
+    return offsets[0], offsets[1]
+
+
+def _rows(
+    text: str, max_items: int, max_values: int, hold: Hold
+) -> tuple[list[str], list[dict], np.ndarray | None]:
     if len(text) > MAX_ROWS_BYTES:
         raise TooLarge(f'"rows" has {len(text)} bytes, at most {MAX_ROWS_BYTES} are allowed')
-    rows = _json(text)
+    rows, num_values = loads(text, max_values)
+    hold(VALUE_BYTES * num_values)
     if not isinstance(rows, dict) or not isinstance(rows.get("prompts"), list):
         raise Malformed('"rows" is no {"prompts": [..], "metadata": [..], "group": ..}')
     count = len(rows["prompts"])
@@ -176,44 +231,47 @@ def _rows(text: str, max_items: int) -> tuple[list[str], list[dict], np.ndarray 
     return rows["prompts"], rows["metadata"], group
 
 
-def _take(tensors: dict[str, np.ndarray], name: str) -> np.ndarray | list[np.ndarray] | None:
+def _take(tensors: dict[str, Tensor], name: str) -> Tensor | list[Tensor] | None:
     """Take out an image's tensor, or the list of those of a video's frames."""
     if name in tensors:
         return tensors.pop(name)
-    frames: list[np.ndarray] = []
+    frames: list[Tensor] = []
     while f"{name}/{len(frames)}" in tensors:
         frames.append(tensors.pop(f"{name}/{len(frames)}"))
     return frames or None
 
 
-def _image(sent: np.ndarray | list[np.ndarray], budget: _Budget) -> np.ndarray:
+def _image(sent: Tensor | list[Tensor], budget: _Budget) -> np.ndarray:
     """Return uint8 (H, W, 3), or (F, H, W, 3) of a video."""
     if isinstance(sent, list):
         frames = [_image(frame, budget) for frame in sent]
         if any(frame.shape != frames[0].shape or frame.ndim != 3 for frame in frames):
             raise ValueError("the frames have several sizes")
+        budget.take(0, sum(frame.nbytes for frame in frames))
         return np.stack(frames)
-    if sent.dtype == np.uint8 and sent.ndim == 1:
+    if not isinstance(sent, str) and sent.ndim == 1:
         return _decoded(sent.tobytes(), budget)
-    if sent.dtype != np.uint8 or sent.ndim not in (3, 4) or sent.shape[-1] != 3:
-        raise ValueError(
-            f"uint8 (H, W, 3) or (F, H, W, 3) is needed, not {sent.dtype} {sent.shape}"
-        )
+    if isinstance(sent, str) or sent.ndim not in (3, 4) or sent.shape[-1] != 3:
+        other = sent if isinstance(sent, str) else sent.shape
+        raise ValueError(f"uint8 (H, W, 3) or (F, H, W, 3), not empty, is needed, not {other}")
     budget.take(sent.size // 3)
-    if not sent.size:
-        raise ValueError("the image is empty")
     return sent
 
 
 def _decoded(file: bytes, budget: _Budget) -> np.ndarray:
+    opened = _read(lambda: Image.open(BytesIO(file), formats=(JPEG["format"],)))
+    num_pixels, most = opened.width * opened.height, min(budget.max, MAX_FILE_PIXELS)
+    if num_pixels > most:
+        raise _Bomb(f"the image has {num_pixels} pixels, at most {most} pixels are unpacked")
+    budget.take(num_pixels, 3 * num_pixels)  # before it is unpacked
+    return _read(lambda: np.asarray(opened if opened.mode == "RGB" else opened.convert("RGB")))
+
+
+def _read(step: Callable[[], Any]) -> Any:
     try:
-        with Image.open(BytesIO(file), formats=(JPEG["format"],)) as opened:
-            budget.take(opened.width * opened.height)  # before it is unpacked
-            return np.asarray(opened.convert("RGB"))
-    except TooLarge:
-        raise
+        return step()
     except Image.DecompressionBombError as error:
-        raise TooLarge(str(error)) from None
+        raise _Bomb(str(error)) from None
     except Exception as error:  # a decoder's own, of many types
         raise ValueError(f"the image cannot be read ({str(error)[:200]})") from None
 
@@ -222,18 +280,6 @@ def _jpeg(image: np.ndarray) -> np.ndarray:
     file = BytesIO()
     Image.fromarray(image).save(file, **JPEG)
     return np.frombuffer(file.getvalue(), np.uint8)
-
-
-def _json(text: str | bytes) -> Any:
-    """Parse strictly: JSON has no NaN, and nesting that exhausts the stack is malformed."""
-    try:
-        return json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"no JSON ({str(error)[:200]})") from None
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON number")
 
 
 def _is_list_of(value: Any, count: int, kinds: type | tuple[type, ...]) -> bool:
