@@ -1,5 +1,12 @@
 """Defects that trainers of this kind have had, and the test that finds each: see mutants.py."""
 
-from defects import losses, rollouts, steps, updates
+from defects import brought, losses, rollouts, state, steps, updates
 
-DEFECTS = [*steps.DEFECTS, *rollouts.DEFECTS, *losses.DEFECTS, *updates.DEFECTS]
+DEFECTS = [
+    *steps.DEFECTS,
+    *rollouts.DEFECTS,
+    *losses.DEFECTS,
+    *updates.DEFECTS,
+    *state.DEFECTS,
+    *brought.DEFECTS,
+]

@@ -1,0 +1,124 @@
+"""One of two ranks fails: the other hears of it, all meet, and finished epochs are saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import running
+import torch
+from forking import ON_CPU, on_ranks
+
+from flow_grpo.parallel import regroup
+from flow_grpo.parallel.stop import Stopped
+from flow_grpo.training import collect, folders, loop
+
+KEYS = {"num_epochs": 3, "save_freq": 10, "train__ema": True, "train__ema_update_every": 1}
+EPOCH = 1  # counted from 0: the one in which a rank fails
+
+
+def arguments(files: Path, logs: Path, name: str, **more) -> list[str]:
+    keys = running.lora(files) | KEYS | more
+    return running.arguments(files, logdir=logs, run_name=name, **keys)
+
+
+def fail(run, where: str) -> None:
+    """Let this rank fail in its second epoch."""
+
+    def failing(honest):
+        def call(*arguments, **keywords):
+            if run.epoch == EPOCH:
+                if where == "gone":
+                    os._exit(9)
+                raise RuntimeError(f"broken in {where}")
+            return honest(*arguments, **keywords)
+
+        return call
+
+    if where in ("sample", "gone"):
+        run.evaluator.prompt_batch = failing(run.evaluator.prompt_batch)
+    elif where == "reward":
+        collect.combine = failing(collect.combine)  # behind all ranks' scores
+    elif where == "update":
+        run.objective.loss = failing(run.objective.loss)
+    else:
+        run.objective.after_epoch = failing(run.objective.after_epoch)
+
+
+def broken(files: Path, logs: Path, where: str, rank: int) -> None:
+    """Train until a rank fails; writes what each rank then raises and says."""
+    if where == "gone":
+        regroup.MEETING = timedelta(seconds=1)
+    run = running.prepare(arguments(files, logs, "part"))
+    mine = run.ranks.rank
+    if mine == rank:
+        fail(run, where)
+    try:
+        loop.train(run)
+    except Exception as error:
+        said = [isinstance(error, Stopped), str(error), *getattr(error, "__notes__", [])]
+        (logs / f"{mine}.json").write_text(json.dumps(said))
+    run.evaluator.scorer.close()
+    run.claim.release()
+    if where == "gone":
+        os._exit(0)
+
+
+def said(logs: Path, rank: int) -> list:
+    return json.loads((logs / f"{rank}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "where, rank",
+    [
+        ("sample", 1),
+        pytest.param("sample", 0, marks=pytest.mark.slow),
+        pytest.param("reward", 1, marks=pytest.mark.slow),
+        pytest.param("reward", 0, marks=pytest.mark.slow),
+        ("update", 1),
+        pytest.param("update", 0, marks=pytest.mark.slow),
+        pytest.param("after the updates", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_what_one_rank_met_is_told_by_all_and_the_finished_epoch_is_saved(
+    files, tmp_path, where, rank
+):
+    on_ranks(2, ON_CPU, broken, files, tmp_path, where, rank)
+    saved = f"saved in {tmp_path / 'part'}"
+    assert said(tmp_path, rank) == [False, f"broken in {where}", saved]
+    words = f"rank {rank} failed: RuntimeError: broken in {where}"
+    assert said(tmp_path, 1 - rank) == [True, words, saved]
+    (left,) = folders.checkpoints(tmp_path / "part")
+    assert left.name == "checkpoint-2" and folders.read(left)["epoch"] == EPOCH
+
+
+def trained(files: Path, logs: Path, name: str) -> None:
+    run = running.prepare(arguments(files, logs, name, resume_from="auto"))
+    loop.train(run)
+    run.evaluator.scorer.close()
+    run.claim.release()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["sample", "update"])
+def test_the_run_goes_on_as_if_no_rank_had_failed(files, tmp_path, where):
+    on_ranks(2, ON_CPU, broken, files, tmp_path, where, 1)
+    for name in ("part", "whole"):
+        on_ranks(2, ON_CPU, trained, files, tmp_path, name)
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    assert running.metrics(part) == running.metrics(whole)
+    ours, theirs = running.weights(part), running.weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_rank_that_is_gone_is_waited_for_no_longer_than_allowed(files, tmp_path):
+    with pytest.raises(AssertionError, match=r"\[0, 9\] == \[0, 0\]"):
+        on_ranks(2, ON_CPU, broken, files, tmp_path, "gone", 1)
+    stopped, _, note = said(tmp_path, 0)
+    assert not stopped and note.startswith("1 finished epoch(s) could not be saved")
+    assert note.endswith(": rank 1 did not meet the others")
+    assert folders.checkpoints(tmp_path / "part") == []
