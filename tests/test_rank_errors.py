@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import running
+import test_processes as processes
 import torch
-from forking import ON_CPU, on_ranks
+from forking import ON_CPU, on_ranks, zero
 
 from flow_grpo.parallel import regroup
 from flow_grpo.parallel.stop import Stopped
@@ -48,9 +49,9 @@ def fail(run, where: str) -> None:
         run.objective.after_epoch = failing(run.objective.after_epoch)
 
 
-def broken(files: Path, logs: Path, where: str, rank: int) -> None:
-    """Train until a rank fails; writes what each rank then raises and says."""
-    if where == "gone":
+def broken(files: Path, logs: Path, where: str, rank: int, alone: bool = False) -> None:
+    """Train until a rank fails; writes what each rank then raises and says. alone: none meet."""
+    if alone := alone or where == "gone":
         regroup.MEETING = timedelta(seconds=1)
     run = running.prepare(arguments(files, logs, "part"))
     mine = run.ranks.rank
@@ -63,7 +64,7 @@ def broken(files: Path, logs: Path, where: str, rank: int) -> None:
         (logs / f"{mine}.json").write_text(json.dumps(said))
     run.evaluator.scorer.close()
     run.claim.release()
-    if where == "gone":
+    if alone:
         os._exit(0)
 
 
@@ -115,10 +116,40 @@ def test_the_run_goes_on_as_if_no_rank_had_failed(files, tmp_path, where):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.slow
+def test_under_a_launcher_it_ends_with_1_and_goes_on(files, tmp_path):
+    keys = running.lora(files) | KEYS | {"run_name": "part", "logdir": tmp_path}
+    two = processes.launcher("multi_gpu", 2)
+    on_cpu = {"env": ON_CPU, "script": "tests/running.py"}
+    failing = processes.start(files, *two, **on_cpu | {"env": ON_CPU | {"MODE": "fail"}}, **keys)
+    output = processes.finish(failing, status=1)
+    assert "rank 1 failed: RuntimeError: out of luck; saved in" in output
+    assert output.count("RuntimeError: out of luck") >= 2  # the traceback of that rank
+    assert "To continue it: ACCELERATE_USE_CPU=true accelerate launch" in output
+    on_cpu["env"] = ON_CPU | {"MODE": ""}
+    processes.finish(processes.start(files, *two, **on_cpu, resume_from="latest", **keys))
+    assert folders.read(folders.checkpoints(tmp_path / "part")[-1])["epoch"] == 3
+
+
 def test_a_rank_that_is_gone_is_waited_for_no_longer_than_allowed(files, tmp_path):
-    with pytest.raises(AssertionError, match=r"\[0, 9\] == \[0, 0\]"):
-        on_ranks(2, ON_CPU, broken, files, tmp_path, "gone", 1)
+    on_ranks(2, ON_CPU, broken, files, tmp_path, "gone", 1, statuses=[0, 9])
     stopped, _, note = said(tmp_path, 0)
     assert not stopped and note.startswith("1 finished epoch(s) could not be saved")
     assert note.endswith(": rank 1 did not meet the others")
     assert folders.checkpoints(tmp_path / "part") == []
+
+
+@pytest.mark.slow
+def test_deepspeed_s_ranks_meet_too_unless_it_was_among_the_updates(files, tmp_path):
+    (tmp_path / "sample").mkdir(), (tmp_path / "update").mkdir()
+    on_ranks(2, zero(2), broken, files, tmp_path / "sample", "sample", 1)
+    saved = f"saved in {tmp_path / 'sample' / 'part'}"
+    assert said(tmp_path / "sample", 1) == [False, "broken in sample", saved]
+    words = "rank 1 failed: RuntimeError: broken in "
+    assert said(tmp_path / "sample", 0) == [True, f"{words}sample", saved]
+    assert len(folders.checkpoints(tmp_path / "sample" / "part")) == 1
+
+    on_ranks(2, zero(2), broken, files, tmp_path / "update", "update", 1, True)
+    stopped, told, note = said(tmp_path / "update", 0)
+    assert stopped and told == f"{words}update" and "could not be saved" in note
+    assert folders.checkpoints(tmp_path / "update" / "part") == []

@@ -201,14 +201,14 @@ class Engine(ABC):
     def _set_scale(self, scale: dict[str, float]) -> None:
         """Continue the search."""
 
-    def regroup(self, error: Exception, given_up: Callable[[], bool]) -> tuple[int, str]:
-        """Meet all ranks after an error, never to train again; return whose came first, and it.
+    def regroup(self, error: Exception, given_up: Callable[[], bool]) -> tuple[int, str, str]:
+        """Meet all ranks after an error, never to train again; see regroup.py, for what it gives.
 
-        Raises RuntimeError or TimeoutError where not all come within regroup.MEETING.
+        Where not all have met, no rank may ask anything of the others any more.
         """
         words, ranks = f"{type(error).__name__}: {error}", self.ranks
         if ranks.num_ranks == 1:
-            return 0, words
+            return 0, words, ""
         self._let_go()
         return regroup.regroup(ranks.rank, ranks.num_ranks, words, given_up, regroup.MEETING)
 

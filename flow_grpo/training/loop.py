@@ -90,12 +90,9 @@ def rescue(run: Run, error: Exception, metrics_bytes: int) -> Exception:
     """
     problem, lost = "", run.epoch - (run.saved[0] if run.saved else 0)
     if not isinstance(error, Stopped):
-        try:
-            first, words = run.engine.regroup(error, lambda: run.evaluator.stop.asked)
-            if first != run.ranks.rank:
-                error = Stopped(f"rank {first} failed: {words}")
-        except (OSError, RuntimeError) as apart:
-            problem = str(apart)
+        first, words, problem = run.engine.regroup(error, lambda: run.evaluator.stop.asked)
+        if first != run.ranks.rank:
+            error = Stopped(f"rank {first} failed: {words}")
         if not lost:
             return error
     if isinstance(error, Unwritten):
