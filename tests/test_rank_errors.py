@@ -12,8 +12,10 @@ import running
 import test_processes as processes
 import torch
 from forking import ON_CPU, on_ranks, zero
+from waiting import HANG_S, wait_until
 
 from flow_grpo.parallel import regroup
+from flow_grpo.parallel.plain import Plain
 from flow_grpo.parallel.stop import Stopped
 from flow_grpo.training import collect, folders, loop
 
@@ -45,7 +47,7 @@ def fail(run, where: str) -> None:
         collect.combine = failing(collect.combine)  # behind all ranks' scores
     elif where == "update":
         run.objective.loss = failing(run.objective.loss)
-    else:
+    else:  # after the updates
         run.objective.after_epoch = failing(run.objective.after_epoch)
 
 
@@ -81,7 +83,7 @@ def said(logs: Path, rank: int) -> list:
         pytest.param("reward", 0, marks=pytest.mark.slow),
         ("update", 1),
         pytest.param("update", 0, marks=pytest.mark.slow),
-        pytest.param("after the updates", 1, marks=pytest.mark.slow),
+        pytest.param("late", 1, marks=pytest.mark.slow),
     ],
 )
 def test_what_one_rank_met_is_told_by_all_and_the_finished_epoch_is_saved(
@@ -137,6 +139,27 @@ def test_a_rank_that_is_gone_is_waited_for_no_longer_than_allowed(files, tmp_pat
     assert not stopped and note.startswith("1 finished epoch(s) could not be saved")
     assert note.endswith(": rank 1 did not meet the others")
     assert folders.checkpoints(tmp_path / "part") == []
+
+
+def waits(folder: Path) -> None:
+    """The main rank meets no one, until it is asked to end; the other one lives on meanwhile."""
+    regroup.MEETING = timedelta(seconds=HANG_S)
+    engine, module, found = Plain("no", cpu=True), torch.nn.Linear(1, 1), None
+    engine.wrap(module, torch.optim.SGD(module.parameters()), 0)
+    try:
+        if engine.ranks.is_main:
+            found = engine.regroup(RuntimeError("mine"), lambda: True)
+    finally:
+        if engine.ranks.is_main:
+            (folder / "found").write_text(json.dumps(found))
+    wait_until((folder / "found").exists)
+    os._exit(0)
+
+
+def test_a_rank_that_is_asked_to_end_waits_for_no_other(tmp_path):
+    on_ranks(2, ON_CPU, waits, tmp_path)
+    found = json.loads((tmp_path / "found").read_text())
+    assert found == [0, "RuntimeError: mine", "rank 1 did not meet the others"]
 
 
 @pytest.mark.slow
