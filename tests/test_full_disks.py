@@ -53,7 +53,13 @@ def left(run) -> list[str]:
     return sorted(path.name for path in (run.folder / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(place, marks=[] if place in ("weights", "trainer") else pytest.mark.slow)
+        for place in PLACES
+    ],
+)
 def test_it_is_one_message_and_the_checkpoint_before_is_whole(files, place, monkeypatch, capsys):
     run = running.prepare(arguments(files))
     fill(run, monkeypatch, PLACES[place], {2, 3, 4})
