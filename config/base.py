@@ -29,6 +29,11 @@ COMMON = {
     "eval_freq": Key(20, "epochs; also before the first and after the last", least=1, most=MANY),
     "eval_split": Key("test", "which file of the data set is evaluated", choices=("test", "dev")),
     "eval_max_samples": Key(0, "prompts; 0: all", least=0, most=MANY),
+    "on_save_error": Key(
+        "stop",
+        "when a checkpoint can't be written; continue: the next one is tried",
+        choices=("stop", "continue"),
+    ),
     "num_checkpoint_limit": Key(5, "checkpoints kept; 0: all", least=0, most=MANY),
     "resume_from": Key(
         "",

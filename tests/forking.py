@@ -23,8 +23,13 @@ def zero(stage: int) -> dict[str, str]:
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
 
 
-def on_ranks(num_ranks: int, environment: dict[str, str], function, *arguments) -> None:
-    """Call function(*arguments) on so many ranks; fails if it does on any. 1: without a group."""
+def on_ranks(
+    num_ranks: int, environment: dict[str, str], function, *arguments, statuses=None
+) -> None:
+    """Call function(*arguments) on so many ranks; fails if it does on any. 1: without a group.
+
+    statuses: with which the ranks' processes must end, if not with 0.
+    """
     from torch.distributed import TCPStore  # mutants.py does without
 
     # Where the ranks meet is here, on a port that no other test can have meanwhile.
@@ -43,7 +48,7 @@ def on_ranks(num_ranks: int, environment: dict[str, str], function, *arguments) 
         process.start()
     for process in ranks:
         process.join(HANG_S)
-    assert [process.exitcode for process in ranks] == [0] * num_ranks
+    assert [process.exitcode for process in ranks] == (statuses or [0] * num_ranks)
 
 
 def _as_rank(world: dict, environment: dict[str, str], function, arguments: tuple) -> None:

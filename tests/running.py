@@ -183,6 +183,18 @@ def break_losses(run: Run, broken: set[int]) -> None:
     run.objective.loss, run.updater.finish = loss, counted
 
 
+def fail_in_epoch(run: Run, epoch: int) -> None:
+    """Let this rank fail in the epoch's first loss, counted from 0."""
+    honest = run.objective.loss
+
+    def loss(*arguments):
+        if run.epoch == epoch:
+            raise RuntimeError("out of luck")
+        return honest(*arguments)
+
+    run.objective.loss = loss
+
+
 class Watched:
     """A scoring whose batches are counted and whose result is changed."""
 
@@ -247,6 +259,8 @@ if __name__ == "__main__":  # train_sd3.py with something done to it, as MODE sa
         die_after(trained, int(mode.split()[-1]))
     elif mode.startswith("/"):
         record_rollouts(Path(mode), rank)
+    elif mode.startswith("fail") and rank == trained.ranks.num_ranks - 1:
+        fail_in_epoch(trained, 1)
     elif mode == "break" and rank == trained.ranks.num_ranks - 1:  # the others must learn of it
         break_losses(trained, {0})
     entry.leave(entry.execute(trained))

@@ -131,8 +131,8 @@ def test_every_rank_hears_of_a_refusal(config):
         is_main = False
 
         def broadcast_object(self, value):
-            assert value == (None, "")
-            return None, "in use by host h, pid 1"
+            assert value is None
+            return None, ValueError("in use by host h, pid 1")
 
     with pytest.raises(ValueError, match="host h, pid 1"):
         Claim(config, "c", Second())

@@ -173,6 +173,13 @@ def test_the_run_fits_the_number_of_gpus_that_its_docstring_names(name):
     assert pictures == wanted * sample.num_image_per_prompt
 
 
+def test_the_average_is_kept_where_the_published_run_keeps_one():
+    kept = {name for name in RUNS if grpo.get_config(name).train.ema}
+    assert RUNS and set(RUNS) - kept == {
+        name for name in RUNS if name == "compressibility" or "qwenimage" in name
+    }
+
+
 @pytest.mark.parametrize("name", grpo.NOT_YET)
 def test_a_published_run_of_a_model_that_is_not_here_says_so(name):
     with pytest.raises(ValueError, match=f"{name} trains Bagel, which is not here yet"):

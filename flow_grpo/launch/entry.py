@@ -89,6 +89,10 @@ def execute(run: Run) -> int:
             outcome = "; ".join([str(stopped), *stopped.__notes__])
             print(f"{outcome}. To continue it: {run.again}", file=sys.stderr)
         status = stopped.exit_status
+    except Exception as error:
+        if run.saved:
+            error.add_note(f"To continue it: {run.again}")
+        raise
     finally:
         run.evaluator.scorer.close()
         run.tracker.close()

@@ -72,6 +72,8 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
         plan.train_prompts
     ):
         found.append("other training prompts")
+    versions = state.get("versions", {})
+    found += [f"{p} {version(p)} (was {was})" for p, was in versions.items() if version(p) != was]
     return f"{resumed} goes on with: {', '.join(found)}" if found else ""
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import operations
+from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
-from flow_grpo.parallel import state
+from flow_grpo.parallel import regroup, state
 
 POLICY = "policy/"  # before a weight's name, where snapshots' weights stand beside it
 Parts = dict[str, Tensor]  # by a trained weight's name: what this rank holds of a value of it
@@ -43,21 +44,34 @@ class Ranks:
     def broadcast_object(self, value: Any) -> Any:
         return operations.broadcast_object_list([value])[0]
 
+    def on_all(self, act: Callable[[], Any]) -> list:
+        """Let every rank act; return by rank what came of it, or raise one's OSError on all."""
+        outcomes = self.gather_objects(_tried(act))
+        if failed := [error for _, error in outcomes if error]:
+            raise failed[0]
+        return [value for value, _ in outcomes]
+
     def on_main(self, act: Callable[[], Any]) -> Any:
-        """Let the main rank act and return on all what came of it, or raise its ValueError."""
-        try:
-            outcome = act() if self.is_main else None, ""
-        except ValueError as error:
-            outcome = None, str(error)
-        value, refused = self.broadcast_object(outcome)
-        if refused:
-            raise ValueError(refused)
+        """Let the main rank act; return on all what came of it, or raise its error: see _tried."""
+        value, error = self.broadcast_object(_tried(act) if self.is_main else None)
+        if error:
+            raise error
         return value
 
     def barrier(self) -> None:
         if self.num_ranks > 1:
-            on_gpu = self.device.type == "cuda"
+            on_gpu = distributed.get_backend() == "nccl"
             distributed.barrier(device_ids=[self.device.index] if on_gpu else None)
+
+
+def _tried(act: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return what came of it, and its error where a user or the system is at fault."""
+    try:
+        return act(), None
+    except (ValueError, OSError) as error:
+        return None, error
+    except SafetensorError as error:  # its own name for one of the system
+        return None, OSError(str(error))
 
 
 class Engine(ABC):
@@ -121,8 +135,8 @@ class Engine(ABC):
     def save(self, folder: Path, further: Parts) -> list[Path]:
         """Write masters, moments and loss scale, and `further` parts of weights by any names.
 
-        Returns the files that this rank wrote. Raises FloatingPointError on all ranks, and writes
-        nothing, if a value is not finite.
+        Returns the files that this rank wrote. Raises on all ranks FloatingPointError, and writes
+        nothing, if a value is not finite; OSError if one could not write.
         """
         masters, moments, scale = self.get_state()
         weights = {f"{POLICY}{name}": part for name, part in masters.items()} | further
@@ -132,14 +146,16 @@ class Engine(ABC):
                 f"{broken[0]} is not finite, and {len(broken) - 1} more: nothing is saved. Resume "
                 f"from the last checkpoint with a lower config.train.learning_rate."
             )
-        part, written, files = self.ranks.rank, None, []
-        if part < self.num_parts:
-            written = state.write(folder, part, self._layout(), weights, moments)
-            files = [folder / name.format(part) for name in (state.WEIGHTS, state.OPTIMIZER)]
-        index = {"scale": scale, "parts": self.ranks.gather_objects(written)}
-        index["parts"] = index["parts"][: self.num_parts]
-        if self.ranks.is_main:
-            (folder / state.INDEX).write_text(json.dumps(index) + "\n")
+        part, files = self.ranks.rank, []
+
+        def write() -> dict | None:
+            if part < self.num_parts:
+                files.extend(folder / n.format(part) for n in (state.WEIGHTS, state.OPTIMIZER))
+                return state.write(folder, part, self._layout(), weights, moments)
+
+        index = {"scale": scale, "parts": self.ranks.on_all(write)[: self.num_parts]}
+        text = json.dumps(index) + "\n"
+        self.ranks.on_main(lambda: (folder / state.INDEX).write_text(text))
         return files
 
     def load(self, folder: Path) -> Parts:
@@ -184,6 +200,21 @@ class Engine(ABC):
     @abstractmethod
     def _set_scale(self, scale: dict[str, float]) -> None:
         """Continue the search."""
+
+    def regroup(self, error: Exception, given_up: Callable[[], bool]) -> tuple[int, str, str]:
+        """Meet all ranks after an error, never to train again; see regroup.py, for what it gives.
+
+        Where not all have met, no rank may ask anything of the others any more.
+        """
+        words, ranks = f"{type(error).__name__}: {error}", self.ranks
+        if ranks.num_ranks == 1:
+            return 0, words, ""
+        self._let_go()
+        return regroup.regroup(ranks.rank, ranks.num_ranks, words, given_up, regroup.MEETING)
+
+    def _let_go(self) -> None:
+        """Hold no group of ranks any more, so that its connections can close, if that is known."""
+        return
 
     def leave(self) -> None:
         self._accelerator.end_training()

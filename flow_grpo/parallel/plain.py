@@ -82,6 +82,10 @@ class Plain(Engine):
     def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
         yield from parts.items()
 
+    def _let_go(self) -> None:
+        if isinstance(self.model, DistributedDataParallel):  # which no public call ends
+            vars(self.model).update(reducer=None, logger=None, process_group=None)
+
     def _layout(self) -> dict[str, dict]:
         return {
             name: {"shape": list(param.shape), "held": [0, param.numel()]}

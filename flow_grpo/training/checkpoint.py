@@ -21,35 +21,47 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 def save(run: Run, metrics_bytes: int) -> Path:
     """Save the state at the start of epoch `run.epoch`. Every rank must call it.
 
-    A kill at any moment leaves a complete checkpoint or none. metrics_bytes: of finished epochs.
+    A kill at any moment leaves a complete checkpoint or none; so does a full disk, which is an
+    OSError on all ranks. metrics_bytes: of finished epochs.
     """
     final = run.folder / "checkpoints" / f"checkpoint-{run.updater.num_updates}"
-    state = (run.epoch, run.updater.num_updates)
+    state, aside = (run.epoch, run.updater.num_updates), final.with_name(f".writing-{final.name}")
     if run.saved != state:
-        with run.timer("save"):
-            _write(run, final, metrics_bytes)
+        try:
+            with run.timer("save"):
+                _write(run, aside, final, metrics_bytes)
+        except OSError:
+            if run.ranks.is_main:  # it may hold the room that others need
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
         run.saved = state
     return final
 
 
-def _write(run: Run, final: Path, metrics_bytes: int) -> None:
-    aside = final.with_name(f".writing-{final.name}")
-    if run.ranks.is_main:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    run.ranks.barrier()
+def _write(run: Run, aside: Path, final: Path, metrics_bytes: int) -> None:
+    ranks = run.ranks
+    ranks.on_main(lambda: _empty(aside))
     files = run.engine.save(aside, run.snapshots.state_dict())
     export(run, aside, "ema" if run.config.train.ema else "policy")
-    world = run.ranks.gather_objects(digests.of(aside, files))
-    if run.ranks.is_main:
-        written = {name: digest for each in world for name, digest in each.items()}
-        _write_trainer(run, aside, metrics_bytes, written)
-        if final.exists():  # all updates of an epoch were skipped
-            _set_aside(final)
-        os.rename(aside, final)
-        _sync(final.parent)
-        _prune(run.folder, run.config.num_checkpoint_limit)
-    run.ranks.barrier()
+    world = ranks.on_all(lambda: digests.of(aside, files))
+    written = {name: digest for each in world for name, digest in each.items()}
+    ranks.on_main(lambda: _finish(run, aside, final, metrics_bytes, written))
+
+
+def _empty(aside: Path) -> None:
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+
+
+def _finish(
+    run: Run, aside: Path, final: Path, metrics_bytes: int, written: dict[str, str]
+) -> None:
+    _write_trainer(run, aside, metrics_bytes, written)
+    if final.exists():  # all updates of an epoch were skipped
+        _set_aside(final)
+    os.rename(aside, final)
+    _sync(final.parent)
+    _prune(run.folder, run.config.num_checkpoint_limit)
 
 
 def load(run: Run, folder: Path) -> None:
@@ -59,6 +71,7 @@ def load(run: Run, folder: Path) -> None:
     run.epoch = state["epoch"]
     run.updater.num_updates = state["num_updates"]
     run.updater.num_skipped = state["num_skipped"]
+    run.updater.num_skipped_in_a_row = state.get("num_skipped_in_a_row", 0)
     if folders.holds(run.folder, folder):
         run.tracker.cut(state["metrics_bytes"])
         found = folders.checkpoints(run.folder) if run.ranks.is_main else []
@@ -72,15 +85,13 @@ def load(run: Run, folder: Path) -> None:
 
 def export(run: Run, folder: Path, name: str) -> None:
     """Write snapshot `name` as a stock diffusers pipeline loads it: lora/ or transformer/."""
-    main = run.ranks.is_main
+    on_main = run.ranks.on_main
     if run.config.use_lora:
         values = run.snapshots.values(name)  # fp32, whatever the module computes in
-        if main:
-            run.pipeline.save_lora(values, folder / "lora")
+        on_main(lambda: run.pipeline.save_lora(values, folder / "lora"))
         return
     with run.snapshots.using(name):
-        if main:
-            run.pipeline.save_transformer(folder / "transformer")
+        on_main(lambda: run.pipeline.save_transformer(folder / "transformer"))
 
 
 def _write_trainer(run: Run, folder: Path, metrics_bytes: int, written: dict[str, str]) -> None:
@@ -91,9 +102,10 @@ def _write_trainer(run: Run, folder: Path, metrics_bytes: int, written: dict[str
         "epoch": run.epoch,
         "num_updates": run.updater.num_updates,
         "num_skipped": run.updater.num_skipped,
+        "num_skipped_in_a_row": run.updater.num_skipped_in_a_row,
         "metrics_bytes": metrics_bytes,
         "identity": run.identity,
-        # This and the next for a note.
+        # This and the next two for a note.
         "config": redacted(json.loads(run.config.to_json_best_effort())),
         "prompts": folders.digest(run.plan.train_prompts),
         "versions": {name: version(name) for name in PACKAGES},

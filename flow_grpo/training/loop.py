@@ -48,11 +48,12 @@ def train(run: Run) -> None:
             update(run, sampled, arranged, run.epoch)
             run.objective.after_epoch(run.snapshots, run.updater.num_updates)
             run.log("epoch", metrics := metrics | _epoch_metrics(run))
+            run.ranks.barrier()  # an epoch is finished on all ranks, or on none
             run.epoch += 1
             run.in_update, run.held = False, None
             finished = run.tracker.num_bytes
             if run.epoch % config.save_freq == 0 or run.epoch == config.num_epochs:
-                save(run, finished)
+                _save(run, finished)
             run.evaluator.stop.check()
             bar.update()
             if main_process:
@@ -60,37 +61,67 @@ def train(run: Run) -> None:
                 tqdm.write(f"epoch {run.epoch}: {', '.join(shown)}")
         _evaluate(run)
     except Exception as error:
-        rescue(run, error, finished)
-        raise
+        outcome = rescue(run, error, finished)
+        if outcome is error:
+            raise
+        raise outcome from None
 
 
-def rescue(run: Run, error: Exception, metrics_bytes: int) -> None:
-    """Save the finished epochs of a run that an error ends, if they can be; say what came of it.
+class Unwritten(Stopped):
+    """No checkpoint can be written."""
 
-    metrics_bytes: of these epochs. Of several ranks only Stopped comes to all.
+
+def _save(run: Run, metrics_bytes: int) -> None:
+    try:
+        save(run, metrics_bytes)
+    except OSError as error:
+        told = f"no checkpoint could be written ({error})"
+        if run.config.on_save_error == "stop" or run.epoch == run.config.num_epochs:
+            raise Unwritten(told) from None
+        if run.ranks.is_main:
+            tqdm.write(f"warning: {told}; the next one is tried (config.on_save_error=continue)")
+
+
+def rescue(run: Run, error: Exception, metrics_bytes: int) -> Exception:
+    """Save the finished epochs of a run that an error ends, if they can be.
+
+    metrics_bytes: of these epochs. Returns the error to raise, with a note of what came of it: the
+    first one's where it had one, elsewhere Stopped. All ranks have Stopped, or one's error.
     """
-    stopped, lost = isinstance(error, Stopped), run.epoch - (run.saved[0] if run.saved else 0)
-    if not (stopped or lost):
-        return
-    if run.in_update and run.held is None:
-        problem = "the error came among its updates (config.train.hold_start=True allows for that)"
-    elif not stopped and run.ranks.num_ranks > 1:
-        problem = "not all ranks have met it"
-    else:
-        problem = _save_start(run, metrics_bytes)
+    problem, lost = "", run.epoch - (run.saved[0] if run.saved else 0)
+    if not isinstance(error, Stopped):
+        first, words, problem = run.engine.regroup(error, lambda: run.evaluator.stop.asked)
+        if first != run.ranks.rank:
+            error = Stopped(f"rank {first} failed: {words}")
+        if not lost:
+            return error
+    if isinstance(error, Unwritten):
+        problem = "see above"
+    problem = problem or _save_start(run, metrics_bytes)
     if problem:
         error.add_note(f"{lost} finished epoch(s) could not be saved in {run.folder}: {problem}")
     else:
         error.add_note(f"saved in {run.folder}")
+    return error
 
 
 def _save_start(run: Run, metrics_bytes: int) -> str:
     """Save the state in which this epoch began; return why that did not work, or ""."""
+    problem = ""
     try:
-        if run.in_update:
+        if run.in_update and run.held is None:
+            problem = (
+                "the error came among its updates (config.train.hold_start=True allows for that)"
+            )
+        elif run.in_update:
             run.held.restore()
+        world = run.ranks.gather_objects((problem, run.epoch))
+        if problem := next((each for each, _ in world if each), ""):
+            return problem
+        if len({epoch for _, epoch in world}) > 1:
+            return "the ranks were in different epochs"
         save(run, metrics_bytes)
-    except (OSError, RuntimeError, ArithmeticError) as second:
+    except Exception as second:  # whatever it is, the first one is to be seen
         return str(second)
     return ""
 

@@ -171,12 +171,14 @@ class Held:
         masters, moments, self._scale = engine.get_state()
         self._masters, self._copies = _copies(masters), _copies(snapshots.state_dict())
         self._moments = {name: _copies(values) for name, values in moments.items()}
-        self._counts = (updater.num_updates, updater.num_skipped)
+        self._updates, self._skipped = updater.num_updates, updater.num_skipped
+        self._in_a_row = updater.num_skipped_in_a_row
 
     def restore(self) -> None:
         self._engine.set_state(self._masters, self._moments, self._scale)
         self._snapshots.load_state_dict(self._copies)
-        self._updater.num_updates, self._updater.num_skipped = self._counts
+        self._updater.num_updates, self._updater.num_skipped = self._updates, self._skipped
+        self._updater.num_skipped_in_a_row = self._in_a_row
 
 
 def _copies(values: dict) -> dict:
