@@ -23,6 +23,7 @@ class Passes(NamedTuple):
     trained: int  # with a gradient, in each inner epoch
     frozen: int  # once an update, in each inner epoch
     prepared: int  # before the first update of an epoch
+    share: float = 1.0  # of the rows that train, if all groups have the usual number
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Plan:
         of_row: what an objective predicts at a row. num_sampled: steps, of all rows.
         """
         train, rows = config.train, self.num_groups * self.group_size
-        trained = rows * (2 if guided and train.cfg else 1)
+        trained = round(rows * of_row.share) * (2 if guided and train.cfg else 1)
         return {
             "sampling": num_sampled * (2 if guided else 1),
             "forward and backward": trained * of_row.trained * train.num_inner_epochs,

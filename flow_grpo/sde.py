@@ -78,6 +78,15 @@ def mean_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
     return _row_mean((mean - other_mean) ** 2 / (2 * std**2))
 
 
+def of_a_nat(kind: str, step: Step) -> float | Tensor:
+    """Return what a step's log_prob changes by for a nat of the row's log-density.
+
+    1 / D of its D elements; without has_variance 2 std^2 / D, (B,).
+    """
+    share = 1 / step.mean[0].numel()
+    return share if KERNELS[kind].has_variance else share * 2 * step.std.flatten() ** 2
+
+
 def leftover_noise(kind: str, *values: float | Tensor) -> Tensor:
     """Give the noise's total coefficient after one step, fp64; the model expects sigma_next.
 

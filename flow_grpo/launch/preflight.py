@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from config.base import keys_of
 from flow_grpo import keys, plan, rollouts
 from flow_grpo.launch import model_files, provenance
+from flow_grpo.objectives.registry import find
 from flow_grpo.prompts import Prompt
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.remote import health, servers
@@ -32,6 +33,7 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
+    _check_choice(config, found.train_prompts)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
     _check_tracker(config)
     keys_to_continue = {"run_name": config.run_name, "resume_from": "latest"}
@@ -106,6 +108,17 @@ def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
     for name in (*config.reward_fn, *config.eval_reward_fn):
         if name not in config.reward_urls:
             loading.check(name, settings, texts, metadata)
+
+
+def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
+    """Refuse to pack chosen rows of several groups into a micro-batch that must have one size."""
+    sizes = len({prompt.image_sizes for prompt in prompts})
+    if sizes > 1 and find(config.objective).selects:
+        raise ValueError(
+            f"config.objective={config.objective!r} chooses rows of several groups for a "
+            f"micro-batch, and the reference images of config.dataset={config.dataset!r} have "
+            f"{sizes} sizes. Use images of one size, or an objective that trains all rows."
+        )
 
 
 def _check_tracker(config: ConfigDict) -> None:

@@ -7,11 +7,19 @@ from flow_grpo.cli import did_you_mean
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Objective
 from flow_grpo.objectives.forward.nft import NFT
+from flow_grpo.objectives.preference.dpo import DPO
+from flow_grpo.objectives.preference.sft import SFT
+from flow_grpo.objectives.ratio.dppo import FlowDPPO
 from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.objectives.ratio.guard import GRPOGuard
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "grpo": GRPO,
+    "grpo_guard": GRPOGuard,
+    "flow_dppo": FlowDPPO,
     "nft": NFT,
+    "dpo": DPO,
+    "sft": SFT,
 }
 
 
