@@ -12,6 +12,7 @@ from flow_grpo import keys
 from flow_grpo.cli import did_you_mean
 from flow_grpo.keys import Key
 
+STDS = ("group", "global", "none")
 MANY = 10**9  # a bound for what may be as large as one likes
 
 COMMON = {
@@ -127,11 +128,36 @@ COMMON = {
     "sample.sde_window_range": Key(
         (0, 5), "steps [first, end) that a window may cover", least=0, most=1000
     ),
+    "sample.sde_window": Key(
+        "random",
+        "which of these: consecutive ones from a random start; a random subset; consecutive ones "
+        "that move on (MixGRPO); one, so that the groups cover the range evenly (Flash-GRPO)",
+        choices=("random", "subset", "progressive", "stratified"),
+    ),
+    "sample.window_dwell": Key(25, "progressive: epochs at each place", least=1, most=MANY),
+    "sample.window_stride": Key(1, "progressive: steps to the next place", least=1, most=1000),
+    "sample.window_decay": Key(
+        0.0, "progressive: the dwell falls by this rate a step", least=0, most=10
+    ),
+    "sample.window_decay_from": Key(0, "progressive: after this step", least=0, most=1000),
+    "sample.window_rolls_back": Key(True, "progressive: begins again after the last place"),
     "sample.sde_steps": Key(
         (), "a fixed list of trained steps instead of a window", of=int, least=0, most=1000
     ),
     "sample.same_latent": Key(False, "one initial noise a group"),
+    "sample.branching": Key(
+        "none",
+        "how a group's images share steps: none; shared_prefix (with same_latent, exact); trunk: "
+        "they branch off one path at its first trained step; per_step: at one of them each "
+        "(TempFlow-GRPO); strides: the same, each with two images (G2RPO); tree: all split at each "
+        "(BranchGRPO)",
+        choices=("none", "shared_prefix", "trunk", "per_step", "strides", "tree"),
+    ),
     "sample.global_std": Key(True, "advantages: std of all rewards; False: of the group's"),
+    "sample.advantage_std": Key(
+        "", "instead of global_std; none: not divided (Dr.GRPO)", choices=("", *STDS)
+    ),
+    "sample.unbiased_std": Key(False, "of n scores divided by n - 1"),
     # Updates.
     "train.batch_size": Key(
         None,
@@ -168,6 +194,10 @@ COMMON = {
     "train.ema": Key(False),
     "train.ema_decay": Key(0.9, least=0, most=1),
     "train.ema_update_every": Key(8, "optimizer steps", least=1, most=MANY),
+    "train.drop_equal_groups": Key(False, "groups whose scores are all equal cost no forward"),
+    "train.best_and_worst": Key(
+        0, "images of a group that train: so many of either end; 0: all", least=0, most=100_000
+    ),
     "train.shuffle_advantages": Key(
         False, "a control: the reward is the same, its assignment random"
     ),

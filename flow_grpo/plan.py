@@ -20,9 +20,9 @@ Updates = list[list[list[list[np.ndarray]]]]
 class Passes(NamedTuple):
     """How many velocities of a row are predicted; guidance makes two passes of one."""
 
-    trained: int  # with a gradient, in each inner epoch
-    frozen: int  # once an update, in each inner epoch
-    prepared: int  # before the first update of an epoch
+    trained: float  # with a gradient, in each inner epoch
+    frozen: float  # once an update, in each inner epoch
+    prepared: float  # before the first update of an epoch
     share: float = 1.0  # of the rows that train, if all groups have the usual number
 
 
@@ -72,12 +72,12 @@ class Plan:
         of_row: what an objective predicts at a row. num_sampled: steps, of all rows.
         """
         train, rows = config.train, self.num_groups * self.group_size
-        trained = round(rows * of_row.share) * (2 if guided and train.cfg else 1)
+        trained = rows * of_row.share * (2 if guided and train.cfg else 1)
         return {
             "sampling": num_sampled * (2 if guided else 1),
-            "forward and backward": trained * of_row.trained * train.num_inner_epochs,
-            "frozen predictions": trained * of_row.frozen * train.num_inner_epochs,
-            "before the first update": trained * of_row.prepared,
+            "forward and backward": round(trained * of_row.trained * train.num_inner_epochs),
+            "frozen predictions": round(trained * of_row.frozen * train.num_inner_epochs),
+            "before the first update": round(trained * of_row.prepared),
         }
 
     def in_order(self, rows: list[np.ndarray], epoch: int) -> Updates:

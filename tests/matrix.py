@@ -1,10 +1,10 @@
 """Train each objective for two epochs on tiny pipelines, and print what came of it as a table.
 
-    python tests/matrix.py [--models sd3 flux qwenimage] [--objectives grpo dpo ...]
+    python tests/matrix.py [--models sd3 flux qwenimage] [--objectives grpo dpo ...] [--rollouts]
 
 Each cell is a run through the training script's own code: LoRA and full fine-tune. It trains,
 saves, and resumes from its first epoch to the same bits; a policy gradient's log-ratio is 0 at
-its start.
+its start. --rollouts adds those of GRPO, Guard and DPPO by every rollout and kernel.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import running
@@ -29,20 +30,41 @@ KEYS = {  # what an objective can't do without
     "nft": {"nft.kl_beta": 0.1},
 }
 UNGUIDED = {"dpo", "sft", "nft"}
+ROLLOUTS = {  # by a name for the table
+    "subset": {"sample.sde_window": "subset"},
+    "progressive": {"sample.sde_window": "progressive", "sample.window_dwell": 1},
+    "stratified": {"sample.sde_window": "stratified", "sample.sde_window_size": 1},
+    "shared_prefix": {"sample.branching": "shared_prefix", "sample.same_latent": True},
+    "trunk": {"sample.branching": "trunk"},
+    "per_step": {"sample.branching": "per_step"},
+    "strides": {"sample.branching": "strides"},
+    "tree": {"sample.branching": "tree"},
+    "dropped": {"train.drop_equal_groups": True, "train.best_and_worst": 1},
+}
+KERNELS = ("sde", "cps", "dance")
+RATIOS = ("grpo", "grpo_guard", "flow_dppo")
 MODELS = ("sd3", "flux", "qwenimage")
 
 
-def overrides(objective: str, use_lora: bool) -> dict:
+def overrides(objective: str, use_lora: bool, rollout: str, kernel: str) -> dict:
     keys = {"objective": objective, "use_lora": use_lora, "train.lora_rank": 4}
     keys |= {"train.cfg": False} if objective in UNGUIDED else {}
-    return {name.replace(".", "__"): value for name, value in (keys | KEYS[objective]).items()}
+    keys |= {"sample.sde_type": kernel} | ROLLOUTS.get(rollout, {}) | KEYS[objective]
+    return {name.replace(".", "__"): value for name, value in keys.items()}
 
 
-def check(folder: Path, model: str, objective: str, use_lora: bool) -> dict[str, float]:
+def check(
+    folder: Path,
+    model: str,
+    objective: str,
+    use_lora: bool,
+    rollout: str = "window",
+    kernel: str = "sde",
+) -> dict[str, float]:
     """Run a cell in a folder that holds the files of running.make_files() and the model."""
     family, _ = tiny.MODELS[model]
-    name = f"{model}-{objective}-{'lora' if use_lora else 'full'}"
-    keys = overrides(objective, use_lora) | {"pretrained__model": folder / model}
+    name = f"{model}-{objective}-{'lora' if use_lora else 'full'}-{rollout}-{kernel}"
+    keys = overrides(objective, use_lora, rollout, kernel) | {"pretrained__model": folder / model}
     whole = running.train(running.arguments(folder, run_name=name, **keys), family)
     updates = [row for row in running.metrics(whole.folder) if row["kind"] == "update"]
     assert len(updates) == 4 and all(row["grad_norm"] > 0 for row in updates), updates
@@ -63,22 +85,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS, choices=sorted(tiny.MODELS))
     parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
+    parser.add_argument("--rollouts", action="store_true")
     args = parser.parse_args()
-    rows = ["| model | objective | trains | last loss | gradient norm | log-ratio at the start |"]
-    rows.append("|---|---|---|---|---|---|")
+    columns = ("model", "objective", "rollout", "kernel", "trains", "last loss", "gradient norm")
+    print(f"| {' | '.join((*columns, 'log-ratio at the start'))} |\n{'|---' * 8}|")
     with tempfile.TemporaryDirectory() as place:
         folder = running.make_files(Path(place))
         for model in args.models:
             if not (folder / model).exists():
                 tiny.save(model, folder / model)
-            for objective in args.objectives:
-                for use_lora in (True, False):
-                    seen = check(folder, model, objective, use_lora)
-                    ratio = f"{seen['log_ratio']:g}" if "log_ratio" in seen else "none"
-                    what = "LoRA" if use_lora else "full"
-                    norms = f"{seen['loss']:.4g} | {seen['grad_norm']:.3g}"
-                    rows.append(f"| {model} | `{objective}` | {what} | {norms} | {ratio} |")
-    print("\n".join(rows))
+            cells = [(each, lora) for each in args.objectives for lora in (True, False)]
+            cells = [(*cell, "window", "sde") for cell in cells]
+            if args.rollouts:
+                cells += product(RATIOS, (True,), ROLLOUTS, KERNELS)
+            for objective, use_lora, rollout, kernel in cells:
+                if (objective, kernel) == ("grpo_guard", "cps"):
+                    continue  # refused
+                seen = check(folder, model, objective, use_lora, rollout, kernel)
+                ratio = f"{seen['log_ratio']:g}" if "log_ratio" in seen else "none"
+                what = "LoRA" if use_lora else "full"
+                figures = f"{seen['loss']:.4g} | {seen['grad_norm']:.3g} | {ratio}"
+                row = f"| {model} | `{objective}` | {rollout} | {kernel} | {what} | {figures} |"
+                print(row, flush=True)
 
 
 if __name__ == "__main__":

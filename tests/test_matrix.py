@@ -40,3 +40,22 @@ def test_it_does_so_on_other_models(folder, model, objective, use_lora):
     if not (folder / model).exists():
         tiny.save(model, folder / model)
     matrix.check(folder, model, objective, use_lora)
+
+
+@pytest.mark.parametrize("rollout", matrix.ROLLOUTS)
+def test_a_policy_gradient_starts_at_ratio_one_by_every_rollout(folder, rollout):
+    kernel = matrix.KERNELS[list(matrix.ROLLOUTS).index(rollout) % 3]
+    matrix.check(folder, "sd3", "grpo", True, rollout, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["sde", "dance"])
+@pytest.mark.parametrize("rollout", matrix.ROLLOUTS)
+@pytest.mark.parametrize("objective", ["grpo_guard", "flow_dppo"])
+def test_so_do_its_kin(folder, objective, rollout, kernel):
+    matrix.check(folder, "sd3", objective, True, rollout, kernel)
+
+
+@pytest.mark.parametrize("rollout", ["tree", "strides", "per_step"])
+def test_others_train_on_the_images_of_branches(folder, rollout):
+    matrix.check(folder, "sd3", "nft", True, rollout)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from fixtures import blank_batch, close
+from fixtures import F64, blank_batch, close
 from noised import V_OLD, V_REF, V, noised, rollout
 from toy import plan_of
 
@@ -46,6 +46,7 @@ def table(group, rank=None):
         leaf=torch.ones_like(group, dtype=torch.bool),
         parent=torch.full_like(group, -1),
         steps=group.new_zeros(len(group), 0),
+        branch=torch.full_like(group, -1),
     )
 
 
@@ -188,7 +189,7 @@ def test_the_best_of_a_group_train_all_ties_and_no_other_row():
 
 
 def test_rwr_trains_all_scored_rows_by_their_raw_rewards():
-    scores = torch.tensor([0.1, -0.9, math.nan, 2.0]).double()
+    scores = torch.tensor([0.1, -0.9, math.nan, 2.0], dtype=F64)
     found = objective("sft", sft__weights="reward")
     arranged = found.arrange(scores, table([0, 0, 0, 0]), plan_of(1, 4), 0)
     assert arranged.weights.tolist() == [1, 1, 0, 1]

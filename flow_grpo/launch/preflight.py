@@ -10,7 +10,7 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from ml_collections import ConfigDict
 
 from config.base import keys_of
-from flow_grpo import keys, plan, rollouts
+from flow_grpo import keys, plan, windows
 from flow_grpo.launch import model_files, provenance
 from flow_grpo.objectives.registry import find
 from flow_grpo.prompts import Prompt
@@ -29,7 +29,7 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     keys.check(config, keys_of(config))
     if config.run_name:
         _check_name(config.run_name)
-    rollouts.check(config.sample)
+    windows.check(config.sample)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
@@ -113,11 +113,17 @@ def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
 def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
     """Refuse to pack chosen rows of several groups into a micro-batch that must have one size."""
     sizes = len({prompt.image_sizes for prompt in prompts})
-    if sizes > 1 and find(config.objective).selects:
+    mixes = {
+        "objective": find(config.objective).selects,
+        "sample.branching": config.sample.branching != "none",
+        "train.drop_equal_groups": config.train.drop_equal_groups,
+        "train.best_and_worst": config.train.best_and_worst > 0,
+    }
+    for key in (key for key, is_on in mixes.items() if is_on and sizes > 1):
         raise ValueError(
-            f"config.objective={config.objective!r} chooses rows of several groups for a "
-            f"micro-batch, and the reference images of config.dataset={config.dataset!r} have "
-            f"{sizes} sizes. Use images of one size, or an objective that trains all rows."
+            f"config.{key}={keys.get(config, key)!r} puts rows of several groups into a call, and "
+            f"the reference images of config.dataset={config.dataset!r} have {sizes} sizes. Images "
+            f"of one size are needed; or leave config.{key} as it is by default."
         )
 
 

@@ -2,8 +2,7 @@
 
 import re
 
-from flow_grpo import own
-from flow_grpo.cli import did_you_mean
+from flow_grpo.cli import did_you_mean, load_named
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Objective
 from flow_grpo.objectives.forward.nft import NFT
@@ -32,7 +31,7 @@ def find(name: str) -> type[Objective]:
             f"config.objective={name!r}: one of {', '.join(OBJECTIVES)} is needed, or module:Class "
             f"of one's own.{did_you_mean(name, OBJECTIVES)}"
         )
-    found = own.load(name, f"config.objective={name!r}", "class")
+    found = load_named(name, f"config.objective={name!r}", "class")
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(
             f"config.objective={name!r} is {found!r}; needed is a class of "

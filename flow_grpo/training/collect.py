@@ -50,7 +50,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
             if number < len(calls):
                 call, keep = calls[number], list(objective.keeps)
                 checked = for_gate and keep and sum(map(len, gated)) < plan.micro_batch_size
-                if checked and call.leaf:
+                if checked and call.segment.stochastic.any():
                     keep.append("velocities")
                 prompts = [plan.train_prompts[slots[row.group]] for row in call.rows]
                 batch = run.evaluator.prompt_batch(prompts, call.rows, run.guidance)
@@ -135,6 +135,7 @@ def table_of(run: Run, rollout: Rollout) -> RowTable:
         "leaf": rollout.leaf,
         "parent": rollout.parent[:, 0],
         "steps": rollout.steps.cpu(),
+        "branch": torch.tensor([(-1, *row.branch)[-1] for row in rollout.batch.owners]),
     }
     ranks = run.ranks.gather_objects(columns)
     first = 0

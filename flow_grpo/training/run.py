@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flow_grpo import rollouts
+from flow_grpo import rollouts, windows
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
@@ -89,7 +89,10 @@ class Run:
             return [[micro.velocity(point, guidance) for point in micro.points] for micro in micros]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
-        return rollouts.trained_steps(self.config.sample, groups, self.config.seed, epoch)
+        config = self.config
+        return windows.trained_steps(
+            config.sample, groups, config.seed, epoch, self.plan.num_groups
+        )
 
     def calls(self, rank: int, epoch: int) -> list[Call]:
         """Return a rank's calls of denoise() in an epoch; every rank knows those of all."""
@@ -100,12 +103,14 @@ class Run:
         return self.objective.rollout(list(rows), lambda groups: self.trained_steps(groups, epoch))
 
     def passes(self) -> dict[str, int]:
-        calls = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
+        world = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
+        calls = [call for of_rank in world for call in of_rank]
+        num_kept = sum(int(call.segment.stochastic.sum()) for call in calls)
         return self.plan.passes(
             self.config,
-            self.objective.passes(self.trained_steps([0], self.epoch).shape[1]),
+            self.objective.passes(num_kept / (self.plan.num_groups * self.plan.group_size)),
             guided=self.pipeline.needs_negative(self.guidance),
-            num_sampled=sum(map(rollouts.num_forwards, calls)),
+            num_sampled=rollouts.num_forwards(calls),
         )
 
     def move_snapshots(self) -> None:

@@ -78,7 +78,7 @@ class NFT(Objective):
             stats["kl"] = kl.detach()
         return Loss(value, stats)
 
-    def passes(self, num_kept: int) -> Passes:
+    def passes(self, num_kept: float) -> Passes:
         points = len(self.noising)
         return Passes(points, points * len(self.snapshots), 0)
 

@@ -95,7 +95,7 @@ class DPO(Objective):
         stats = {name: value.detach().repeat_interleave(2) for name, value in stats.items()}
         return Loss(-logsigmoid(margin).repeat_interleave(2), stats)
 
-    def passes(self, num_kept: int) -> Passes:
+    def passes(self, num_kept: float) -> Passes:
         return Passes(len(self.noising), len(self.noising), 0, share=self.share)
 
     def after_update(self, snapshots: Snapshots, num_updates: int) -> None:

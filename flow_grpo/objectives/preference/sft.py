@@ -77,7 +77,7 @@ class SFT(Objective):
             stats["kl"] = kl.detach()
         return Loss(value, stats)
 
-    def passes(self, num_kept: int) -> Passes:
+    def passes(self, num_kept: float) -> Passes:
         points = len(self.noising)
         return Passes(points, points * bool(self.beta), 0, share=self.share)
 

@@ -60,7 +60,7 @@ class GRPO(Objective):
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)
         train = config.train
-        self.train, self.beta = train, train.beta
+        self.beta = train.beta
         self.replays = train.old_log_prob == "replay"
         if self.beta:
             self.snapshots = ("reference",)
@@ -116,7 +116,7 @@ class GRPO(Objective):
         mean = None if rows.means is None else rows.means[:, point.column]
         return OldStep(rows.log_probs[:, point.column], mean)
 
-    def passes(self, num_kept: int) -> Passes:
+    def passes(self, num_kept: float) -> Passes:
         return Passes(num_kept, num_kept * bool(self.beta), num_kept * self.replays)
 
     def gate_limits(self) -> dict[str, float]:
