@@ -238,8 +238,8 @@ def test_a_missing_score_has_weight_and_advantage_zero_and_leaves_its_group():
 def test_an_unbiased_std_divides_by_one_less():
     scores = torch.tensor([0.2, 0.4, 0.9, 0.5], dtype=torch.float64)
     group = torch.zeros(4, dtype=torch.int64)
-    found = group_advantages(scores, group, std="group", epsilon=1e-8, unbiased=True)
-    close(found, [-1.0190492961, -0.3396830987, 1.3587323948, 0], atol=1e-9)
+    found = group_advantages(scores, group, std="group", epsilon=0.0, unbiased=True)
+    close(found, (scores - 0.5) / math.sqrt(0.26 / 3), atol=1e-12)
     both = torch.cat([scores, scores + 1])
     found = group_advantages(both, torch.arange(8) // 4, std="global", epsilon=0.0, unbiased=True)
     close(found, torch.cat([scores - 0.5, scores - 0.5]) / both.std(), atol=1e-12)
