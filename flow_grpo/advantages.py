@@ -27,7 +27,7 @@ def group_advantages(
     values = scores[present].double()
     centred, group_std, count = _centre(values, _group_index(group)[present])
     if std == "global":
-        group_std, count = _std(values), torch.tensor(len(values))
+        group_std, count = _std(values), values.new_tensor(len(values))
     if unbiased:
         group_std = group_std * torch.sqrt(count / (count - 1).clamp(min=1))
     if std != "none":
@@ -83,7 +83,7 @@ def _centre(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     constant = largest - smallest <= 1e-8 * mean.abs().clamp(min=1)
     centred = torch.where(constant[index], 0, values - mean[index])
     std = torch.sqrt(_group_sum(centred**2, index, num_groups) / count)
-    return centred, std[index], count[index]
+    return centred, std[index], count[index].double()
 
 
 def _group_sum(values: Tensor, index: Tensor, num_groups: int) -> Tensor:
