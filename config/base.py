@@ -120,8 +120,17 @@ COMMON = {
     "sample.test_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
     "sample.num_image_per_prompt": Key(16, "the group's size", least=1, most=100_000),
     "sample.num_batches_per_epoch": Key(4, "calls an epoch on each rank", least=1, most=100_000),
-    "sample.noise_level": Key(0.7, "a of Flow-SDE, eta of CPS and Dance-SDE", least=0, most=10),
-    "sample.sde_type": Key("sde", choices=("sde", "cps", "dance")),
+    "sample.noise_level": Key(
+        0.7, "a of Flow-SDE, eta of CPS and Dance-SDE; 1 for linear", least=0, most=10
+    ),
+    "sample.sde_type": Key(
+        "sde", "the kernel of a stochastic step", choices=("sde", "cps", "dance", "linear")
+    ),
+    "sample.clean_grid": Key(
+        False,
+        "sigmas shifted from 1, 1 - 1/N, ... 1/N, not the stock scheduler's: DanceGRPO's and "
+        "MixGRPO's, and to .004 UniPC's of Wan",
+    ),
     "sample.sde_window_size": Key(
         0, "trained steps from a random start; 0: all steps but the last", least=0, most=1000
     ),

@@ -37,8 +37,8 @@ def step(
     """Step from sigma to sigma_next, or score the step that was taken.
 
     velocity, latents: (B, ...). sigma > sigma_next, noise_level, sigma_guard: scalars or (B,).
-    noise_level: a of "sde", eta of "dance" and "cps", up to the kernel's max_level.
-    sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
+    noise_level: a of "sde", eta of "dance" and "cps", up to the kernel's max_level; "linear" has
+    1. sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
     next_latents: (B, ...) where the step went, a constant to the gradient; else noise: (B, ...)
     standard normal. A stochastic kind takes exactly one of the two and draws nothing itself.
     log_prob is the Gaussian's log-density divided by the number of elements, so that a ratio of two
@@ -107,6 +107,10 @@ def _dance_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Te
     return _diffuse(sigma, sigma_next, noise_level)
 
 
+def _linear_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
+    return _diffuse(sigma, sigma_next, noise_level * guard * sigma)
+
+
 def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     angle = noise_level * (pi / 2)
     return sigma_next * torch.cos(angle), sigma_next * torch.sin(angle)
@@ -135,6 +139,7 @@ KERNELS = {
     "sde": Kernel(_flow_sde, 0.7, inf, True),  # Flow-SDE, arXiv:2505.05470
     "cps": Kernel(_cps, 0.8, 1.0, False),  # coefficients preserved, arXiv:2509.05952
     "dance": Kernel(_dance_sde, 0.3, inf, True),  # Dance-SDE, arXiv:2505.07818
+    "linear": Kernel(_linear_sde, 1.0, inf, True),  # of Flow-GRPO's video runs
     "ode": Kernel(_euler, 0.0, 0.0, False),  # diffusers' FlowMatchEulerDiscreteScheduler
 }
 STOCHASTIC = tuple(kind for kind in KERNELS if kind != "ode")

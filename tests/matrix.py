@@ -41,7 +41,7 @@ ROLLOUTS = {  # by a name for the table
     "tree": {"sample.branching": "tree"},
     "dropped": {"train.drop_equal_groups": True, "train.best_and_worst": 1},
 }
-KERNELS = ("sde", "cps", "dance")
+KERNELS = ("sde", "cps", "dance", "linear")
 RATIOS = ("grpo", "grpo_guard", "flow_dppo")
 MODELS = ("sd3", "flux", "qwenimage")
 

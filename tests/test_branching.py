@@ -149,6 +149,7 @@ def test_a_tree_splits_at_each_step_and_its_nodes_share_what_lies_before():
         assert steps == {first: 3, second: 9}
         tops = mine[rows.steps[mine, 0] == first]
         assert (rollout.latents[tops] == rollout.latents[tops[0]]).all()
+        assert ((rows.parent[tops] >= 0) == (first > 0)).all()  # they go on from a trunk
         for top in tops.tolist():
             below = mine[rows.parent[mine] == top]
             assert len(below) == 3 and rows.leaf[below].all()

@@ -44,7 +44,7 @@ def test_it_does_so_on_other_models(folder, model, objective, use_lora):
 
 @pytest.mark.parametrize("rollout", matrix.ROLLOUTS)
 def test_a_policy_gradient_starts_at_ratio_one_by_every_rollout(folder, rollout):
-    kernel = matrix.KERNELS[list(matrix.ROLLOUTS).index(rollout) % 3]
+    kernel = matrix.KERNELS[list(matrix.ROLLOUTS).index(rollout) % 4]
     matrix.check(folder, "sd3", "grpo", True, rollout, kernel)
 
 

@@ -158,6 +158,7 @@ def load(
     size = Size(height, width, config.num_frames)
     pipeline.check_size(size)
     pipeline.batches_guidance = config.sample.batched_guidance
+    pipeline.clean_grid = config.sample.clean_grid
     if config.attention_backend:
         pipeline.transformer.set_attention_backend(config.attention_backend)
     pipeline.cut_decoding(config.vae_tiling, config.vae_slicing)

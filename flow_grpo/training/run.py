@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flow_grpo import rollouts, windows
+from flow_grpo import rollouts, sde, windows
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
@@ -112,6 +112,20 @@ class Run:
             guided=self.pipeline.needs_negative(self.guidance),
             num_sampled=rollouts.num_forwards(calls),
         )
+
+    def excess_noise(self) -> float:
+        """Return by how much a stochastic step's noise exceeds the next sigma, at most.
+
+        The model takes such a state for one of that sigma; images are scored with what is left.
+        """
+        schedule = self.schedule
+        if schedule.kind == "ode" or schedule.noise_level == 0:
+            return 0.0
+        steps = torch.from_numpy(self.trained_steps(range(self.plan.num_groups), self.epoch))
+        sigmas = schedule.sigmas.double().cpu()
+        now, then = sigmas[:-1][steps.unique()], sigmas[1:][steps.unique()]
+        left = sde.leftover_noise(schedule.kind, now, then, schedule.noise_level, sigmas[1])
+        return (left - then).max().item()
 
     def move_snapshots(self) -> None:
         """Let the average follow every ema_update_every-th update, and the objective its own."""
