@@ -107,6 +107,12 @@ COMMON = {
     "vae_tiling": Key(False, "decode an image in tiles, with faint seams"),
     "vae_slicing": Key(False, "decode one image after the other"),
     # Rollouts.
+    "sample.source": Key(
+        "model",
+        "of the images that train: the model draws them; or the data set has them, chosen and "
+        "rejected in each row (2 images a prompt), or picture (1)",
+        choices=("model", "data"),
+    ),
     "sample.num_steps": Key(10, least=2, most=1000),
     "sample.eval_num_steps": Key(40, least=1, most=1000),
     "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),

@@ -34,6 +34,7 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     model_files.check(config)
     found = plan.make(config, world_size)
     _check_choice(config, found.train_prompts)
+    _check_answers(config, found.train_prompts)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
     _check_tracker(config)
     keys_to_continue = {"run_name": config.run_name, "resume_from": "latest"}
@@ -125,6 +126,30 @@ def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
             f"the reference images of config.dataset={config.dataset!r} have {sizes} sizes. Images "
             f"of one size are needed; or leave config.{key} as it is by default."
         )
+
+
+def _check_answers(config: ConfigDict, prompts: list[Prompt]) -> None:
+    """Refuse to train on a data set's own images where it, or the objective, has none."""
+    if config.sample.source != "data":
+        return
+    said, size = "config.sample.source=data", config.sample.num_image_per_prompt
+    if find(config.objective).keeps:
+        raise ValueError(
+            f"{said} with config.objective={config.objective!r}, which needs the steps by which an "
+            f"image was drawn. Use dpo, sft, or another objective on final images."
+        )
+    if config.num_frames > 1:
+        raise ValueError(
+            f"{said} with config.num_frames={config.num_frames}: only images are read."
+        )
+    for prompt in prompts:
+        if len(prompt.answers) != size:
+            raise ValueError(
+                f"{said} with config.sample.num_image_per_prompt={size}: the prompt "
+                f"{prompt.text!r:.60} of config.dataset={config.dataset!r} has "
+                f"{len(prompt.answers)} image(s) to train on. Each row of the jsonl needs "
+                f'"chosen" and "rejected" (2 images a prompt) or "picture" (1).'
+            )
 
 
 def _check_tracker(config: ConfigDict) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor
 from flow_grpo import advantages
 from flow_grpo.cli import progress
 from flow_grpo.evaluation import diversity
-from flow_grpo.prompts import epoch_prompts
+from flow_grpo.prompts import Prompt, epoch_prompts
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Arranged, Rollout, RowTable
+from flow_grpo.records import Arranged, PromptBatch, Rollout, RowTable
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scoring
 from flow_grpo.rollouts import states_to_save
@@ -22,21 +22,77 @@ from flow_grpo.training.arrange import arrange
 from flow_grpo.training.run import Run
 
 
+class Ranked:
+    """The scores of a prompt's own answers: the earlier is the better."""
+
+    def __init__(self, rollout: Rollout):
+        self._scores = -rollout.batch.member.double().numpy()
+
+    def result(self, patience_s: float) -> dict[str, np.ndarray]:
+        return {"avg": self._scores}
+
+
 @dataclass
 class Sampled:
     """This rank's part of an epoch's rollout."""
 
     rollout: Rollout  # N rows
     images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
-    scoring: Scoring | None  # of the leaves, under way
+    scoring: Scoring | Ranked | None  # of the leaves, under way
     for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
     first_row: int = 0  # the number of its first row among all ranks'
 
 
 def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
-    """Draw this rank's images, and start to score them."""
+    """Draw this rank's images, and start to score them; or take those of the data."""
+    return read(run, epoch) if run.config.sample.source == "data" else draw(run, epoch, for_gate)
+
+
+def read(run: Run, epoch: int) -> Sampled:
+    """Encode what the data set answers its prompts with, a row an answer."""
+    size, parts, images = run.evaluator.size, [], []
+    prompts = _prompts(run, epoch)
+    with run.timer("sample"):
+        for call in run.calls(run.ranks.rank, epoch):
+            asked = [prompts[row.group] for row in call.rows]
+            batch = run.evaluator.prompt_batch(asked, call.rows, run.guidance)
+            answers = [
+                prompt.load_answer(row.member, size.width, size.height)
+                for prompt, row in zip(asked, call.rows, strict=True)
+            ]
+            parts.append(unsampled(batch, run.pipeline.latents(answers, size)))
+            images += answers
+            run.evaluator.stop.check()
+    rollout = Rollout.cat(parts)
+    return Sampled(rollout, images, Ranked(rollout), for_gate=None)
+
+
+def unsampled(batch: PromptBatch, final: Tensor) -> Rollout:
+    """Return final latents (N, ...) as rows without a step."""
+    nothing = final.new_empty(len(final), 0)
+    return Rollout(
+        batch=batch,
+        steps=nothing.long(),
+        next_steps=nothing.long(),
+        latents=nothing,
+        next_latents=nothing,
+        log_probs=nothing,
+        final=final,
+        leaf=torch.ones(len(final), dtype=torch.bool),
+        parent=torch.full((len(final), 2), -1),
+    )
+
+
+def _prompts(run: Run, epoch: int) -> list[Prompt]:
+    """List the prompt of each group of an epoch."""
+    plan = run.plan
+    slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, run.config.seed, epoch)
+    return [plan.train_prompts[slot] for slot in slots]
+
+
+def draw(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
     config, plan, objective = run.config, run.plan, run.objective
-    slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, config.seed, epoch)
+    asked = _prompts(run, epoch)
     world = [run.calls(rank, epoch) for rank in range(plan.world_size)]
     calls = world[run.ranks.rank]
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
@@ -52,7 +108,7 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                 checked = for_gate and keep and sum(map(len, gated)) < plan.micro_batch_size
                 if checked and call.segment.stochastic.any():
                     keep.append("velocities")
-                prompts = [plan.train_prompts[slots[row.group]] for row in call.rows]
+                prompts = [asked[row.group] for row in call.rows]
                 batch = run.evaluator.prompt_batch(prompts, call.rows, run.guidance)
                 part = denoise(
                     run.pipeline,

@@ -110,7 +110,7 @@ class Run:
             self.config,
             self.objective.passes(num_kept / (self.plan.num_groups * self.plan.group_size)),
             guided=self.pipeline.needs_negative(self.guidance),
-            num_sampled=rollouts.num_forwards(calls),
+            num_sampled=rollouts.num_forwards(calls) if self.config.sample.source == "model" else 0,
         )
 
     def excess_noise(self) -> float:
