@@ -126,6 +126,13 @@ COMMON = {
     "sample.test_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
     "sample.num_image_per_prompt": Key(16, "the group's size", least=1, most=100_000),
     "sample.num_batches_per_epoch": Key(4, "calls an epoch on each rank", least=1, most=100_000),
+    "sample.max_refills": Key(
+        0,
+        "times that further prompts are drawn in place of groups of equal scores; needs "
+        "train.drop_equal_groups",
+        least=0,
+        most=100,
+    ),
     "sample.noise_level": Key(
         0.7, "a of Flow-SDE, eta of CPS and Dance-SDE; 1 for linear", least=0, most=10
     ),

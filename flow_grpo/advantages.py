@@ -58,11 +58,16 @@ def gdpo_advantages(
 
 def zero_std_fraction(scores: Tensor, group: Tensor) -> float:
     """Give the fraction of groups that teach nothing, as their scores are all equal or missing."""
+    num_groups = int(_group_index(group).max()) + 1
+    return (num_groups - num_unequal(scores, group)) / num_groups
+
+
+def num_unequal(scores: Tensor, group: Tensor) -> int:
+    """Count the groups whose scores (N,) are not all equal or missing."""
     index = _group_index(group)
     present = ~torch.isnan(scores)
     centred, *_ = _centre(scores[present].double(), index[present])
-    num_groups = int(index.max()) + 1
-    return (num_groups - len(index[present][centred != 0].unique())) / num_groups
+    return len(index[present][centred != 0].unique())
 
 
 def _group_index(group: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The arithmetic of an epoch: groups, micro-batches, updates, passes through the transformer."""
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +11,14 @@ from flow_grpo import prompts, randomness
 from flow_grpo.prompts import Prompt
 
 PUBLISHED_GROUPS, PUBLISHED_GROUP_SIZE = 48, 24  # an epoch of Flow-GRPO (arXiv:2505.05470)
+
+
+class Part(NamedTuple):
+    """Groups of an epoch that are drawn together."""
+
+    first: int  # slot
+    num_groups: int
+    num_batches: int  # calls of each rank, if no row shares a step
 
 
 # [inner epoch][update][rank] -> micro-batches: numbers of rows among all ranks'. ~n is row n once
@@ -63,6 +72,23 @@ class Plan:
         if self.group_size < PUBLISHED_GROUP_SIZE:
             few.append("smaller groups")
         return f"published runs have {published}; here: {', '.join(few)}"
+
+    def whole(self, sample: ml_collections.ConfigDict) -> Part:
+        """Return the part that every epoch draws."""
+        return Part(0, self.num_groups, sample.num_batches_per_epoch)
+
+    def refill(self, sample: ml_collections.ConfigDict, first: int, wanted: int) -> Part:
+        """Return the smallest part with so many groups, from this slot, that all ranks can draw.
+
+        A rank has whole groups in it if it has whole ones otherwise.
+        """
+        rows, size = sample.train_batch_size, self.group_size
+        whole = rows * sample.num_batches_per_epoch % size == 0
+        on = rows if whole else rows * self.world_size
+        sizes = (n for n in itertools.count(1) if n * on % size == 0)
+        total = self.world_size * rows
+        num_batches = next(n for n in sizes if n * total >= wanted * size)
+        return Part(first, num_batches * total // size, num_batches)
 
     def passes(
         self, config: ml_collections.ConfigDict, of_row: Passes, guided: bool, num_sampled: int

@@ -59,7 +59,10 @@ def _stratified(sample: ml_collections.ConfigDict, slot: Slot) -> Iterable[int]:
     first, end = sample.sde_window_range
     order = list(range(slot.num_groups))
     randomness.rng(slot.seed, "strata", slot.epoch).shuffle(order)
-    place = order[slot.group] + randomness.rng(slot.seed, "stratum", *slot[1:3]).random()
+    place = (
+        order[slot.group % slot.num_groups]
+        + randomness.rng(slot.seed, "stratum", *slot[1:3]).random()
+    )
     return [first + int(place * (end - first) / slot.num_groups)]
 
 

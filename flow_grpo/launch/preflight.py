@@ -112,7 +112,7 @@ def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
 
 
 def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
-    """Refuse to pack chosen rows of several groups into a micro-batch that must have one size."""
+    """Refuse to fill dropped groups up if none are, or to pack rows of several sizes together."""
     sizes = len({prompt.image_sizes for prompt in prompts})
     mixes = {
         "objective": find(config.objective).selects,
@@ -120,6 +120,12 @@ def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
         "train.drop_equal_groups": config.train.drop_equal_groups,
         "train.best_and_worst": config.train.best_and_worst > 0,
     }
+    if config.sample.max_refills and not config.train.drop_equal_groups:
+        raise ValueError(
+            f"config.sample.max_refills={config.sample.max_refills} with config.train."
+            f"drop_equal_groups=False: groups are drawn in place of those that are dropped. Set "
+            f"config.train.drop_equal_groups=True, or config.sample.max_refills=0."
+        )
     for key in (key for key, is_on in mixes.items() if is_on and sizes > 1):
         raise ValueError(
             f"config.{key}={keys.get(config, key)!r} puts rows of several groups into a call, and "

@@ -1,5 +1,7 @@
 """The first half of an epoch: roll out, score, and weigh the rows of all ranks."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 
@@ -11,8 +13,9 @@ from torch import Tensor
 from flow_grpo import advantages
 from flow_grpo.cli import progress
 from flow_grpo.evaluation import diversity
+from flow_grpo.plan import Part
 from flow_grpo.prompts import Prompt, epoch_prompts
-from flow_grpo.randomness import Randomness
+from flow_grpo.randomness import Randomness, rng
 from flow_grpo.records import Arranged, PromptBatch, Rollout, RowTable
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scoring
@@ -42,18 +45,50 @@ class Sampled:
     for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
     first_row: int = 0  # the number of its first row among all ranks'
 
+    def with_more(self, more: Sampled) -> Sampled:
+        """Put further rows behind these, whose scores are there."""
+        parent = more.rollout.parent.clone()
+        parent[parent[:, 0] >= 0, 0] += len(self.rollout)
+        rollout = Rollout.cat([self.rollout, replace(more.rollout, parent=parent)])
+        return replace(self, rollout=rollout, images=self.images + more.images, scoring=None)
 
-def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
-    """Draw this rank's images, and start to score them; or take those of the data."""
-    return read(run, epoch) if run.config.sample.source == "data" else draw(run, epoch, for_gate)
+
+def collect(run: Run, epoch: int, for_gate: bool = False) -> tuple[Sampled, dict[str, np.ndarray]]:
+    """Roll out and score; where groups teach nothing, again with further prompts."""
+    config, plan = run.config, run.plan
+    sampled = roll_out(run, epoch, for_gate)
+    scores, num_groups = score(run, sampled), plan.num_groups
+    for _ in range(config.sample.max_refills):
+        group = sampled.rollout.batch.group[sampled.rollout.leaf]
+        world = run.ranks.gather_objects((scores["avg"], group))
+        average = torch.from_numpy(np.concatenate([each for each, _ in world]))
+        taught = advantages.num_unequal(average, torch.cat([each for _, each in world]))
+        if taught >= plan.num_groups:
+            break
+        part = plan.refill(config.sample, num_groups, plan.num_groups - taught)
+        more = roll_out(run, epoch, part=part)
+        scores = {name: np.append(scores[name], each) for name, each in score(run, more).items()}
+        sampled, num_groups = sampled.with_more(more), num_groups + part.num_groups
+    return sampled, scores
 
 
-def read(run: Run, epoch: int) -> Sampled:
+def roll_out(run: Run, epoch: int, for_gate: bool = False, part: Part | None = None) -> Sampled:
+    """Draw this rank's images, and start to score them; or take those of the data.
+
+    part: None: what every epoch draws.
+    """
+    part = part or run.plan.whole(run.config.sample)
+    if run.config.sample.source == "data":
+        return read(run, epoch, part)
+    return draw(run, epoch, part, for_gate)
+
+
+def read(run: Run, epoch: int, part: Part) -> Sampled:
     """Encode what the data set answers its prompts with, a row an answer."""
     size, parts, images = run.evaluator.size, [], []
-    prompts = _prompts(run, epoch)
+    prompts = _prompts(run, epoch, part)
     with run.timer("sample"):
-        for call in run.calls(run.ranks.rank, epoch):
+        for call in run.calls(run.ranks.rank, epoch, part):
             asked = [prompts[row.group] for row in call.rows]
             batch = run.evaluator.prompt_batch(asked, call.rows, run.guidance)
             answers = [
@@ -83,17 +118,21 @@ def unsampled(batch: PromptBatch, final: Tensor) -> Rollout:
     )
 
 
-def _prompts(run: Run, epoch: int) -> list[Prompt]:
-    """List the prompt of each group of an epoch."""
-    plan = run.plan
-    slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, run.config.seed, epoch)
-    return [plan.train_prompts[slot] for slot in slots]
+def _prompts(run: Run, epoch: int, part: Part) -> dict[int, Prompt]:
+    """Return the prompt of each group of a part, by its slot; of a refill at random."""
+    prompts, seed = run.plan.train_prompts, run.config.seed
+    slots = range(part.first, part.first + part.num_groups)
+    if part.first == 0:
+        numbers = epoch_prompts(len(prompts), part.num_groups, seed, epoch)
+    else:
+        numbers = [rng(seed, "refill", epoch, slot).randrange(len(prompts)) for slot in slots]
+    return {slot: prompts[number] for slot, number in zip(slots, numbers, strict=True)}
 
 
-def draw(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
+def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
     config, plan, objective = run.config, run.plan, run.objective
-    asked = _prompts(run, epoch)
-    world = [run.calls(rank, epoch) for rank in range(plan.world_size)]
+    asked = _prompts(run, epoch, part)
+    world = [run.calls(rank, epoch, part) for rank in range(plan.world_size)]
     calls = world[run.ranks.rank]
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
     done: list[Denoised] = []
@@ -110,7 +149,7 @@ def draw(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                     keep.append("velocities")
                 prompts = [asked[row.group] for row in call.rows]
                 batch = run.evaluator.prompt_batch(prompts, call.rows, run.guidance)
-                part = denoise(
+                drawn = denoise(
                     run.pipeline,
                     run.model,
                     batch,
@@ -124,18 +163,18 @@ def draw(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                     on_step=bar.update,
                 )
                 if "velocities" in keep:
-                    gated.append(part.rollout)
-                    part.rollout = replace(part.rollout, velocities=None)
-                done.append(part)
+                    gated.append(drawn.rollout)
+                    drawn.rollout = replace(drawn.rollout, velocities=None)
+                done.append(drawn)
                 if call.leaf:
-                    decoded = decode(run.pipeline, part.rollout)
+                    decoded = decode(run.pipeline, drawn.rollout)
                     known = batch.prompts, batch.metadata, batch.references
                     scoring.add(Batch(decoded, *known, batch.group.numpy()))
                     images += decoded
             run.evaluator.stop.check()  # of as many calls as the rank with the most makes
     bar.close()
     return Sampled(
-        rollout=Rollout.cat([part.rollout for part in done]),
+        rollout=Rollout.cat([drawn.rollout for drawn in done]),
         images=images,
         scoring=scoring,
         for_gate=Rollout.cat(gated) if gated else None,
@@ -175,6 +214,7 @@ def weigh(
     average = world["avg"]
     present = average[~average.isnan()]
     return arranged, metrics | {
+        "images": float(len(average)),
         "reward/avg_std": present.std(correction=0).item(),
         "reward/missing": average.isnan().sum().item(),
         "reward/zero_std_fraction": advantages.zero_std_fraction(average, group),

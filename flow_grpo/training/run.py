@@ -15,7 +15,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
 from flow_grpo.parallel.engine import Engine, Ranks
-from flow_grpo.plan import Plan
+from flow_grpo.plan import Part, Plan
 from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
@@ -94,13 +94,16 @@ class Run:
             config.sample, groups, config.seed, epoch, self.plan.num_groups
         )
 
-    def calls(self, rank: int, epoch: int) -> list[Call]:
-        """Return a rank's calls of denoise() in an epoch; every rank knows those of all."""
-        sample = self.config.sample
-        rows = rollout_rows(
-            rank, sample.num_batches_per_epoch, sample.train_batch_size, self.plan.group_size
-        )
-        return self.objective.rollout(list(rows), lambda groups: self.trained_steps(groups, epoch))
+    def calls(self, rank: int, epoch: int, part: Part | None = None) -> list[Call]:
+        """Return a rank's calls of denoise() in an epoch; every rank knows those of all.
+
+        part: None: what every epoch draws.
+        """
+        sample, plan = self.config.sample, self.plan
+        part = part or plan.whole(sample)
+        batches = rollout_rows(rank, part.num_batches, sample.train_batch_size, plan.group_size)
+        calls = [[(part.first + group, member) for group, member in rows] for rows in batches]
+        return self.objective.rollout(calls, lambda groups: self.trained_steps(groups, epoch))
 
     def passes(self) -> dict[str, int]:
         world = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
