@@ -113,6 +113,11 @@ COMMON = {
         "rejected in each row (2 images a prompt), or picture (1)",
         choices=("model", "data"),
     ),
+    "sample.solver": Key(
+        "euler",
+        "of steps that are not stochastic: dpm2 is DPM-Solver++ of order 2",
+        choices=("euler", "dpm2"),
+    ),
     "sample.num_steps": Key(10, least=2, most=1000),
     "sample.eval_num_steps": Key(40, least=1, most=1000),
     "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),

@@ -55,6 +55,7 @@ def build(
         noise_level=config.sample.noise_level,
         same_latent=config.sample.same_latent,
         pad_to=config.max_sequence_length,
+        solver=config.sample.solver,
     )
     objective = objective_class(config, schedule)
     add_trained_weights(pipeline, config)
