@@ -59,12 +59,12 @@ def exact(noise):
 
 def test_it_is_better_than_euler_with_twice_the_steps():
     errors = {}
-    for solver, counts in {"euler": (20, 40, 80), "dpm2": (10, 20, 40)}.items():
+    for solver, counts in {"euler": (40, 80), "dpm2": (20, 40)}.items():
         for num_steps in counts:
             final, noise, _ = drawn(num_steps, solver)
             errors[solver, num_steps] = (final - exact(noise)).abs().max().item()
     assert 1.8 < errors["euler", 40] / errors["euler", 80] < 2.2
-    for num_steps in (10, 20, 40):
+    for num_steps in (20, 40):
         assert errors["dpm2", num_steps] < errors["euler", 2 * num_steps]
 
 
