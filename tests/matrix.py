@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
+from contextlib import redirect_stdout
 from itertools import product
 from pathlib import Path
 
@@ -101,7 +103,8 @@ def main() -> None:
             for objective, use_lora, rollout, kernel in cells:
                 if (objective, kernel) == ("grpo_guard", "cps"):
                     continue  # refused
-                seen = check(folder, model, objective, use_lora, rollout, kernel)
+                with redirect_stdout(sys.stderr):
+                    seen = check(folder, model, objective, use_lora, rollout, kernel)
                 ratio = f"{seen['log_ratio']:g}" if "log_ratio" in seen else "none"
                 what = "LoRA" if use_lora else "full"
                 figures = f"{seen['loss']:.4g} | {seen['grad_norm']:.3g} | {ratio}"
