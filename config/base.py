@@ -12,6 +12,7 @@ from flow_grpo import keys
 from flow_grpo.cli import did_you_mean
 from flow_grpo.keys import Key
 
+STDS = ("group", "global", "none")
 MANY = 10**9  # a bound for what may be as large as one likes
 
 COMMON = {
@@ -111,6 +112,17 @@ COMMON = {
     "vae_tiling": Key(False, "decode an image in tiles, with faint seams"),
     "vae_slicing": Key(False, "decode one image after the other"),
     # Rollouts.
+    "sample.source": Key(
+        "model",
+        "of the images that train: the model draws them; or the data set has them, chosen and "
+        "rejected in each row (2 images a prompt), or picture (1)",
+        choices=("model", "data"),
+    ),
+    "sample.solver": Key(
+        "euler",
+        "of steps that are not stochastic: dpm2 is DPM-Solver++ of order 2",
+        choices=("euler", "dpm2"),
+    ),
     "sample.num_steps": Key(10, least=2, most=1000),
     "sample.eval_num_steps": Key(40, least=1, most=1000),
     "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),
@@ -124,19 +136,60 @@ COMMON = {
     "sample.test_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
     "sample.num_image_per_prompt": Key(16, "the group's size", least=1, most=100_000),
     "sample.num_batches_per_epoch": Key(4, "calls an epoch on each rank", least=1, most=100_000),
-    "sample.noise_level": Key(0.7, "a of Flow-SDE, eta of CPS and Dance-SDE", least=0, most=10),
-    "sample.sde_type": Key("sde", choices=("sde", "cps", "dance")),
+    "sample.max_refills": Key(
+        0,
+        "times that further prompts are drawn in place of groups of equal scores; needs "
+        "train.drop_equal_groups",
+        least=0,
+        most=100,
+    ),
+    "sample.noise_level": Key(
+        0.7, "a of Flow-SDE, eta of CPS and Dance-SDE; 1 for linear", least=0, most=10
+    ),
+    "sample.sde_type": Key(
+        "sde", "the kernel of a stochastic step", choices=("sde", "cps", "dance", "linear")
+    ),
+    "sample.clean_grid": Key(
+        False,
+        "sigmas shifted from 1, 1 - 1/N, ... 1/N, not the stock scheduler's: DanceGRPO's and "
+        "MixGRPO's, and to .004 UniPC's of Wan",
+    ),
     "sample.sde_window_size": Key(
         0, "trained steps from a random start; 0: all steps but the last", least=0, most=1000
     ),
     "sample.sde_window_range": Key(
         (0, 5), "steps [first, end) that a window may cover", least=0, most=1000
     ),
+    "sample.sde_window": Key(
+        "random",
+        "which of these: consecutive ones from a random start; a random subset; consecutive ones "
+        "that move on (MixGRPO); one, so that the groups cover the range evenly (Flash-GRPO)",
+        choices=("random", "subset", "progressive", "stratified"),
+    ),
+    "sample.window_dwell": Key(25, "progressive: epochs at each place", least=1, most=MANY),
+    "sample.window_stride": Key(1, "progressive: steps to the next place", least=1, most=1000),
+    "sample.window_decay": Key(
+        0.0, "progressive: the dwell falls by this rate a step", least=0, most=10
+    ),
+    "sample.window_decay_from": Key(0, "progressive: after this step", least=0, most=1000),
+    "sample.window_rolls_back": Key(True, "progressive: begins again after the last place"),
     "sample.sde_steps": Key(
         (), "a fixed list of trained steps instead of a window", of=int, least=0, most=1000
     ),
     "sample.same_latent": Key(False, "one initial noise a group"),
+    "sample.branching": Key(
+        "none",
+        "how a group's images share steps: none; shared_prefix (with same_latent, exact); trunk: "
+        "they branch off one path at its first trained step; per_step: at one of them each "
+        "(TempFlow-GRPO); strides: the same, each with two images (G2RPO); tree: all split at each "
+        "(BranchGRPO)",
+        choices=("none", "shared_prefix", "trunk", "per_step", "strides", "tree"),
+    ),
     "sample.global_std": Key(True, "advantages: std of all rewards; False: of the group's"),
+    "sample.advantage_std": Key(
+        "", "instead of global_std; none: not divided (Dr.GRPO)", choices=("", *STDS)
+    ),
+    "sample.unbiased_std": Key(False, "of n scores divided by n - 1"),
     # Updates.
     "train.batch_size": Key(
         None,
@@ -173,6 +226,10 @@ COMMON = {
     "train.ema": Key(False),
     "train.ema_decay": Key(0.9, least=0, most=1),
     "train.ema_update_every": Key(8, "optimizer steps", least=1, most=MANY),
+    "train.drop_equal_groups": Key(False, "groups whose scores are all equal cost no forward"),
+    "train.best_and_worst": Key(
+        0, "images of a group that train: so many of either end; 0: all", least=0, most=100_000
+    ),
     "train.shuffle_advantages": Key(
         False, "a control: the reward is the same, its assignment random"
     ),

@@ -7,9 +7,9 @@ from config.base import base
 from config.recipes import batches
 
 
-def sd3(model="stabilityai/stable-diffusion-3.5-medium"):
+def sd3(model="stabilityai/stable-diffusion-3.5-medium", objective="grpo"):
     """Stable Diffusion 3.5 at 512 x 512, all steps but the last; 32 GPUs."""
-    config = batches(base(), train_batch_size=9, group_size=24, num_batches=4)
+    config = batches(base(objective), train_batch_size=9, group_size=24, num_batches=4)
     config.pretrained.model = model
     config.resolution = 512
     config.sample.num_steps = 10

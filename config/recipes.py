@@ -60,3 +60,11 @@ def counting(config, similarity, geneval):
     config.dataset = "dataset/counting_edit"
     config.reward_fn = {"image_similarity": similarity, "geneval": geneval}
     return config
+
+
+def own_images(config):
+    """Draw a group of 24 on each rank by 40 steps, and train on some of it, unguided."""
+    config = batches(config, train_batch_size=24, group_size=24, num_batches=1)
+    config.sample.num_steps = 40
+    config.train.cfg = False
+    return config

@@ -1,4 +1,4 @@
-"""What commands show: one message at a mistake, a hint, a bar."""
+"""What commands show: one message at a mistake, a hint, a bar. What they are given by name."""
 
 import difflib
 import os
@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from pkgutil import resolve_name
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -63,3 +64,19 @@ def progress(total: int, desc: str, *, shown: bool = True, initial: int = 0) -> 
 def user_path(text: str) -> Path:
     """Read an option's path; after = a shell leaves ~ as it is."""
     return Path(os.path.expanduser(text))
+
+
+def load_named(name: str, what: str, kind: str) -> Any:
+    """Import "module:attribute", maybe from the current folder, or raise ValueError.
+
+    what: how the error names it. kind: of attribute that is needed.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return resolve_name(name)
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(
+            f"{what} can't be imported ({type(error).__name__}: {error}). An importable module and "
+            f"a {kind} in it are needed, as module:{kind}."
+        ) from error

@@ -1,5 +1,6 @@
 """The arithmetic of an epoch: groups, micro-batches, updates, passes through the transformer."""
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +13,14 @@ from flow_grpo.prompts import Prompt
 PUBLISHED_GROUPS, PUBLISHED_GROUP_SIZE = 48, 24  # an epoch of Flow-GRPO (arXiv:2505.05470)
 
 
+class Part(NamedTuple):
+    """Groups of an epoch that are drawn together."""
+
+    first: int  # slot
+    num_groups: int
+    num_batches: int  # calls of each rank, if no row shares a step
+
+
 # [inner epoch][update][rank] -> micro-batches: numbers of rows among all ranks'. ~n is row n once
 # more with weight 0, to fill a micro-batch up.
 Updates = list[list[list[list[np.ndarray]]]]
@@ -20,9 +29,10 @@ Updates = list[list[list[list[np.ndarray]]]]
 class Passes(NamedTuple):
     """How many velocities of a row are predicted; guidance makes two passes of one."""
 
-    trained: int  # with a gradient, in each inner epoch
-    frozen: int  # once an update, in each inner epoch
-    prepared: int  # before the first update of an epoch
+    trained: float  # with a gradient, in each inner epoch
+    frozen: float  # once an update, in each inner epoch
+    prepared: float  # before the first update of an epoch
+    share: float = 1.0  # of the rows that train, if all groups have the usual number
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,23 @@ class Plan:
             few.append("smaller groups")
         return f"published runs have {published}; here: {', '.join(few)}"
 
+    def whole(self, sample: ml_collections.ConfigDict) -> Part:
+        """Return the part that every epoch draws."""
+        return Part(0, self.num_groups, sample.num_batches_per_epoch)
+
+    def refill(self, sample: ml_collections.ConfigDict, first: int, wanted: int) -> Part:
+        """Return the smallest part with so many groups, from this slot, that all ranks can draw.
+
+        A rank has whole groups in it if it has whole ones otherwise.
+        """
+        rows, size = sample.train_batch_size, self.group_size
+        whole = rows * sample.num_batches_per_epoch % size == 0
+        on = rows if whole else rows * self.world_size
+        sizes = (n for n in itertools.count(1) if n * on % size == 0)
+        total = self.world_size * rows
+        num_batches = next(n for n in sizes if n * total >= wanted * size)
+        return Part(first, num_batches * total // size, num_batches)
+
     def passes(
         self, config: ml_collections.ConfigDict, of_row: Passes, guided: bool, num_sampled: int
     ) -> dict[str, int]:
@@ -71,12 +98,12 @@ class Plan:
         of_row: what an objective predicts at a row. num_sampled: steps, of all rows.
         """
         train, rows = config.train, self.num_groups * self.group_size
-        trained = rows * (2 if guided and train.cfg else 1)
+        trained = rows * of_row.share * (2 if guided and train.cfg else 1)
         return {
             "sampling": num_sampled * (2 if guided else 1),
-            "forward and backward": trained * of_row.trained * train.num_inner_epochs,
-            "frozen predictions": trained * of_row.frozen * train.num_inner_epochs,
-            "before the first update": trained * of_row.prepared,
+            "forward and backward": round(trained * of_row.trained * train.num_inner_epochs),
+            "frozen predictions": round(trained * of_row.frozen * train.num_inner_epochs),
+            "before the first update": round(trained * of_row.prepared),
         }
 
     def in_order(self, rows: list[np.ndarray], epoch: int) -> Updates:

@@ -12,11 +12,13 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from flow_grpo import inputs, randomness
 from flow_grpo.cli import user_errors
 
 SPLITS = ("train", "dev", "test")
+ANSWERS = (("chosen", "rejected"), ("picture",))  # of a jsonl row: paths, from its file's folder
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Prompt:
     metadata: dict = field(default_factory=dict, hash=False)
     images: tuple[str, ...] = ()  # paths of the reference images
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each
+    answers: tuple[str, ...] = ()  # paths of the images to train on: chosen, rejected; or picture
 
     @property
     def tag(self) -> str:
@@ -35,6 +38,11 @@ class Prompt:
         """Read the reference images, uint8 (H, W, 3) each."""
         return tuple(_read_image(path) for path in self.images)
 
+    def load_answer(self, member: int, width: int, height: int) -> np.ndarray:
+        """Read one of `answers`, scaled to fill this size and cut about its middle."""
+        image = Image.fromarray(inputs.picture(self.answers[member]))
+        return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+
 
 _read_image = lru_cache(maxsize=256)(inputs.picture)
 
@@ -42,7 +50,8 @@ _read_image = lru_cache(maxsize=256)(inputs.picture)
 def read(folder: str, split: str) -> list[Prompt]:
     """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl (see inputs.rows).
 
-    A jsonl row reaches the rewards as metadata. Raises ValueError naming file, line and fault.
+    A jsonl row reaches the rewards as metadata; it may have ANSWERS. Raises ValueError naming file,
+    line and fault.
     """
     root = Path(folder)
     text, rows = root / f"{split}.txt", root / f"{split}_metadata.jsonl"
@@ -57,19 +66,28 @@ def read(folder: str, split: str) -> list[Prompt]:
     if text.is_file():
         prompts = [Prompt(line) for _, line in inputs.lines(text)]
     else:
-        prompts = [_prompt(*row) for row in inputs.rows(rows, "prompt")]
+        prompts = [_prompt(root, *row) for row in inputs.rows(rows, "prompt")]
     if not prompts:
         path = text if text.is_file() else rows
         raise ValueError(f"config.dataset={folder!r}: {path} has no prompts.")
     return prompts
 
 
-def _prompt(where: str, row: dict, images: list[Path]) -> Prompt:
+def _prompt(root: Path, where: str, row: dict, images: list[Path]) -> Prompt:
+    keys = next((keys for keys in ANSWERS if set(keys) & set(row)), ())
+    named = [row.get(key) for key in keys]
+    if not all(isinstance(name, str) for name in named):
+        raise ValueError(
+            f"{where}: {' and '.join(keys)} must be a path (each), from this file's folder, not "
+            f"{named!r:.60}."
+        )
+    answers = [root / name for name in named]
     try:
-        sizes = tuple(map(inputs.size, images))
+        sizes, _ = tuple(map(inputs.size, images)), [*map(inputs.size, answers)]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Prompt(row["prompt"].strip(inputs.MARKS), row, tuple(map(str, images)), sizes)
+    references, answers = (tuple(map(str, paths)) for paths in (images, answers))
+    return Prompt(row["prompt"].strip(inputs.MARKS), row, references, sizes, answers)
 
 
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:

@@ -112,7 +112,8 @@ class Conditioning:
 class Rollout:
     """N denoised rows, one for each segment; those that were drawn whole are leaves.
 
-    K: the stochastic steps that were kept. A row with fewer than another has zeros behind them.
+    K: the stochastic steps that were kept. A row with fewer than another has zeros behind them,
+    and -1 as their steps.
     """
 
     batch: PromptBatch
@@ -144,7 +145,8 @@ class Rollout:
         for name in (f.name for f in fields(Rollout) if f.name != "batch"):
             values = [getattr(part, name) for part in parts]
             if name in PER_STEP:
-                values = [v if v is None else _widened(v, num_steps) for v in values]
+                fill = -1 if name.endswith("steps") else 0
+                values = [v if v is None else _widened(v, num_steps, fill) for v in values]
             columns[name] = None if any(v is None for v in values) else torch.cat(values)
         return Rollout(**columns)
 
@@ -188,14 +190,16 @@ class RowTable:
     rank: Tensor  # (N,) int64
     leaf: Tensor  # (N,) bool
     parent: Tensor  # (N,) int64, row of this table; -1: none
-    steps: Tensor  # (N, K) int64
+    steps: Tensor  # (N, K) int64; -1 behind those of a row with fewer
+    branch: Tensor  # (N,) int64, its number among those of its parent; -1: it is no branch
 
     def __len__(self) -> int:
         return len(self.group)
 
-    def of_rank(self, rank: int) -> np.ndarray:
-        """Return the leaves of a rank, row numbers of this table."""
-        return torch.nonzero((self.rank == rank) & self.leaf).flatten().numpy()
+    def of_rank(self, rank: int, chosen: Tensor | None = None) -> np.ndarray:
+        """Return a rank's leaves, or of its rows those `chosen`, (N,) bool, as numbers."""
+        chosen = self.leaf if chosen is None else chosen
+        return torch.nonzero((self.rank == rank) & chosen).flatten().numpy()
 
 
 @dataclass
@@ -213,7 +217,7 @@ def _rows(record: Rollout | Point, rows: Rows) -> Rollout | Point:
     return replace(record, **chosen)
 
 
-def _widened(values: Tensor, num_columns: int) -> Tensor:
+def _widened(values: Tensor, num_columns: int, fill: int) -> Tensor:
     missing = num_columns - values.shape[1]
-    zeros = values.new_zeros(len(values), missing, *values.shape[2:])
-    return torch.cat([values, zeros], dim=1) if missing else values
+    behind = values.new_full((len(values), missing, *values.shape[2:]), fill)
+    return torch.cat([values, behind], dim=1) if missing else values

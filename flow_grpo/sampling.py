@@ -24,6 +24,7 @@ class Schedule:
     noise_level: float = 0.0
     same_latent: bool = False
     pad_to: int = 0  # tokens
+    solver: str = "euler"  # of steps that are not stochastic; or "dpm2"
 
     @property
     def num_steps(self) -> int:
@@ -60,7 +61,7 @@ def denoise(
 
     model: the transformer as training calls it. leaf: the rows end as images. keep: of KEPT. start:
     (B, ...) fp32, the states of the rows' parents; used where a row has one. save: indices of
-    sigmas whose states are returned. Steps that are not stochastic are Euler's.
+    sigmas whose states are returned. Steps that are not stochastic are the schedule's solver's.
     """
     latents = _initial(pipeline, batch, schedule, randomness)
     device, sigmas = latents.device, schedule.sigmas
@@ -72,19 +73,20 @@ def denoise(
     conditioning = collate(pipeline, batch, schedule.pad_to)
     grid, kept = _to(device, segment.grid), _room(segment, latents, keep)
     states: dict[int, Tensor] = {}
+    solve = {"euler": Euler, "dpm2": Multistep}[schedule.solver](latents)
     for i in range(grid.shape[1] - 1):
         _save(states, segment.grid[:, i], latents, save)
         now, then = sigmas[grid[:, i]], sigmas[grid[:, i + 1]]
         velocity = pipeline.velocity(model, latents, now, conditioning)
         before, place = latents, (velocity, latents, now, then)
-        # A row that waits steps from a sigma to the same one, and so stays where it is.
-        latents = sde.step("ode", *place, 0.0, sigma_guard=sigmas[1]).next_latents
+        latents = solve(*place)
         if len(chosen := np.flatnonzero(segment.stochastic[:, i])):
             noise = _step_noise(randomness, batch, segment, i, latents)
             taken = sde.step(
                 schedule.kind, *place, schedule.noise_level, sigma_guard=sigmas[1], noise=noise
             )
             on_rows = _to(device, chosen)
+            solve.forget(on_rows)
             columns = _to(device, segment.stochastic[chosen, :i].sum(1))  # of what is kept
             latents[on_rows] = taken.next_latents[on_rows]
             values = {"latents": before, "next_latents": latents, "log_probs": taken.log_prob}
@@ -101,6 +103,46 @@ def denoise(
         **kept,
     )
     return Denoised(rollout, states)
+
+
+class Euler:
+    """A row that waits steps from a sigma to the same one, and so stays where it is."""
+
+    def __init__(self, latents: Tensor):
+        """latents: (B, ...), where the rows start."""
+
+    def __call__(self, velocity: Tensor, latents: Tensor, now: Tensor, then: Tensor) -> Tensor:
+        return sde.step("ode", velocity, latents, now, then, 0.0, sigma_guard=1.0).next_latents
+
+    def forget(self, rows: Tensor) -> None:
+        """Start anew in rows that are elsewhere than the step led."""
+
+
+class Multistep(Euler):
+    """DPM-Solver++(2M) (arXiv:2211.01095) as what it adds to an Euler step, row by row.
+
+    With X0 = x - sigma v and h = log((1 - s') / s') - log((1 - s) / s) of a step from s to s', that
+    is (1 - s'/s) h / (2 h_before) (X0 - X0 before). 0 in a row's first step, behind a stochastic
+    one, in that behind sigma 1, and in the last one.
+    """
+
+    def __init__(self, latents: Tensor):
+        self._x0 = torch.zeros_like(latents)
+        self._h = latents.new_full((len(latents),), torch.inf)
+
+    def __call__(self, velocity: Tensor, latents: Tensor, now: Tensor, then: Tensor) -> Tensor:
+        h = torch.logit(now, eps=None) - torch.logit(then, eps=None)  # inf at 1 and at 0
+        share = torch.where((then > 0) & (then < now), (1 - then / now) * h / (2 * self._h), 0)
+        share = torch.where(self._h.isinf(), 0, share)
+        x0 = latents - sde.per_row(now, latents) * velocity
+        added = sde.per_row(share, latents) * (x0 - self._x0)
+        moves = then < now
+        self._x0 = torch.where(sde.per_row(moves.to(x0), x0) > 0, x0, self._x0)
+        self._h = torch.where(moves, h, self._h)
+        return super().__call__(velocity, latents, now, then) + added
+
+    def forget(self, rows: Tensor) -> None:
+        self._h[rows] = torch.inf
 
 
 def parents(done: list[Denoised], segment: Segment) -> Tensor | None:

@@ -6,7 +6,7 @@ next = (1 - sigma_next) X0 + kept_noise * X1 + std * noise.
 """
 
 from collections.abc import Callable
-from math import inf, log, pi
+from math import inf, log, pi, prod
 from typing import NamedTuple
 
 import torch
@@ -37,8 +37,8 @@ def step(
     """Step from sigma to sigma_next, or score the step that was taken.
 
     velocity, latents: (B, ...). sigma > sigma_next, noise_level, sigma_guard: scalars or (B,).
-    noise_level: a of "sde", eta of "dance" and "cps", up to the kernel's max_level.
-    sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
+    noise_level: a of "sde", eta of "dance" and "cps", up to the kernel's max_level; "linear" has
+    1. sigma_guard: replaces sigma = 1, where Flow-SDE's noise is infinite; the grid's second value.
     next_latents: (B, ...) where the step went, a constant to the gradient; else noise: (B, ...)
     standard normal. A stochastic kind takes exactly one of the two and draws nothing itself.
     log_prob is the Gaussian's log-density divided by the number of elements, so that a ratio of two
@@ -78,6 +78,15 @@ def mean_kl(mean: Tensor, other_mean: Tensor, std: Tensor) -> Tensor:
     return _row_mean((mean - other_mean) ** 2 / (2 * std**2))
 
 
+def of_a_nat(kind: str, step: Step) -> float | Tensor:
+    """Return what a step's log_prob changes by for a nat of the row's log-density.
+
+    1 / D of its D elements; without has_variance 2 std^2 / D, (B,).
+    """
+    share = 1 / prod(step.mean.shape[1:])
+    return share if KERNELS[kind].has_variance else share * 2 * step.std.flatten() ** 2
+
+
 def leftover_noise(kind: str, *values: float | Tensor) -> Tensor:
     """Give the noise's total coefficient after one step, fp64; the model expects sigma_next.
 
@@ -96,6 +105,10 @@ def _flow_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Ten
 
 def _dance_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
     return _diffuse(sigma, sigma_next, noise_level)
+
+
+def _linear_sde(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
+    return _diffuse(sigma, sigma_next, noise_level * guard * sigma)
 
 
 def _cps(sigma: Tensor, sigma_next: Tensor, noise_level: Tensor, guard: Tensor) -> Split:
@@ -126,6 +139,7 @@ KERNELS = {
     "sde": Kernel(_flow_sde, 0.7, inf, True),  # Flow-SDE, arXiv:2505.05470
     "cps": Kernel(_cps, 0.8, 1.0, False),  # coefficients preserved, arXiv:2509.05952
     "dance": Kernel(_dance_sde, 0.3, inf, True),  # Dance-SDE, arXiv:2505.07818
+    "linear": Kernel(_linear_sde, 1.0, inf, True),  # of Flow-GRPO's video runs
     "ode": Kernel(_euler, 0.0, 0.0, False),  # diffusers' FlowMatchEulerDiscreteScheduler
 }
 STOCHASTIC = tuple(kind for kind in KERNELS if kind != "ode")

@@ -32,6 +32,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "objective sample.num_steps sample.eval_num_steps sample.guidance_scale "
     "sample.eval_guidance_scale sample.noise_level sample.sde_type sample.same_latent "
     "sample.train_batch_size sample.num_batches_per_epoch sample.num_image_per_prompt "
+    "sample.solver sample.clean_grid "
     "train.batch_size train.gradient_accumulation_steps train.num_inner_epochs train.ema "
     "train.learning_rate train.adam_beta1 train.adam_beta2 train.adam_epsilon "
     "train.adam_weight_decay train.ema_decay train.lora_rank train.lora_alpha train.lora_targets",
@@ -76,9 +77,9 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "activation_checkpointing",
     "memory_keys.py::test_the_keys_reach_the_model": "attention_backend vae_tiling vae_slicing "
     "sample.batched_guidance",
-    "rollouts.py::test_starts_cover_the_range_evenly_and_nothing_else": "sample.sde_window_size "
+    "windows.py::test_starts_cover_the_range_evenly_and_nothing_else": "sample.sde_window_size "
     "sample.sde_window_range",
-    "rollouts.py::test_fixed_steps_are_those_of_every_group": "sample.sde_steps",
+    "windows.py::test_fixed_steps_are_those_of_every_group": "sample.sde_steps",
     "advantages.py::test_targets_are_clamped_group_advantages": "sample.global_std "
     "train.adv_clip_max",
     "state.py::test_warm_up_and_decay_reach_the_optimizer": "train.lr_scheduler "
@@ -103,6 +104,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "imagereward.py::test_score_is_the_authors_model_done_by_hand": "rewards.imagereward_tokenizer",
     "geneval.py::test_scores_are_the_rules_verdicts_on_what_was_found": "rewards.geneval_score",
     "deqa.py::test_score_is_the_opinion_divided_by_five": "rewards.deqa",
+    "deqa.py::test_that_commit_is_of_the_weights_and_of_the_code": "rewards.deqa_revision",
     "judges.py::test_a_template_of_ones_own_replaces_the_reward_s": "rewards.judge_templates",
     "grpo.py::test_a_ratio_beyond_the_clip_range_keeps_only_the_gradient_that_leads_back": ""
     "train.clip_range",
@@ -113,6 +115,32 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "train.gate_tolerance",
     "grpo.py::test_std_weights_are_each_steps_std_over_their_mean": "train.step_weight",
     "grpo.py::test_the_kl_to_the_reference_has_this_value_and_gradient": "train.beta train.kl_mode",
+    "ratio_objectives.py::test_a_side_of_the_clip_range_may_have_its_own_width": ""
+    "train.clip_range_lt train.clip_range_gt",
+    "ratio_objectives.py::test_the_gate_then_measures_nats": "train.clip_nats dppo.threshold",
+    "preference.py::test_online_the_weights_that_sample_become_the_policys_every_so_many_steps": ""
+    "train.ref_update_step",
+    "preference.py::test_rows_that_do_not_train_are_not_counted_as_forwards": "dpo.num_times "
+    "sft.num_times",
+    "preference.py::test_levels_may_be_drawn_evenly[{key}]": "dpo.density sft.density",
+    "preference.py::test_rwr_trains_all_scored_rows_by_their_raw_rewards": "sft.weights",
+    "windows.py::test_a_subset_holds_distinct_ascending_steps_each_as_often_as_another": ""
+    "sample.sde_window",
+    "windows.py::test_a_progressive_window_moves_on_and_rolls_back_as_mixgrpos": ""
+    "sample.window_stride sample.window_rolls_back",
+    "windows.py::test_a_progressive_windows_dwell_falls_as_mixgrpos": "sample.window_decay "
+    "sample.window_decay_from",
+    "windows.py::test_a_progressive_window_stays_as_long_as_it_is_told": "sample.window_dwell",
+    "windows.py::test_an_impossible_branching_is_refused_with_key_value_and_remedy": ""
+    "sample.branching",
+    "advantages.py::test_an_objective_divides_as_its_keys_say": "sample.advantage_std "
+    "sample.unbiased_std",
+    "branching.py::test_groups_of_equal_scores_are_dropped_and_cost_nothing": ""
+    "train.drop_equal_groups",
+    "branching.py::test_the_best_and_the_worst_of_a_group_train_with_the_advantages_of_all": ""
+    "train.best_and_worst",
+    "refill.py::test_as_many_groups_train_as_planned": "sample.max_refills",
+    "offline.py::test_it_trains_without_drawing_or_asking_a_reward": "sample.source",
     "nft.py::test_the_fixture_has_these_losses": "nft.beta nft.kl_beta",
     "nft.py::test_an_epoch_moves_the_old_policy_towards_the_policy": "nft.decay",
     "nft.py::test_a_noising_depends_on_epoch_pass_group_member_and_time_alone": "nft.num_times",

@@ -233,3 +233,33 @@ def test_a_missing_score_has_weight_and_advantage_zero_and_leaves_its_group():
     advantages, weights = targets(scores, group, sample__global_std=False)
     assert weights.tolist() == [1, 0, 1, 1, 1] and advantages[1] == 0
     close(advantages[[0, 2, 3, 4]], GROUP_STD[:4])
+
+
+def test_an_unbiased_std_divides_by_one_less():
+    scores = torch.tensor([0.2, 0.4, 0.9, 0.5], dtype=torch.float64)
+    group = torch.zeros(4, dtype=torch.int64)
+    found = group_advantages(scores, group, std="group", epsilon=0.0, unbiased=True)
+    close(found, (scores - 0.5) / math.sqrt(0.26 / 3), atol=1e-12)
+    both = torch.cat([scores, scores + 1])
+    found = group_advantages(both, torch.arange(8) // 4, std="global", epsilon=0.0, unbiased=True)
+    close(found, torch.cat([scores - 0.5, scores - 0.5]) / both.std(), atol=1e-12)
+
+
+def test_without_a_std_an_advantage_is_the_distance_from_the_mean():
+    scores = torch.tensor([0.2, 0.4, 0.9, 0.5, 3.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    found = group_advantages(scores, torch.arange(8) // 4, std="none", unbiased=True)
+    close(found, [-0.3, -0.1, 0.4, 0, 0, 0, 0, 0], atol=1e-12)
+
+
+def test_an_objective_divides_as_its_keys_say():
+    scores = torch.tensor([0.2, 0.4, 0.9, 0.5, 3.0, 5.0, 4.0, 4.0], dtype=torch.float64)
+    group = torch.arange(8) // 4
+    for std, unbiased in (("none", False), ("group", True), ("global", True)):
+        config = base()
+        config.sample.advantage_std, config.sample.unbiased_std = std, unbiased
+        advantages, _ = GRPO(config, Schedule(torch.linspace(1, 0, 5))).targets(scores, group)
+        expected = scores - scores.reshape(2, 4).mean(1).repeat_interleave(4)
+        spread = {"none": 1, "global": scores.std()}.get(std)
+        if spread is None:
+            spread = scores.reshape(2, 4).std(1).repeat_interleave(4)
+        close(advantages, expected / (spread + 1e-4 * (std != "none")), atol=1e-12)

@@ -31,6 +31,7 @@ def table(num_ranks=2, num_rows=16):
         leaf=torch.ones(num_rows, dtype=torch.bool),
         parent=torch.full((num_rows,), -1),
         steps=torch.zeros(num_rows, 1, dtype=torch.int64),
+        branch=torch.full((num_rows,), -1),
     )
 
 

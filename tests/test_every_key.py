@@ -80,6 +80,8 @@ SEEN = {
     "sample.train_batch_size": (2, lambda run: len(run.calls(0, 0)[0].rows), 2),
     "sample.num_batches_per_epoch": (8, lambda run: len(run.calls(0, 0)), 8),
     "sample.num_image_per_prompt": (8, lambda run: run.plan.group_size, 8),
+    "sample.solver": ("dpm2", lambda run: run.schedule.solver, "dpm2"),
+    "sample.clean_grid": (True, lambda run: run.pipeline.clean_grid, True),
     "train.batch_size": (1, lambda run: run.plan.micro_batch_size, 1),
     "train.gradient_accumulation_steps": (
         8,

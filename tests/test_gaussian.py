@@ -6,8 +6,6 @@ import pytest
 import torch
 from fixtures import F64, clean_grid, close, step
 
-from flow_grpo import sde
-
 M, V0 = 0.5, 0.25
 EXACT = [1, 0.93016582, 0.85355030, 0.76953125, 0.67768595, 0.57812500]
 EXACT += [0.47222222, 0.36425781, 0.26530612, 0.20312500, 0.25]
@@ -54,7 +52,7 @@ def test_the_gaussian_velocity_is_the_one_of_the_table():
     close(torch.tensor(exact, dtype=F64), EXACT, atol=6e-9)
 
 
-@pytest.mark.parametrize("kind", sde.KERNELS)
+@pytest.mark.parametrize("kind", VARIANCES)
 def test_the_variance_along_ten_steps_is_this(kind):
     close(variances(kind, 10, range(9)), VARIANCES[kind], atol=6e-9)
 
@@ -82,7 +80,7 @@ def test_the_final_variance_depends_on_which_steps_are_stochastic(kind, stochast
     close(variances(kind, 10, stochastic)[-1], expected, atol=6e-9)
 
 
-@pytest.mark.parametrize("kind", sde.KERNELS)
+@pytest.mark.parametrize("kind", VARIANCES)
 def test_samples_have_the_gaussian_s_moments_at_every_step(kind):
     num_samples, sigmas = 200_000, clean_grid(10)
     generator = torch.Generator().manual_seed(0)

@@ -3,11 +3,13 @@
 import math
 
 import pytest
+import tiny
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from fixtures import F64, SD3_SIGMAS, V, X, clean_grid, close, randn, shifted, step
 
 from flow_grpo import sde
+from flow_grpo.records import Size
 
 
 def scheduler_of(num_steps):
@@ -68,3 +70,31 @@ def test_every_step_of_the_sd3_grid_has_this_scale():
             close((one.mean - zero.mean).abs() / one.std, expected, atol=0, rtol=2e-3)
             if kind == "sde":
                 close(sde.mean_kl(one.mean, zero.mean, one.std), kl, atol=6e-6)
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "flux", "qwenimage", "zimage"])
+def test_a_clean_grid_is_shifted_once_from_even_places(name):
+    model = tiny.patched(name)
+    stock = model.sigmas(20, Size(64, 64))
+    model.clean_grid = True
+    clean = model.sigmas(20, Size(64, 64))
+    assert clean[0] == 1 and clean[-1] == 0 and (clean.diff() < 0).all()
+    if name in ("flux", "qwenimage"):  # theirs is clean
+        assert torch.equal(clean, stock)
+    else:
+        shift = model.pipe.scheduler.config.shift
+        even = 1 - torch.arange(21, dtype=torch.float64) / 20
+        expected = shift * even / (1 + (shift - 1) * even)
+        torch.testing.assert_close(clean.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_wans_clean_grid_is_unipcs_to_4e_3():
+    unipc = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    unipc.set_timesteps(20)
+    model = tiny.patched("wan")
+    model.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    model.clean_grid = True
+    clean = model.sigmas(20, Size(64, 64))
+    assert (clean - unipc.sigmas).abs().max() < 4e-3 + 1e-4

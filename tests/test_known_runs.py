@@ -1,4 +1,4 @@
-"""Every run of config/grpo.py trains for an epoch through its own script, on a tiny pipeline.
+"""Every known run of config/ trains for an epoch through its own script, on a tiny pipeline.
 
 What makes it small is overridden: the model's folder, the data, the reward, all sizes, and fp16,
 which needs a GPU. What makes it the run it is stays: steps, window, kernel, guidance, KL, EMA,
@@ -20,21 +20,28 @@ import running
 import tiny
 from PIL import Image
 
-from config import grpo
+from config import dpo, grpo, grpo_guard, sft
 from config.base import runs_of
 from flow_grpo import plan
 from flow_grpo.launch import entry
 from flow_grpo.report.output import read_metrics
 
 ROOT = Path(__file__).parent.parent
-RUNS = runs_of(vars(grpo))
-FAST = {"clipscore_sd3", "geneval_sd3_fast_nocfg"}
+FILES = {"grpo": grpo, "grpo_guard": grpo_guard, "dpo": dpo, "sft": sft}
+RUNS = [f"{file}:{run}" for file, module in FILES.items() for run in runs_of(vars(module))]
+FAST = {"grpo:clipscore_sd3", "grpo:geneval_sd3_fast_nocfg", "dpo:geneval_sd3_online"}
+FAST |= {"grpo_guard:geneval_sd3_rationorm", "sft:geneval_sd3_online"}
 SLOW = {  # 39 trained steps; 19 of videos; the script and class of another
-    "compressibility",
-    "general_ocr_wan2_1",
-    "counting_qwenimage_edit_2509",
-    "pickscore_sd3_5_large",
+    "grpo:compressibility",
+    "grpo:general_ocr_wan2_1",
+    "grpo:counting_qwenimage_edit_2509",
+    "grpo:pickscore_sd3_5_large",
 }
+
+
+def config_of(name: str):
+    file, _, run = name.partition(":")
+    return FILES[file].get_config(run)
 
 
 def scripts() -> dict[str, tuple[Path, str]]:
@@ -46,7 +53,7 @@ def scripts() -> dict[str, tuple[Path, str]]:
         family = family.replace(" import ", ":")
         default = re.findall(r'"([\w./]+:\w+)"', text)[-1]
         run = default.partition(":")[2]
-        model = grpo.get_config(run).pretrained.model if run in RUNS else path.stem
+        model = config_of(f"grpo:{run}").pretrained.model if f"grpo:{run}" in RUNS else path.stem
         found[model] = (path, family)
     found["stabilityai/stable-diffusion-3.5-medium"] = found.pop("train_sd3")
     return found
@@ -62,7 +69,7 @@ def script_of(model: str) -> tuple[Path, str]:
 
 def marked(name: str):
     """Mark a run as slow unless it is the first of its model, or in FAST."""
-    models = [grpo.get_config(run).pretrained.model for run in RUNS[: RUNS.index(name) + 1]]
+    models = [config_of(run).pretrained.model for run in RUNS[: RUNS.index(name) + 1]]
     slow = name in SLOW or (models[-1] in models[:-1] and name not in FAST)
     return pytest.param(name, marks=pytest.mark.slow) if slow else name
 
@@ -107,14 +114,14 @@ def _path(cls: type) -> str:
 
 
 def arguments(name: str, model: Path, data: Path, logs: Path) -> list[str]:
-    config = grpo.get_config(name)
+    config = config_of(name)
     edits = config.dataset.endswith("edit")
     sizes = {
         "pretrained.model": model,
         "dataset": data / ("edits" if edits else "texts"),
         "reward_fn": {"jpeg_incompressibility": 1.0},
         "logdir": logs,
-        "run_name": name,
+        "run_name": name.replace(":", "_"),
         "tracker": "none",
         "num_epochs": 1,
         "resolution": 32,
@@ -130,14 +137,20 @@ def arguments(name: str, model: Path, data: Path, logs: Path) -> list[str]:
         sizes |= {"height": 32, "width": 32, "num_frames": 5}
     if config.mixed_precision == "fp16":
         sizes["mixed_precision"] = "no"
-    return [f"--config=config/grpo.py:{name}", *(f"--config.{k}={v}" for k, v in sizes.items())]
+    for each in ("dpo", "sft"):  # 39 of these are no other than 2
+        if each in config:
+            sizes |= {"sample.num_steps": 4, f"{each}.num_times": 2}
+    return [
+        f"--config=config/{name.replace(':', '.py:')}",
+        *(f"--config.{k}={v}" for k, v in sizes.items()),
+    ]
 
 
 @pytest.mark.parametrize("name", map(marked, RUNS))
 def test_the_run_trains_for_an_epoch_through_its_script(
     name, tiny_model, data, tmp_path, monkeypatch
 ):
-    config = grpo.get_config(name)
+    config = config_of(name)
     script, family = script_of(config.pretrained.model)
     statuses = []
     monkeypatch.setattr(entry, "leave", statuses.append)
@@ -149,11 +162,13 @@ def test_the_run_trains_for_an_epoch_through_its_script(
         runpy.run_path(str(script), run_name="__main__")
     assert statuses == [0]
 
-    folder = tmp_path / name
+    folder = tmp_path / name.replace(":", "_")
     ran = json.loads((folder / "config.json").read_text())
     assert ran["objective"] == config.objective
-    for key in ("num_steps", "noise_level", "sde_type", "sde_window_size", "guidance_scale"):
+    own_images = {"dpo", "sft"} & set(config)
+    for key in ("noise_level", "sde_type", "sde_window_size", "guidance_scale"):
         assert ran["sample"][key] == config.sample[key], key
+    assert own_images or ran["sample"]["num_steps"] == config.sample.num_steps
     for key in ("beta", "cfg", "clip_range", "ema", "learning_rate", "lora_rank"):
         assert ran["train"][key] == config.train[key], key
     updates = read_metrics(folder, "update")
@@ -164,10 +179,11 @@ def test_the_run_trains_for_an_epoch_through_its_script(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_run_fits_the_number_of_gpus_that_its_docstring_names(name):
-    says = getattr(grpo, name).__doc__
+    file, _, run = name.partition(":")
+    says = getattr(FILES[file], run).__doc__
     gpus, groups = re.search(r"(\d+) GPU", says), re.search(r"(\d+) groups", says)
     assert gpus, f"{name}'s docstring must say on how many GPUs it has its number of groups"
-    sample = grpo.get_config(name).sample
+    sample = config_of(name).sample
     pictures = int(gpus[1]) * sample.train_batch_size * sample.num_batches_per_epoch
     wanted = int(groups[1]) if groups else plan.PUBLISHED_GROUPS
     assert pictures == wanted * sample.num_image_per_prompt

@@ -2,25 +2,17 @@
 
 import pytest
 import torch
-from fixtures import F64, blank_batch, close
+from fixtures import F64, close
+from noised import SIGMA, TARGET, V_OLD, V_REF, V, noised, rollout
 
 from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.forward.nft import NFT, old_decay
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule
 from flow_grpo.training.snapshots import Snapshots
 
-FINAL = torch.tensor([[0.3, -0.7, 1.1, 0.2], [-0.4, 0.9, 0, -1.2]], dtype=F64)
-NOISE = torch.tensor([[0.5, 1.5, -1, 0.25]] * 2, dtype=F64)
-SIGMA = 0.6
-NOISED = torch.tensor([[0.42, 0.62, -0.16, 0.23], [0.14, 1.26, -0.6, -0.33]], dtype=F64)
-TARGET = NOISE - FINAL
-V_REF = TARGET + torch.tensor([[0.1, -0.2, 0.05, 0.3], [-0.1, 0.2, 0.15, -0.25]], dtype=F64)
-V_OLD = V_REF + torch.tensor([[0.02, -0.01, 0.03, 0], [0.01, 0.02, -0.02, 0.01]], dtype=F64)
-V = V_OLD + torch.tensor([[-0.05, 0.04, 0.02, -0.06], [0.03, -0.02, 0.05, 0.04]], dtype=F64)
 SIGMAS = torch.tensor([1, 0.9, 0.7, 0.4, 0.1, 0])
 
 
@@ -32,33 +24,11 @@ def objective(adv_clip_max=5.0, global_std=True, **nft):
     return NFT(config, Schedule(SIGMAS))
 
 
-def rollout(final=FINAL, advantages=(1.5, -0.5), group=None, member=None):
-    rows = torch.arange(len(final))
-    none = final.new_zeros(len(final), 0)
-    return Rollout(
-        batch=blank_batch(
-            group=rows if group is None else torch.tensor(group),
-            member=rows if member is None else torch.tensor(member),
-        ),
-        steps=none.long(),
-        next_steps=none.long(),
-        latents=none,
-        next_latents=none,
-        log_probs=none,
-        final=final,
-        leaf=torch.ones(len(final), dtype=torch.bool),
-        parent=torch.full((len(final), 2), -1),
-        advantages=torch.tensor(advantages, dtype=F64),
-    )
-
-
 def loss_and_gradient(nft, velocity=V, old=V_OLD, advantages=(1.5, -0.5)):
     """The loss of each row, and the gradient of their mean."""
     velocity = velocity.clone().requires_grad_()
-    step = torch.full((2,), 3)
-    point = Point(NOISED, torch.full((2,), SIGMA, dtype=F64), step=step, noise=NOISE)
     known = {"old": old, "reference": V_REF}
-    loss = nft.loss(velocity, known, rollout(advantages=advantages), point)
+    loss = nft.loss(velocity, known, rollout(advantages=advantages), noised())
     loss.value.mean().backward()
     return loss.value.detach(), velocity.grad
 

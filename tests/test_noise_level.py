@@ -114,7 +114,7 @@ def test_the_script_writes_the_committed_figures(tmp_path, monkeypatch, capsys):
         list(csv.DictReader((folder / "noise_sd3.csv").open()))
         for folder in (tmp_path, ROOT / "docs" / "results")
     )
-    assert len(written) == 36 and written == committed
+    assert len(written) == 45 and written == committed
 
 
 def test_an_unknown_model_or_kernel_is_refused(monkeypatch, capsys):

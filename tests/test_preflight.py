@@ -9,6 +9,7 @@ from PIL import Image
 
 from config.base import base
 from flow_grpo.launch import model_files, preflight
+from flow_grpo.objectives.registry import OBJECTIVES
 from flow_grpo.plan import Passes
 from flow_grpo.training import digests, folders
 
@@ -114,7 +115,11 @@ def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, chang
 
 
 REFUSED = [
-    ("objective", "other", "one of grpo, nft is needed, or module:Class of one's own"),
+    (
+        "objective",
+        "other",
+        f"one of {', '.join(OBJECTIVES)} is needed, or module:Class of one's own",
+    ),
     ("objective", "grop", "Did you mean 'grpo'?"),
     ("tracker", "wand", "one of tensorboard, wandb, none is needed"),
     ("tracker", "wand", "Did you mean 'wandb'?"),

@@ -231,3 +231,10 @@ def test_a_kernel_takes_noise_or_next_latents_and_never_draws(kind):
             step(kind, **given)
     with pytest.raises(AssertionError):
         step("flow", noise=Z)
+
+
+def test_the_linear_kernels_diffusion_grows_with_sigma():
+    for sigma, guard in ((0.8, 0.9), (1.0, 0.9)):
+        found = step("linear", level=1.0, sigma=sigma, sigma_guard=guard)
+        other = step("dance", level=guard * sigma, sigma=sigma, sigma_guard=guard)
+        assert all(torch.equal(one, two) for one, two in zip(found, other, strict=True))

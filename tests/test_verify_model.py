@@ -33,6 +33,7 @@ EVERYTHING = {
     "log-ratio 0 on policy, sde",
     "log-ratio 0 on policy, cps",
     "log-ratio 0 on policy, dance",
+    "log-ratio 0 on policy, linear",
     "gradient reaches all that trains",
     "LoRA export gives stock images",
 }

@@ -36,6 +36,7 @@ class PatchedPipeline(Weights):
     unguided: Guidance = Guidance(1.0)  # means a single, conditional pass
     guides_by_two_passes: bool = True  # False: the scale is one of the transformer's inputs
     batches_guidance: bool = False  # guide() makes one pass of twice the rows instead of two
+    clean_grid: bool = False  # sigmas() shifts 1, 1 - 1/N, ... 1/N
     ragged_text: bool = False  # prompts' "embeds" (L, C) differ in L
     negative_prompt: str = ""  # what guidance subtracts
     reference_area: int = 1024 * 1024  # pixels; a larger reference is shrunk to it
@@ -130,9 +131,15 @@ class PatchedPipeline(Weights):
         return noise
 
     def sigmas(self, num_steps: int, size: Size) -> Tensor:
-        """Return the stock scheduler's grid, (num_steps + 1,) fp32 on the CPU, 1 ... 0."""
+        """Return the stock scheduler's grid, (num_steps + 1,) fp32 on the CPU, 1 ... 0.
+
+        With clean_grid its shift of 1, 1 - 1/N, ... 1/N.
+        """
         scheduler = copy.deepcopy(self.pipe.scheduler)  # set_timesteps changes its state
-        scheduler.set_timesteps(num_steps, **self.scheduler_arguments(num_steps, size))
+        arguments = self.scheduler_arguments(num_steps, size)
+        if self.clean_grid:
+            arguments["sigmas"] = np.linspace(1.0, 1 / num_steps, num_steps)
+        scheduler.set_timesteps(num_steps, **arguments)
         return scheduler.sigmas.clone()
 
     def scheduler_arguments(self, num_steps: int, size: Size) -> dict:

@@ -56,6 +56,7 @@ def build(
         noise_level=config.sample.noise_level,
         same_latent=config.sample.same_latent,
         pad_to=config.max_sequence_length,
+        solver=config.sample.solver,
     )
     objective = objective_class(config, schedule)
     add_trained_weights(pipeline, config)
@@ -162,6 +163,7 @@ def load(
     size = Size(height, width, config.num_frames)
     pipeline.check_size(size)
     pipeline.batches_guidance = config.sample.batched_guidance
+    pipeline.clean_grid = config.sample.clean_grid
     if config.attention_backend:
         pipeline.transformer.set_attention_backend(config.attention_backend)
     pipeline.cut_decoding(config.vae_tiling, config.vae_slicing)

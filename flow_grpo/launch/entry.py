@@ -78,6 +78,12 @@ def execute(run: Run) -> int:
     if main_process:
         passes = ", ".join(f"{count} {name}" for name, count in run.passes().items() if count)
         print(f"{run.folder}; passes of an image an epoch: {passes}", flush=True)
+        if excess := run.excess_noise():
+            print(
+                f"a stochastic step leaves up to {excess:.3f} more noise than the schedule's next "
+                f"sigma (docs/noise.md)",
+                flush=True,
+            )
     status = 0
     try:
         loop.train(run)

@@ -10,8 +10,9 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 from ml_collections import ConfigDict
 
 from config.base import keys_of
-from flow_grpo import keys, plan, rollouts
+from flow_grpo import keys, plan, windows
 from flow_grpo.launch import model_files, provenance
+from flow_grpo.objectives.registry import find
 from flow_grpo.prompts import Prompt
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.remote import health, servers
@@ -28,10 +29,12 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     keys.check(config, keys_of(config))
     if config.run_name:
         _check_name(config.run_name)
-    rollouts.check(config.sample)
+    windows.check(config.sample)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
+    _check_choice(config, found.train_prompts)
+    _check_answers(config, found.train_prompts)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
     _check_tracker(config)
     keys_to_continue = {"run_name": config.run_name, "resume_from": "latest"}
@@ -106,6 +109,53 @@ def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
     for name in (*config.reward_fn, *config.eval_reward_fn):
         if name not in config.reward_urls:
             loading.check(name, settings, texts, metadata)
+
+
+def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
+    """Refuse to fill dropped groups up if none are, or to pack rows of several sizes together."""
+    sizes = len({prompt.image_sizes for prompt in prompts})
+    mixes = {
+        "objective": find(config.objective).selects,
+        "sample.branching": config.sample.branching != "none",
+        "train.drop_equal_groups": config.train.drop_equal_groups,
+        "train.best_and_worst": config.train.best_and_worst > 0,
+    }
+    if config.sample.max_refills and not config.train.drop_equal_groups:
+        raise ValueError(
+            f"config.sample.max_refills={config.sample.max_refills} with config.train."
+            f"drop_equal_groups=False: groups are drawn in place of those that are dropped. Set "
+            f"config.train.drop_equal_groups=True, or config.sample.max_refills=0."
+        )
+    for key in (key for key, is_on in mixes.items() if is_on and sizes > 1):
+        raise ValueError(
+            f"config.{key}={keys.get(config, key)!r} puts rows of several groups into a call, and "
+            f"the reference images of config.dataset={config.dataset!r} have {sizes} sizes. Images "
+            f"of one size are needed; or leave config.{key} as it is by default."
+        )
+
+
+def _check_answers(config: ConfigDict, prompts: list[Prompt]) -> None:
+    """Refuse to train on a data set's own images where it, or the objective, has none."""
+    if config.sample.source != "data":
+        return
+    said, size = "config.sample.source=data", config.sample.num_image_per_prompt
+    if find(config.objective).keeps:
+        raise ValueError(
+            f"{said} with config.objective={config.objective!r}, which needs the steps by which an "
+            f"image was drawn. Use dpo, sft, or another objective on final images."
+        )
+    if config.num_frames > 1:
+        raise ValueError(
+            f"{said} with config.num_frames={config.num_frames}: only images are read."
+        )
+    for prompt in prompts:
+        if len(prompt.answers) != size:
+            raise ValueError(
+                f"{said} with config.sample.num_image_per_prompt={size}: the prompt "
+                f"{prompt.text!r:.60} of config.dataset={config.dataset!r} has "
+                f"{len(prompt.answers)} image(s) to train on. Each row of the jsonl needs "
+                f'"chosen" and "rejected" (2 images a prompt) or "picture" (1).'
+            )
 
 
 def _check_tracker(config: ConfigDict) -> None:

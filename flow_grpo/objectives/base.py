@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import ml_collections
+import numpy as np
 from torch import Tensor
 
 from flow_grpo import rollouts
 from flow_grpo.advantages import group_advantages
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.keys import Key
+from flow_grpo.objectives import credit
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, Loss, Point, Rollout, RowTable
@@ -55,7 +57,7 @@ class Objective:
     keys: ClassVar[dict[str, Key]] = {}  # of the config, that only it reads: "section.key"
     keeps: ClassVar[Collection[str]] = ()  # of sampling.KEPT, for each stochastic step
     draws_points: ClassVar[bool] = False  # points() gives others in each inner epoch
-    selects: ClassVar[bool] = False  # arrange() chooses rows by their scores
+    selects: bool = False  # arrange() chooses rows by their scores
     snapshots: tuple[str, ...] = ()  # names of the copies of the weights to hold
     # For the report, by their names in metrics; one that is not here is drawn under its name.
     statistics: ClassVar[dict[str, Statistic]] = {}
@@ -66,9 +68,13 @@ class Objective:
 
     def __init__(self, config: ml_collections.ConfigDict, schedule: Schedule):
         """config: the run's. schedule: how the rollout was drawn."""
-        self.schedule = schedule
+        self.schedule, self.sample, self.train = schedule, config.sample, config.train
         self.adv_clip_max = config.train.adv_clip_max
-        self.std = "global" if config.sample.global_std else "group"
+        self.std = config.sample.advantage_std
+        self.std = self.std or ("global" if config.sample.global_std else "group")
+        of_nodes = self.keeps and config.sample.branching in ("strides", "tree")
+        some = config.train.drop_equal_groups or config.train.best_and_worst
+        self.selects = bool(self.selects or of_nodes or some)
         if config.reward_aggregation == "gdpo":
             self.std = "none"  # its scores are normalised already
 
@@ -78,26 +84,42 @@ class Objective:
 
     def rollout(self, calls: Calls, steps_of: StepsOf) -> list[Call]:
         """Turn a rank's rows into calls of denoise() (rollouts.py); the same on every rank."""
-        return rollouts.independent(calls, steps_of, self.schedule.num_steps)
+        branching = rollouts.BRANCHINGS[self.sample.branching]
+        size = self.sample.num_image_per_prompt
+        return branching(calls, steps_of, self.schedule.num_steps, size)
 
     def arrange(self, scores: Tensor, rows: RowTable, plan: Plan, epoch: int) -> Arranged:
         """Say which rows train in which update, with which advantages and weights.
 
         A pure function of all ranks' rows. scores: (N,) fp64, NaN where missing and for rows that
-        are no leaves. By default all leaves train, in their order, with targets() of their scores.
+        are no leaves. By default all leaves train, in their order, with targets() of their scores;
+        of an objective on steps all rows that have one (credit.py).
         """
-        leaf = rows.leaf
+        trained = (rows.steps >= 0).any(1) if self.keeps else rows.leaf
         advantages, weights = scores.new_zeros(2, len(rows))
-        advantages[leaf], weights[leaf] = self.targets(scores[leaf], rows.group[leaf])
-        of_ranks = [rows.of_rank(rank) for rank in range(plan.world_size)]
-        return Arranged(plan.in_order(of_ranks, epoch), advantages, weights)
+        cells, values = credit.peers(rows), credit.mean_below(scores, rows)
+        advantages[trained], weights[trained] = self.targets(values[trained], cells[trained])
+        if self.keeps and (lone := credit.scores_for_parent(rows)).any():
+            above = rows.parent[lone]
+            parts, present = self.targets(scores[lone], cells[lone])
+            advantages[trained] = 0
+            advantages.index_add_(0, above, parts)
+            weights[above[present == 0]] = 0
+        if not self.selects:
+            of_ranks = [rows.of_rank(rank) for rank in range(plan.world_size)]
+            return Arranged(plan.in_order(of_ranks, epoch), advantages, weights)
+        weights[~credit.chosen(self.train, values, advantages, cells)] = 0
+        of_ranks = [rows.of_rank(rank, trained) for rank in range(plan.world_size)]
+        alone = [[np.array([n]) for n in mine if weights[n] > 0] for mine in of_ranks]
+        return Arranged(plan.in_sets(alone, of_ranks, epoch), advantages, weights)
 
     def targets(self, scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
         """Turn all ranks' scores (N,), NaN where missing, into (advantages, weights), (N,) fp64.
 
         An update's loss is the mean weighted by these.
         """
-        advantages = group_advantages(scores, group, std=self.std)
+        unbiased = self.sample.unbiased_std
+        advantages = group_advantages(scores, group, std=self.std, unbiased=unbiased)
         return advantages.clamp(-self.adv_clip_max, self.adv_clip_max), (~scores.isnan()).double()
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
@@ -120,8 +142,8 @@ class Objective:
         """Return the unreduced loss of each row. known: of prepare() and freeze(), (M, ...)."""
         raise NotImplementedError
 
-    def passes(self, num_kept: int) -> Passes:
-        """Count a row's forward passes in an epoch. num_kept: its stochastic steps."""
+    def passes(self, num_kept: float) -> Passes:
+        """Count an image's forward passes in an epoch. num_kept: stochastic steps, as a mean."""
         return Passes(num_kept, 0, 0)
 
     def gate_limits(self) -> dict[str, float]:

@@ -2,16 +2,23 @@
 
 import re
 
-from flow_grpo import own
-from flow_grpo.cli import did_you_mean
+from flow_grpo.cli import did_you_mean, load_named
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Objective
 from flow_grpo.objectives.forward.nft import NFT
+from flow_grpo.objectives.preference.dpo import DPO
+from flow_grpo.objectives.preference.sft import SFT
+from flow_grpo.objectives.ratio.dppo import FlowDPPO
 from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.objectives.ratio.guard import GRPOGuard
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "grpo": GRPO,
+    "grpo_guard": GRPOGuard,
+    "flow_dppo": FlowDPPO,
     "nft": NFT,
+    "dpo": DPO,
+    "sft": SFT,
 }
 
 
@@ -24,7 +31,7 @@ def find(name: str) -> type[Objective]:
             f"config.objective={name!r}: one of {', '.join(OBJECTIVES)} is needed, or module:Class "
             f"of one's own.{did_you_mean(name, OBJECTIVES)}"
         )
-    found = own.load(name, f"config.objective={name!r}", "class")
+    found = load_named(name, f"config.objective={name!r}", "class")
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(
             f"config.objective={name!r} is {found!r}; needed is a class of "

@@ -6,8 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from flow_grpo import own
-from flow_grpo.cli import did_you_mean
+from flow_grpo.cli import did_you_mean, load_named
 from flow_grpo.rewards.base import Plain, Reward
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.registry import REWARDS
@@ -25,7 +24,7 @@ def find(name: str) -> type[Reward] | Plain:
             f"module:function is one's own.{did_you_mean(name, REWARDS)}"
         )
     what = f"the reward {name!r}"
-    found = REWARDS[name] if name in REWARDS else own.load(name, what, "function")
+    found = REWARDS[name] if name in REWARDS else load_named(name, what, "function")
     if isinstance(found, Plain) or (isinstance(found, type) and issubclass(found, Reward)):
         return found
     if isinstance(found, type) or not callable(found):

@@ -46,7 +46,8 @@ def check(arranged: Arranged, rows: RowTable, plan: Plan) -> None:
 
 def total_weight(arranged: Arranged, update: list[list[np.ndarray]], num_points: int) -> float:
     """Sum the weights of an update's rows of all ranks, over all their points."""
-    numbers = np.concatenate([micro for of_rank in update for micro in of_rank])
+    nothing = np.empty(0, dtype=np.int64)
+    numbers = np.concatenate([nothing, *(micro for of_rank in update for micro in of_rank)])
     weights = arranged.weights[numbers[numbers >= 0]]
     return weights.sum().item() * (num_points if weights.ndim == 1 else 1)
 

@@ -1,5 +1,7 @@
 """The first half of an epoch: roll out, score, and weigh the rows of all ranks."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, replace
 
@@ -11,9 +13,10 @@ from torch import Tensor
 from flow_grpo import advantages
 from flow_grpo.cli import progress
 from flow_grpo.evaluation import diversity
-from flow_grpo.prompts import epoch_prompts
-from flow_grpo.randomness import Randomness
-from flow_grpo.records import Arranged, Rollout, RowTable
+from flow_grpo.plan import Part
+from flow_grpo.prompts import Prompt, epoch_prompts
+from flow_grpo.randomness import Randomness, rng
+from flow_grpo.records import Arranged, PromptBatch, Rollout, RowTable
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rewards.combine import Scoring
 from flow_grpo.rollouts import states_to_save
@@ -22,22 +25,114 @@ from flow_grpo.training.arrange import arrange
 from flow_grpo.training.run import Run
 
 
+class Ranked:
+    """The scores of a prompt's own answers: the earlier is the better."""
+
+    def __init__(self, rollout: Rollout):
+        self._scores = -rollout.batch.member.double().numpy()
+
+    def result(self, patience_s: float) -> dict[str, np.ndarray]:
+        return {"avg": self._scores}
+
+
 @dataclass
 class Sampled:
     """This rank's part of an epoch's rollout."""
 
     rollout: Rollout  # N rows
     images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
-    scoring: Scoring | None  # of the leaves, under way
+    scoring: Scoring | Ranked | None  # of the leaves, under way
     for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
     first_row: int = 0  # the number of its first row among all ranks'
 
+    def with_more(self, more: Sampled) -> Sampled:
+        """Put further rows behind these, whose scores are there."""
+        parent = more.rollout.parent.clone()
+        parent[parent[:, 0] >= 0, 0] += len(self.rollout)
+        rollout = Rollout.cat([self.rollout, replace(more.rollout, parent=parent)])
+        return replace(self, rollout=rollout, images=self.images + more.images, scoring=None)
 
-def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
-    """Draw this rank's images, and start to score them."""
+
+def collect(run: Run, epoch: int, for_gate: bool = False) -> tuple[Sampled, dict[str, np.ndarray]]:
+    """Roll out and score; where groups teach nothing, again with further prompts."""
+    config, plan = run.config, run.plan
+    sampled = roll_out(run, epoch, for_gate)
+    scores, num_groups = score(run, sampled), plan.num_groups
+    for _ in range(config.sample.max_refills):
+        group = sampled.rollout.batch.group[sampled.rollout.leaf]
+        world = run.ranks.gather_objects((scores["avg"], group))
+        average = torch.from_numpy(np.concatenate([each for each, _ in world]))
+        taught = advantages.num_unequal(average, torch.cat([each for _, each in world]))
+        if taught >= plan.num_groups:
+            break
+        part = plan.refill(config.sample, num_groups, plan.num_groups - taught)
+        more = roll_out(run, epoch, part=part)
+        scores = {name: np.append(scores[name], each) for name, each in score(run, more).items()}
+        sampled, num_groups = sampled.with_more(more), num_groups + part.num_groups
+    return sampled, scores
+
+
+def roll_out(run: Run, epoch: int, for_gate: bool = False, part: Part | None = None) -> Sampled:
+    """Draw this rank's images, and start to score them; or take those of the data.
+
+    part: None: what every epoch draws.
+    """
+    part = part or run.plan.whole(run.config.sample)
+    if run.config.sample.source == "data":
+        return read(run, epoch, part)
+    return draw(run, epoch, part, for_gate)
+
+
+def read(run: Run, epoch: int, part: Part) -> Sampled:
+    """Encode what the data set answers its prompts with, a row an answer."""
+    size, parts, images = run.evaluator.size, [], []
+    prompts = _prompts(run, epoch, part)
+    with run.timer("sample"):
+        for call in run.calls(run.ranks.rank, epoch, part):
+            asked = [prompts[row.group] for row in call.rows]
+            batch = run.evaluator.prompt_batch(asked, call.rows, run.guidance)
+            answers = [
+                prompt.load_answer(row.member, size.width, size.height)
+                for prompt, row in zip(asked, call.rows, strict=True)
+            ]
+            parts.append(unsampled(batch, run.pipeline.latents(answers, size)))
+            images += answers
+            run.evaluator.stop.check()
+    rollout = Rollout.cat(parts)
+    return Sampled(rollout, images, Ranked(rollout), for_gate=None)
+
+
+def unsampled(batch: PromptBatch, final: Tensor) -> Rollout:
+    """Return final latents (N, ...) as rows without a step."""
+    nothing = final.new_empty(len(final), 0)
+    return Rollout(
+        batch=batch,
+        steps=nothing.long(),
+        next_steps=nothing.long(),
+        latents=nothing,
+        next_latents=nothing,
+        log_probs=nothing,
+        final=final,
+        leaf=torch.ones(len(final), dtype=torch.bool),
+        parent=torch.full((len(final), 2), -1),
+    )
+
+
+def _prompts(run: Run, epoch: int, part: Part) -> dict[int, Prompt]:
+    """Return the prompt of each group of a part, by its slot; of a refill at random."""
+    prompts, seed = run.plan.train_prompts, run.config.seed
+    slots = range(part.first, part.first + part.num_groups)
+    if part.first == 0:
+        numbers = epoch_prompts(len(prompts), part.num_groups, seed, epoch)
+    else:
+        numbers = [rng(seed, "refill", epoch, slot).randrange(len(prompts)) for slot in slots]
+    return {slot: prompts[number] for slot, number in zip(slots, numbers, strict=True)}
+
+
+def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
     config, plan, objective = run.config, run.plan, run.objective
-    slots = epoch_prompts(len(plan.train_prompts), plan.num_groups, config.seed, epoch)
-    world = [run.calls(rank, epoch) for rank in range(plan.world_size)]
+    asked = _prompts(run, epoch, part)
+    world = [run.calls(rank, epoch, part) for rank in range(plan.world_size)]
     calls = world[run.ranks.rank]
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
     done: list[Denoised] = []
@@ -50,11 +145,11 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
             if number < len(calls):
                 call, keep = calls[number], list(objective.keeps)
                 checked = for_gate and keep and sum(map(len, gated)) < plan.micro_batch_size
-                if checked and call.leaf:
+                if checked and call.segment.stochastic.any():
                     keep.append("velocities")
-                prompts = [plan.train_prompts[slots[row.group]] for row in call.rows]
+                prompts = [asked[row.group] for row in call.rows]
                 batch = run.evaluator.prompt_batch(prompts, call.rows, run.guidance)
-                part = denoise(
+                drawn = denoise(
                     run.pipeline,
                     run.model,
                     batch,
@@ -68,18 +163,18 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False) -> Sampled:
                     on_step=bar.update,
                 )
                 if "velocities" in keep:
-                    gated.append(part.rollout)
-                    part.rollout = replace(part.rollout, velocities=None)
-                done.append(part)
+                    gated.append(drawn.rollout)
+                    drawn.rollout = replace(drawn.rollout, velocities=None)
+                done.append(drawn)
                 if call.leaf:
-                    decoded = decode(run.pipeline, part.rollout)
+                    decoded = decode(run.pipeline, drawn.rollout)
                     known = batch.prompts, batch.metadata, batch.references
                     scoring.add(Batch(decoded, *known, batch.group.numpy()))
                     images += decoded
             run.evaluator.stop.check()  # of as many calls as the rank with the most makes
     bar.close()
     return Sampled(
-        rollout=Rollout.cat([part.rollout for part in done]),
+        rollout=Rollout.cat([drawn.rollout for drawn in done]),
         images=images,
         scoring=scoring,
         for_gate=Rollout.cat(gated) if gated else None,
@@ -119,6 +214,7 @@ def weigh(
     average = world["avg"]
     present = average[~average.isnan()]
     return arranged, metrics | {
+        "images": float(len(average)),
         "reward/avg_std": present.std(correction=0).item(),
         "reward/missing": average.isnan().sum().item(),
         "reward/zero_std_fraction": advantages.zero_std_fraction(average, group),
@@ -135,6 +231,7 @@ def table_of(run: Run, rollout: Rollout) -> RowTable:
         "leaf": rollout.leaf,
         "parent": rollout.parent[:, 0],
         "steps": rollout.steps.cpu(),
+        "branch": torch.tensor([(-1, *row.branch)[-1] for row in rollout.batch.owners]),
     }
     ranks = run.ranks.gather_objects(columns)
     first = 0

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from flow_grpo import sde
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Rollout
 from flow_grpo.sampling import Schedule, replay
@@ -10,11 +11,15 @@ from flow_grpo.training.run import Run
 
 STEP_LIMIT = 1e-5  # of a log-prob that is computed again from the same velocity
 
+PRECISION = (
+    "Usual causes: low precision (config.mixed_precision), another batch size, guidance or padding "
+    "in training, another attention kernel, dropout. config.train.old_log_prob=replay allows for "
+    "precision and batch size."
+)
 CAUSES = {
     "step": "The kernel, its noise level or the sigmas differ between sampling and training.",
-    "log_ratio": "Usual causes: low precision (config.mixed_precision), another batch size, "
-    "guidance or padding in training, another attention kernel, dropout. "
-    "config.train.old_log_prob=replay allows for precision and batch size.",
+    "log_ratio": PRECISION,
+    "nats": PRECISION,
     "velocity": "Usual causes: another guidance, padding or sigma in training, dropout, a "
     "precision that is too low (config.mixed_precision). config.train.gate_tolerance is the limit.",
 }
@@ -29,13 +34,14 @@ def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
 
     step: |log-prob of the sampled velocity, scored again, less the rollout's|: the kernel.
     log_ratio: |log-prob of training's velocity less the rollout's|: what the loss sees.
+    nats: the same of the whole image, not of a mean over its elements.
     velocity: rms of the two velocities' difference over the rms of the sampled one.
     """
     if rows is None or not rows.steps.shape[1]:
         return
     rows = rows.rows(slice(0, run.plan.micro_batch_size))
     velocity = run.predictor(rows)
-    figures: dict[str, dict[int, float]] = {"step": {}, "log_ratio": {}, "velocity": {}}
+    figures: dict[str, dict[int, float]] = {name: {} for name in CAUSES}
     for point in run.objective.points(rows, Randomness(run.config.seed, (epoch, 0))):
         measured = measure(run.objective.schedule, rows, point.column, velocity(point))
         for name, value in measured.items():
@@ -54,8 +60,11 @@ def measure(schedule: Schedule, rows: Rollout, column: int, velocity: Tensor) ->
     """Compare one step of M rows with another prediction at its state, (M,) each; see gate()."""
     sampled, old = rows.velocities[:, column], rows.log_probs[:, column]
     apart = (velocity - sampled).flatten(1).norm(dim=1) / sampled.flatten(1).norm(dim=1)
+    again = replay(schedule, rows, column, velocity)
+    log_ratio = (again.log_prob - old).abs()
     return {
         "step": (replay(schedule, rows, column, sampled).log_prob - old).abs(),
-        "log_ratio": (replay(schedule, rows, column, velocity).log_prob - old).abs(),
+        "log_ratio": log_ratio,
+        "nats": log_ratio / sde.of_a_nat(schedule.kind, again),
         "velocity": apart,
     }

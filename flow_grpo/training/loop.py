@@ -34,8 +34,7 @@ def train(run: Run) -> None:
         while run.epoch < config.num_epochs:
             if run.epoch % config.eval_freq == 0:
                 _evaluate(run)
-            sampled = collect.roll_out(run, run.epoch, for_gate=not gate_open)
-            scores = collect.score(run, sampled)
+            sampled, scores = collect.collect(run, run.epoch, for_gate=not gate_open)
             arranged, metrics = collect.weigh(run, sampled, scores, run.epoch)
             if run.epoch % config.eval_freq == 0:
                 size = run.plan.group_size  # of a sheet's rows
@@ -47,7 +46,7 @@ def train(run: Run) -> None:
                 gate_open = True
             update(run, sampled, arranged, run.epoch)
             run.objective.after_epoch(run.snapshots, run.updater.num_updates)
-            run.log("epoch", metrics := metrics | _epoch_metrics(run))
+            run.log("epoch", metrics := metrics | _epoch_metrics(run, metrics["images"]))
             run.ranks.barrier()  # an epoch is finished on all ranks, or on none
             run.epoch += 1
             run.in_update, run.held = False, None
@@ -228,9 +227,8 @@ def _evaluate(run: Run) -> None:
         redraw(run.folder)
 
 
-def _epoch_metrics(run: Run) -> dict[str, float]:
+def _epoch_metrics(run: Run, num_images: float) -> dict[str, float]:
     seconds = run.timer.report()
     spent = sum(value for phase, value in seconds.items() if phase != "seconds/eval")
-    num_images = run.plan.num_groups * run.plan.group_size
     skipped = {"skipped_updates": run.updater.num_skipped}
     return seconds | memory() | {"images_per_second": num_images / spent} | skipped

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flow_grpo import rollouts
+from flow_grpo import rollouts, sde, windows
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
 from flow_grpo.parallel.engine import Engine, Ranks
-from flow_grpo.plan import Plan
+from flow_grpo.plan import Part, Plan
 from flow_grpo.prompts import rollout_rows
 from flow_grpo.records import Guidance, Point, Rollout
 from flow_grpo.rollouts import Call
@@ -89,24 +89,46 @@ class Run:
             return [[micro.velocity(point, guidance) for point in micro.points] for micro in micros]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
-        return rollouts.trained_steps(self.config.sample, groups, self.config.seed, epoch)
-
-    def calls(self, rank: int, epoch: int) -> list[Call]:
-        """Return a rank's calls of denoise() in an epoch; every rank knows those of all."""
-        sample = self.config.sample
-        rows = rollout_rows(
-            rank, sample.num_batches_per_epoch, sample.train_batch_size, self.plan.group_size
+        config = self.config
+        return windows.trained_steps(
+            config.sample, groups, config.seed, epoch, self.plan.num_groups
         )
-        return self.objective.rollout(list(rows), lambda groups: self.trained_steps(groups, epoch))
+
+    def calls(self, rank: int, epoch: int, part: Part | None = None) -> list[Call]:
+        """Return a rank's calls of denoise() in an epoch; every rank knows those of all.
+
+        part: None: what every epoch draws.
+        """
+        sample, plan = self.config.sample, self.plan
+        part = part or plan.whole(sample)
+        batches = rollout_rows(rank, part.num_batches, sample.train_batch_size, plan.group_size)
+        calls = [[(part.first + group, member) for group, member in rows] for rows in batches]
+        return self.objective.rollout(calls, lambda groups: self.trained_steps(groups, epoch))
 
     def passes(self) -> dict[str, int]:
-        calls = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
+        world = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
+        calls = [call for of_rank in world for call in of_rank]
+        num_kept = sum(int(call.segment.stochastic.sum()) for call in calls)
         return self.plan.passes(
             self.config,
-            self.objective.passes(self.trained_steps([0], self.epoch).shape[1]),
+            self.objective.passes(num_kept / (self.plan.num_groups * self.plan.group_size)),
             guided=self.pipeline.needs_negative(self.guidance),
-            num_sampled=sum(map(rollouts.num_forwards, calls)),
+            num_sampled=rollouts.num_forwards(calls) if self.config.sample.source == "model" else 0,
         )
+
+    def excess_noise(self) -> float:
+        """Return by how much a stochastic step's noise exceeds the next sigma, at most.
+
+        The model takes such a state for one of that sigma; images are scored with what is left.
+        """
+        schedule = self.schedule
+        if schedule.kind == "ode" or schedule.noise_level == 0:
+            return 0.0
+        steps = torch.from_numpy(self.trained_steps(range(self.plan.num_groups), self.epoch))
+        sigmas = schedule.sigmas.double().cpu()
+        now, then = sigmas[:-1][steps.unique()], sigmas[1:][steps.unique()]
+        left = sde.leftover_noise(schedule.kind, now, then, schedule.noise_level, sigmas[1])
+        return (left - then).max().item()
 
     def move_snapshots(self) -> None:
         """Let the average follow every ema_update_every-th update, and the objective its own."""

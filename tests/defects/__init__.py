@@ -1,6 +1,16 @@
 """Defects that trainers of this kind have had, and the test that finds each: see mutants.py."""
 
-from defects import brought, losses, rollouts, state, steps, strangers, updates
+from defects import (
+    brought,
+    losses,
+    preference,
+    ratio,
+    rollouts,
+    state,
+    steps,
+    strangers,
+    updates,
+)
 
-FILES = (steps, rollouts, losses, updates, state, brought, strangers)
+FILES = (steps, rollouts, losses, ratio, preference, updates, state, brought, strangers)
 DEFECTS = [defect for file in FILES for defect in file.DEFECTS]

@@ -158,7 +158,7 @@ DEFECTS = [
         JUDGE,
         WRONG,
         WRONG.replace(" or _MORE.match(rest)", ""),
-        "test_judges.py::test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan",
+        "test_judge_answers.py::test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan",
     ),
     Defect(
         "minus-sign-dropped",
@@ -166,7 +166,7 @@ DEFECTS = [
         JUDGE,
         WRONG,
         WRONG.replace('found["sign"] or ', ""),
-        "test_judges.py::test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan",
+        "test_judge_answers.py::test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan",
     ),
     Defect(
         "another-scale-s-number-taken",
@@ -174,7 +174,7 @@ DEFECTS = [
         JUDGE,
         WRONG,
         WRONG.replace(" or other", ""),
-        "test_judges.py::test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan",
+        "test_judge_answers.py::test_a_score_is_a_number_that_was_given_on_the_judge_s_scale_or_nan",
     ),
     Defect(
         "own-reward-writes-into-the-batch",

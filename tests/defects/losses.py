@@ -24,10 +24,11 @@ DEFECTS = [
         "advantages-of-the-rank",
         "global std of a micro-batch: mm_grpo db2426b",
         BASE,
-        "        advantages[leaf], weights[leaf] = self.targets(scores[leaf], rows.group[leaf])\n",
+        "        advantages[trained], weights[trained] = "
+        "self.targets(values[trained], cells[trained])\n",
         "        for rank in range(plan.world_size):\n"
-        "            on = leaf & (rows.rank == rank)\n"
-        "            advantages[on], weights[on] = self.targets(scores[on], rows.group[on])\n",
+        "            on = trained & (rows.rank == rank)\n"
+        "            advantages[on], weights[on] = self.targets(values[on], cells[on])\n",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
@@ -99,8 +100,8 @@ DEFECTS = [
         "clip-without-one",
         "clamp(ratio, -c, c): Flow-Factory 37005df",
         TERMS,
-        "ratio.clamp(1 - clip_range, 1 + clip_range)",
-        "ratio.clamp(-clip_range, clip_range)",
+        "ratio.clamp(1 - below, 1 + above)",
+        "ratio.clamp(-below, above)",
         "test_grpo.py::test_the_surrogate_of_four_rows_has_these_losses_and_gradients",
     ),
     Defect(

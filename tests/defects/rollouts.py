@@ -56,8 +56,8 @@ DEFECTS = [
         "prompts-lag",
         "the data loader prefetches: flow_grpo issue 215",
         COLLECT,
-        "plan.num_groups, config.seed, epoch)",
-        "plan.num_groups, config.seed, max(epoch - 1, 0))",
+        "part.num_groups, seed, epoch)",
+        "part.num_groups, seed, max(epoch - 1, 0))",
         "test_collect.py::test_every_lap_through_the_prompts_holds_each_line_once",
     ),
     Defect(

@@ -4,6 +4,7 @@ from defects.defect import SHIPPED, SLIP, Defect
 
 SDE = "flow_grpo/sde.py"
 ROLLOUTS = "flow_grpo/rollouts.py"
+WINDOWS = "flow_grpo/windows.py"
 RUN = "flow_grpo/training/run.py"
 
 DEFECTS = [
@@ -67,8 +68,8 @@ DEFECTS = [
         "window-frozen",
         "random.seed(rank) before every draw, in a published trainer",
         RUN,
-        "self.config.seed, epoch)",
-        "self.config.seed, 0)",
+        "config.sample, groups, config.seed, epoch,",
+        "config.sample, groups, config.seed, 0,",
         "test_collect.py::test_a_group_has_one_window_and_groups_and_epochs_have_others",
     ),
     Defect(
@@ -83,16 +84,48 @@ DEFECTS = [
         "window-of-the-rank",
         SHIPPED,
         RUN,
-        "self.config.seed, epoch)",
-        "self.config.seed, epoch + self.ranks.rank)",
+        "config.sample, groups, config.seed, epoch,",
+        "config.sample, groups, config.seed, epoch + self.ranks.rank,",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
         "last-step-trained",
         "its log-prob has no precision",
-        ROLLOUTS,
+        WINDOWS,
         "range(num_steps - 1), dtype",
         "range(num_steps), dtype",
-        "test_rollouts.py::test_size_zero_trains_every_step_but_the_last",
+        "test_windows.py::test_size_zero_trains_every_step_but_the_last",
+    ),
+    Defect(
+        "progressive-window-never-rolls-back",
+        SLIP,
+        WINDOWS,
+        "slot.epoch % ends[-1] if",
+        "min(slot.epoch, ends[-1] - 1) if",
+        "test_windows.py::test_a_progressive_window_moves_on_and_rolls_back_as_mixgrpos",
+    ),
+    Defect(
+        "strata-of-each-group",
+        "steps drawn independently: their numbers vary",
+        WINDOWS,
+        "place = order[slot.group % slot.num_groups] + within",
+        "place = (slot.num_groups - 1) * within",
+        "test_windows.py::test_one_stratified_step_a_group_covers_the_range_evenly_every_epoch",
+    ),
+    Defect(
+        "branches-at-their-trunks-end",
+        "all members of per_step branch off at the last step",
+        ROLLOUTS,
+        "steps[member * len(steps) // group_size]",
+        "steps[-1]",
+        "test_branching.py::test_each_of_a_groups_steps_has_its_own_branches_of_the_trunk",
+    ),
+    Defect(
+        "tree-without-a-trunk",
+        "nodes start from noise of their own",
+        ROLLOUTS,
+        "parent.append((number[group, branch[:-1]], start) if start else NOISE)",
+        "parent.append((number[group, branch[:-1]], start) if branch[1:] else NOISE)",
+        "test_branching.py::test_a_tree_splits_at_each_step_and_its_nodes_share_what_lies_before",
     ),
 ]

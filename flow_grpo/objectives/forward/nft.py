@@ -1,10 +1,10 @@
 """DiffusionNFT (arXiv:2509.16117): contrast two implicit policies on noised final images."""
 
-import torch
 from torch import Tensor
 
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
+from flow_grpo.objectives.forward.noising import Noising
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Loss, Point, Rollout
@@ -54,7 +54,7 @@ class NFT(Objective):
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)
         self.beta, self.kl_beta = config.nft.beta, config.nft.kl_beta
-        self.num_times, self.steps = config.nft.num_times, tuple(config.nft.steps)
+        self.noising = Noising(config.nft.num_times, tuple(config.nft.steps))
         self.decay = config.nft.decay
         self.snapshots = ("old", "reference") if self.kl_beta else ("old",)
 
@@ -62,22 +62,7 @@ class NFT(Objective):
         return "old"
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
-        """Noise the final latents at levels of the rollout's grid: nft.steps, or drawn ones."""
-        device, sigmas = rows.final.device, self.schedule.sigmas
-        points = []
-        for k in range(len(self.steps) or self.num_times):
-            names = [(row.group, row.member, k, *row.branch) for row in rows.batch.owners]
-            if self.steps:
-                steps = torch.full((len(names),), self.steps[k])
-            else:
-                steps = (randomness.uniform("time", names) * (len(sigmas) - 1)).long()
-            steps = steps.to(device)
-            noise = randomness.normal("noising", names, rows.final.shape[1:]).to(device)
-            sigma = sigmas[steps]
-            wide = per_row(sigma, noise)
-            latents = (1 - wide) * rows.final + wide * noise
-            points.append(Point(latents, sigma, step=steps, column=k, noise=noise))
-        return points
+        return self.noising.points(rows, self.schedule, randomness)
 
     def freeze(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
         return {name: predict(micros, name) for name in self.snapshots}
@@ -93,8 +78,8 @@ class NFT(Objective):
             stats["kl"] = kl.detach()
         return Loss(value, stats)
 
-    def passes(self, num_kept: int) -> Passes:
-        points = len(self.steps) or self.num_times
+    def passes(self, num_kept: float) -> Passes:
+        points = len(self.noising)
         return Passes(points, points * len(self.snapshots), 0)
 
     def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:

@@ -1,5 +1,7 @@
 """Flow-GRPO (arXiv:2505.05470): a clipped policy gradient over the trained denoising steps."""
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from flow_grpo import sde
@@ -13,11 +15,17 @@ from flow_grpo.records import Loss, Point, Rollout
 from flow_grpo.sampling import Schedule, replay
 
 
+class OldStep(NamedTuple):
+    """A step under the weights that sampled, of B rows."""
+
+    log_prob: Tensor  # (B,)
+    mean: Tensor | None  # (B, ...), if an objective keeps means
+
+
 class GRPO(Objective):
     """max(-A r, -A clip(r, 1 +- clip_range)) with r = exp(log_prob - old_log_prob), plus beta KL.
 
-    train.kl_mode: see terms.kl(). train.step_weight "std": each step's loss times its std over the
-    mean std of all trainable steps, as in TempFlow-GRPO (arXiv:2508.04324).
+    train.kl_mode: see terms.kl(). Another surrogate of the same steps is a subclass's surrogate().
     """
 
     keys = terms.KEYS
@@ -52,11 +60,11 @@ class GRPO(Objective):
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)
         train = config.train
-        self.train, self.beta = train, train.beta
+        self.beta = train.beta
         self.replays = train.old_log_prob == "replay"
         if self.beta:
             self.snapshots = ("reference",)
-        self.step_weight = terms.std_weights(schedule) if train.step_weight == "std" else None
+        self.step_weight = terms.step_weights(train.step_weight, schedule)
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         return terms.kept_points(rows, self.schedule)
@@ -64,24 +72,24 @@ class GRPO(Objective):
     def prepare(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
         if not self.replays:
             return {}
-        old = [
+        steps = [
             [
-                replay(self.schedule, micro.rows, point.column, velocity).log_prob
+                replay(self.schedule, micro.rows, point.column, velocity)
                 for point, velocity in zip(micro.points, velocities, strict=True)
             ]
             for micro, velocities in zip(micros, predict(micros), strict=True)
         ]
-        return {"old_log_prob": old}
+        old = {"old_log_prob": [[step.log_prob for step in of_points] for of_points in steps]}
+        if "means" in self.keeps:
+            old["old_mean"] = [[step.mean for step in of_points] for of_points in steps]
+        return old
 
     def freeze(self, micros: list[Micro], predict: Predict) -> dict[str, Values]:
         return {"reference": predict(micros, "reference")} if self.beta else {}
 
     def loss(self, velocity: Tensor, known: dict[str, Tensor], rows: Rollout, point: Point) -> Loss:
         step = replay(self.schedule, rows, point.column, velocity)
-        old = known["old_log_prob"] if self.replays else rows.log_probs[:, point.column]
-        log_ratio = (step.log_prob - old).clamp(-20, 20)
-        advantages = rows.at("advantages", point.column)
-        value, stats = terms.clipped_surrogate(log_ratio, advantages, self.train.clip_range)
+        value, stats = self.surrogate(step, self._old(known, rows, point), rows, point)
         if self.step_weight is not None:
             value = value * self.step_weight[point.step]
         if self.beta:
@@ -91,10 +99,33 @@ class GRPO(Objective):
             stats["kl"] = kl.detach()
         return Loss(value, stats)
 
-    def passes(self, num_kept: int) -> Passes:
+    def surrogate(
+        self, step: sde.Step, old: OldStep, rows: Rollout, point: Point
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the policy loss of B rows at one step, and its statistics, (B,) each.
+
+        step: under the trained policy, with a gradient.
+        """
+        log_ratio = (step.log_prob - old.log_prob).clamp(-20, 20)
+        bounds = terms.clip_bounds(self.train, sde.of_a_nat(self.schedule.kind, step))
+        return terms.clipped_surrogate(log_ratio, rows.at("advantages", point.column), *bounds)
+
+    def _old(self, known: dict[str, Tensor], rows: Rollout, point: Point) -> OldStep:
+        if self.replays:
+            return OldStep(known["old_log_prob"], known.get("old_mean"))
+        mean = None if rows.means is None else rows.means[:, point.column]
+        return OldStep(rows.log_probs[:, point.column], mean)
+
+    def passes(self, num_kept: float) -> Passes:
         return Passes(num_kept, num_kept * bool(self.beta), num_kept * self.replays)
 
     def gate_limits(self) -> dict[str, float]:
         if self.replays:
             return {"velocity": self.train.gate_tolerance}
-        return {"log_ratio": self.train.clip_range / 10}
+        return self.clip_limits()
+
+    def clip_limits(self) -> dict[str, float]:
+        """Bound how far the start may be from a ratio of 1: to a tenth of where it is clipped."""
+        if self.train.clip_nats:
+            return {"nats": self.train.clip_nats / 10}
+        return {"log_ratio": min(terms.clip_bounds(self.train, 0.0)) / 10}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from config.base import COMMON
-from flow_grpo import keys, rollouts
+from flow_grpo import keys, windows
 
 
 def sample_of(num_steps, size, span, fixed):
@@ -19,11 +19,11 @@ def check(num_steps, size, span, fixed):
     config = keys.build(COMMON)
     config.sample = sample_of(num_steps, size, span, fixed)
     keys.check(config, COMMON)
-    rollouts.check(config.sample)
+    windows.check(config.sample)
 
 
 def steps_of(groups, num_steps=10, size=3, span=(0, 5), fixed=(), seed=0, epoch=0):
-    return rollouts.trained_steps(sample_of(num_steps, size, span, fixed), groups, seed, epoch)
+    return windows.trained_steps(sample_of(num_steps, size, span, fixed), groups, seed, epoch)
 
 
 def test_size_zero_trains_every_step_but_the_last():
@@ -120,3 +120,103 @@ def test_the_suggested_range_passes_the_check(num_steps, size):
         check(num_steps, size, (0, 99), ())
     end = int(str(error.value).split("for example to (0, ")[1].split(")")[0])
     check(num_steps, size, (0, end), ())
+
+
+def sample_with(**keys_):
+    config = keys.build(COMMON)
+    config.sample.update({"num_steps": 10, "sde_window_size": 3} | keys_)
+    return config.sample
+
+
+def test_a_subset_holds_distinct_ascending_steps_each_as_often_as_another():
+    sample = sample_with(sde_window="subset", sde_window_range=(1, 6), sde_window_size=2)
+    steps = windows.trained_steps(sample, range(4000), seed=0, epoch=0)
+    assert (np.diff(steps) > 0).all() and steps.min() == 1 and steps.max() == 5
+    pairs = Counter(map(tuple, steps.tolist()))
+    assert len(pairs) == 10  # 400 of each, standard deviation 19
+    assert all(310 < number < 490 for number in pairs.values())
+
+
+def test_one_stratified_step_a_group_covers_the_range_evenly_every_epoch():
+    sample = sample_with(sde_window="stratified", sde_window_range=(2, 8), sde_window_size=1)
+    orders = set()
+    for epoch in range(5):
+        steps = windows.trained_steps(sample, range(18), 0, epoch, num_groups=18)[:, 0]
+        assert Counter(steps.tolist()) == {step: 3 for step in range(2, 8)}
+        orders.add(tuple(steps.tolist()))
+    assert len(orders) == 5
+    alone = windows.trained_steps(sample, [7], 0, 3, num_groups=18)
+    assert alone.tolist() == [windows.trained_steps(sample, range(18), 0, 3, 18)[7].tolist()]
+
+
+def starts_at(sample, epochs):
+    return [windows.trained_steps(sample, [0], 0, epoch)[0, 0] for epoch in epochs]
+
+
+def test_a_progressive_window_moves_on_and_rolls_back_as_mixgrpos():
+    sample = sample_with(num_steps=25, sde_window="progressive", sde_window_size=4)
+    sample.sde_window_range = (0, 24)
+    epochs = [0, 24, 25, 50, 499, 500, 525]
+    assert starts_at(sample, epochs) == [0, 0, 1, 2, 19, 20, 0]
+    sample.window_rolls_back = False
+    assert starts_at(sample, [524, 525, 9999]) == [20, 20, 20]
+    sample.window_stride = 3
+    assert starts_at(sample, [0, 25, 50, 9999]) == [0, 3, 6, 18]
+    groups = windows.trained_steps(sample, range(5), 0, 30)
+    assert (groups == groups[0]).all()
+
+
+def test_a_progressive_window_stays_as_long_as_it_is_told():
+    sample = sample_with(sde_window="progressive", sde_window_range=(0, 9), window_dwell=4)
+    assert starts_at(sample, [0, 3, 4, 8]) == [0, 0, 1, 2]
+
+
+def test_a_progressive_windows_dwell_falls_as_mixgrpos():
+    sample = sample_with(num_steps=28, sde_window="progressive", sde_window_size=4)
+    sample.sde_window_range = (0, 27)
+    sample.window_decay, sample.window_decay_from = 0.1, 13
+    sample.window_rolls_back = False
+    dwell = Counter(starts_at(sample, range(14 * 25 + 25 * 9)))
+    assert [dwell[b] for b in (1, 13, 14, 20, 22)] == [25, 25, 23, 13, 11]
+
+
+@pytest.mark.parametrize(
+    ("keys_", "found", "remedy"),
+    [
+        ({"sde_window": "stratified"}, "sde_window_size=3", "sde_window_size to 1"),
+        ({"sde_window": "subset", "sde_window_size": 0}, "sde_window='subset'", "=random"),
+        ({"branching": "shared_prefix"}, "branching='shared_prefix'", "same_latent=True"),
+        ({"branching": "trunk", "noise_level": 0.0}, "branching='trunk'", "A positive number"),
+        ({"branching": "per_step"}, "num_image_per_prompt=16", "a multiple of 3"),
+        (
+            {"branching": "strides", "sde_window_size": 1, "num_image_per_prompt": 5},
+            "num_image_per_prompt=5",
+            "a multiple of 2",
+        ),
+        ({"branching": "tree"}, "num_image_per_prompt=16", "8, 27, 64"),
+        (
+            {"branching": "tree", "num_image_per_prompt": 27},
+            "num_image_per_prompt=27",
+            "a divisor of 32",
+        ),
+    ],
+)
+def test_an_impossible_branching_is_refused_with_key_value_and_remedy(keys_, found, remedy):
+    with pytest.raises(ValueError) as error:
+        windows.check(sample_with(**keys_))
+    assert f"config.sample.{found}" in str(error.value) and remedy in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "keys_",
+    [
+        {"branching": "shared_prefix", "same_latent": True},
+        {"branching": "per_step", "num_image_per_prompt": 24},
+        {"branching": "strides", "sde_window_size": 2},
+        {"branching": "tree", "num_image_per_prompt": 8},
+        {"branching": "tree", "sde_window_size": 2},
+        {"sde_window": "stratified", "sde_window_size": 1},
+    ],
+)
+def test_a_possible_one_passes(keys_):
+    windows.check(sample_with(**keys_))
