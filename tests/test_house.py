@@ -257,7 +257,7 @@ def test_public_functions_of_the_library_have_type_hints():
 
 
 CLOCKS = {"sleep", "time", "monotonic", "perf_counter", "process_time"}
-WAITING = ("waiting.py", "mutants.py", "serving.py", "test_ocr.py")
+WAITING = ("waiting.py", "mutants.py", "serving.py", "fuzzing.py", "test_ocr.py")
 
 
 def test_no_test_reads_a_clock():

@@ -10,7 +10,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
@@ -73,10 +72,10 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
     return f"{resumed} goes on with: {', '.join(found)}" if found else ""
 
 
-def _at(values: dict, key: str) -> object:
-    return reduce(lambda found, part: found.get(part) or {}, key.split(".")[:-1], values).get(
-        key.rpartition(".")[2]
-    )
+def _at(values: object, key: str) -> object:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def revision() -> str | None:
