@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fuzzing
 import pytest
-from fuzz_checkpoints import DAMAGES as OF_CHECKPOINTS
+from damaged_checkpoints import DAMAGES as OF_CHECKPOINTS
+from damaged_lora import DAMAGES as OF_LORAS
 from fuzz_checkpoints import Checkpoints
 from fuzz_data import DataSets
-from fuzz_lora import DAMAGES as OF_LORAS
 from fuzz_lora import Loras
 from fuzzing import EQUAL, REFUSED
 

@@ -86,6 +86,7 @@ def lora_file(path: str) -> Path:
         raise ValueError(
             f"{path}: it has {[file.name for file in files] or 'no .safetensors file'}. One is "
             f"needed, of a LoRA in diffusers' or PEFT's format, such as "
-            f"checkpoints/checkpoint-<step>/lora of a run. A .bin or .pt file is a pickle and not read: save it as .safetensors first."
+            f"checkpoints/checkpoint-<step>/lora of a run. A .bin or .pt file is a pickle and not "
+            f"read: save it as .safetensors first."
         )
     return files[0]

@@ -55,7 +55,7 @@ def read(file: Path, metadata: dict, needs_settings: bool) -> Settings | None:
         else:
             given = dict(json.loads(beside.read_text(encoding="utf-8")))
         return _settings(given) if given else None
-    except (ValueError, TypeError, AttributeError, OSError, RecursionError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
         where = f"{str(file)!r} in its metadata" if METADATA in metadata else repr(str(beside))
         raise ValueError(
             f"the settings of a LoRA, {where}, can't be used ({error}). Put them right, as PEFT "
@@ -77,11 +77,14 @@ def _settings(given: dict) -> Settings:
     by_rank_root = given.get("use_rslora") or False
     if not isinstance(by_rank_root, bool):
         raise ValueError(f"use_rslora is {by_rank_root!r:.60}, and true or false is needed")
+    alphas = given.get("alpha_pattern") or {}
+    if not isinstance(alphas, dict):
+        raise ValueError(f"alpha_pattern is {alphas!r:.60}, and numbers by pattern are needed")
     return Settings(
         _number("lora_alpha", given.get("lora_alpha", Settings.alpha)),
         {
             _tame("alpha_pattern", key): _number(f"alpha_pattern of {key!r:.60}", value)
-            for key, value in dict(given.get("alpha_pattern") or {}).items()
+            for key, value in alphas.items()
         },
         None if given.get("layers_to_transform") else _names("target_modules", given),
         _names("exclude_modules", given),
@@ -90,7 +93,7 @@ def _settings(given: dict) -> Settings:
 
 
 def _number(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e30:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
         raise ValueError(f"{key} is {value!r:.60}, and a number is needed")
     return value
 
@@ -109,7 +112,10 @@ def _tame(key: str, pattern: str) -> str:
     repeats = re.findall(r"(?<!\\)(?<!\()[*+?{]", pattern)
     if len(repeats) > MAX_REPEATS or re.search(r"\)[*+?{]", pattern):
         raise ValueError(f"{key} is {pattern!r:.60}: write the names out instead of repeats")
-    re.compile(pattern)
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{key} is {pattern!r:.60}, no pattern: {error}") from None
     return pattern
 
 
