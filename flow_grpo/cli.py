@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from tqdm import tqdm
 
@@ -39,3 +40,12 @@ def progress(total: int, desc: str, *, shown: bool = True, initial: int = 0) -> 
 def user_path(text: str) -> Path:
     """Read an option's path; after = a shell leaves ~ as it is."""
     return Path(os.path.expanduser(text))
+
+
+def make_writable(folder: Path, key: str) -> None:
+    """Make a folder, if need be, and try to write there. Raises ValueError naming the key."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{key}: {folder} can't be written to ({error}). Name another.") from None

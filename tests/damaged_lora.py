@@ -25,6 +25,7 @@ FILE, PEFT, BESIDE = (
     "adapter_model.safetensors",
     "adapter_config.json",
 )
+DEEP = '{"a":' * 5000 + "1" + "}" * 5000
 MUST, MAY = "must be refused", "may be read as it stands"
 ODD = (None, True, -1, 0, 10**30, 1e308, math.nan, math.inf, "3", "", [], {}, [None], {"a": 1})
 REGEX = ("(a+)+$", "((((((((((a*)*)*)*)*)*)*)*)*)*)*b", "(", "*", "[", "all-linear", ".*", "", "\0")
@@ -297,7 +298,17 @@ def hostile(case: Case) -> str:
     settings[key] = draw.choice(values)
     if draw.random() < 0.2:
         del settings[key]
-    texts = ("", "null", "[]", "3", "{", "[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "NaN")
+    texts = (
+        "",
+        "{}",
+        "null",
+        "[]",
+        "3",
+        "{",
+        "[" * 100_000,
+        '{"a":' * 5000 + "1" + "}" * 5000,
+        "NaN",
+    )
     case.write(text=draw.choice(texts) if draw.random() < 0.2 else None)
     return MAY
 

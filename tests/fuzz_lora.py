@@ -31,14 +31,14 @@ MODELS = ("sd3", "flux", "zimage", "wan", "qwenimage")
 def independent(case: Case) -> dict[str, torch.Tensor]:
     """Return alpha / rank x B A of each layer, float64, from the file's own bytes."""
     held = load(case.path.read_bytes())
-    settings = {}
+    settings = None
     if case.layout.settings == "beside":
         settings = json.loads((case.folder / BESIDE).read_text())
     elif case.layout.settings == "metadata":
         data = case.path.read_bytes()
         header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
         said = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
-        settings = {key.removeprefix("transformer."): value for key, value in said.items()}
+        settings = {key.removeprefix("transformer."): value for key, value in said.items()} or None
     found = {}
     for layer in case.all_layers:
         stems = {case.layout.form(layer), layer, f"model.{layer}"}
@@ -51,7 +51,7 @@ def independent(case: Case) -> dict[str, torch.Tensor]:
             if a is None or b is None:
                 continue
             alpha = held.get(f"{stem}.alpha")
-            if alpha is None and settings:
+            if alpha is None and settings is not None:
                 alpha = settings.get("lora_alpha", 8)  # PEFT's default
                 for pattern, value in reversed((settings.get("alpha_pattern") or {}).items()):
                     if re.match(rf"(.*\.)?({pattern})$", layer):

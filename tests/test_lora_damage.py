@@ -151,7 +151,7 @@ def test_what_is_said_of_it_must_be_what_peft_says_of_a_plain_lora(changed, wher
 
 
 @pytest.mark.parametrize("where", ["beside", "metadata"])
-@pytest.mark.parametrize("text", ["", "3", "[1]", "{", "[" * 10**5, '{"a":' * 10**4, "\x00"])
+@pytest.mark.parametrize("text", ["", "3", "[]", "[1]", "{", "[" * 10**5, '{"a":' * 10**4, "\x00"])
 def test_what_is_said_of_it_must_be_an_object(text, where, tmp_path):
     say(tmp_path, where, text)
     refused(tmp_path, "the settings of a LoRA, .* can't be used")
@@ -168,7 +168,7 @@ def test_what_is_said_of_it_must_be_an_object(text, where, tmp_path):
         ({"lora_alpha": "gone"}, (8 / RANK, 8 / RANK)),  # PEFT's default
         ({"use_rslora": True}, (ALPHA / 2, ALPHA / 2)),
         ({"alpha_pattern": {"FIRST": 6, ".*": 1}}, (6 / RANK, 1 / RANK)),
-        ({"alpha_pattern": {"^FIRST": 6}}, (ALPHA / RANK, ALPHA / RANK)),
+        ({"alpha_pattern": {"^FIRST": 6, "FIRST": 1}}, (6 / RANK, ALPHA / RANK)),
         ({"target_modules": r".*\.(to_q|to_k|to_v|nothing_else)"}, None),
         ({"target_modules": "all-linear"}, (ALPHA / RANK, ALPHA / RANK)),
         ({"init_lora_weights": "gaussian", "r": 99}, (ALPHA / RANK, ALPHA / RANK)),

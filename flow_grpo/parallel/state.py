@@ -42,7 +42,8 @@ def not_finite(weights: dict[str, Tensor], moments: Moments) -> list[str]:
     """Name the weights and moments that hold a NaN or an infinity."""
     flat = {f"{name}/{key}": v for name, values in moments.items() for key, v in values.items()}
     tensors = {name: v for name, v in (weights | flat).items() if isinstance(v, Tensor)}
-    return [name for name, value in tensors.items() if not value.isfinite().all()]
+    comparable = {n: v.float() if v.itemsize == 1 else v for n, v in tensors.items()}
+    return [name for name, value in comparable.items() if not value.isfinite().all()]
 
 
 def check(

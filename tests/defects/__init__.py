@@ -1,5 +1,5 @@
 """Defects that trainers of this kind have had, and the test that finds each: see mutants.py."""
 
-from defects import losses, rollouts, steps, updates
+from defects import files, losses, rollouts, steps, updates
 
-DEFECTS = [*steps.DEFECTS, *rollouts.DEFECTS, *losses.DEFECTS, *updates.DEFECTS]
+DEFECTS = [*steps.DEFECTS, *rollouts.DEFECTS, *losses.DEFECTS, *updates.DEFECTS, *files.DEFECTS]

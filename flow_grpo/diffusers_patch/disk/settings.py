@@ -50,17 +50,23 @@ def read(file: Path, metadata: dict, needs_settings: bool) -> Settings | None:
         raise ValueError(f"{beside} is missing, which says how strong the LoRA is. Put it there.")
     try:
         if METADATA in metadata:
-            stated = dict(json.loads(metadata[METADATA]))
+            stated = _object(metadata[METADATA])
             given = {k.removeprefix("transformer."): stated[k] for k in stated if not TEXT.match(k)}
-        else:
-            given = dict(json.loads(beside.read_text(encoding="utf-8")))
-        return _settings(given) if given else None
+            return _settings(given) if given else None
+        return _settings(_object(beside.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, OSError, RecursionError) as error:
         where = f"{str(file)!r} in its metadata" if METADATA in metadata else repr(str(beside))
         raise ValueError(
             f"the settings of a LoRA, {where}, can't be used ({error}). Put them right, as PEFT "
             f"writes them, or save the LoRA anew."
         ) from None
+
+
+def _object(text: str) -> dict:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(f"it is {value!r:.60}, and an object is needed")
+    return value
 
 
 def _settings(given: dict) -> Settings:
