@@ -84,6 +84,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         yield where, value
 
 
+def json_object(path: Path) -> dict:
+    """Read a file that is one JSON object. Raises ValueError naming the file."""
+    try:
+        value = json.loads(text(path))
+    except RecursionError:
+        value = "too deep"
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged, not JSON ({error}). Fetch it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: an object is needed, not {value!r:.60}.")
+    return value
+
+
 def rows(path: Path, key: str) -> Iterator[tuple[str, dict, list[Path]]]:
     """Read an object a line: yield where it stands, the object, and the images that it names.
 

@@ -127,9 +127,9 @@ def read(argv: list[str]) -> Job:
             model_files.check_lora(config, "--checkpoint", str(each.path))
     family, claim = model_files.family(config), None
     if is_main_process():
-        claim = Results(args.out, "--out")
         for each in found:
             note_differences(each, config)
+        claim = Results(args.out, "--out")
     return Job(config, family, found, prompts, args.out, args.write_images, claim)
 
 
@@ -139,7 +139,8 @@ def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> 
     for key in MUST_AGREE:
         section, _, name = key.rpartition(".")
         theirs, ours = ((each.get(section, {}) if section else each) for each in (run, here))
-        if name in theirs and theirs[name] != ours[name]:  # an older run may lack the key
+        known = isinstance(theirs, dict) and name in theirs  # an older run may lack the key
+        if known and theirs[name] != ours[name]:
             print(
                 f"note: {checkpoint.name} was trained with config.{key}={theirs[name]}, "
                 f"not {ours[name]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import zlib
 from pathlib import Path
 
@@ -14,11 +15,14 @@ import pytest
 from fuzz_pictures import BACK, EPS, on_white
 from PIL import Image
 
+from config.base import base
 from flow_grpo import inputs
+from flow_grpo.launch import model_files, provenance
 from flow_grpo.prompts import read
 from flow_grpo.rewards import pictures
 from flow_grpo.rewards.remote.servers import read_token
 
+ROOT = Path(__file__).parent.parent
 GREY = np.arange(30, dtype=np.uint8).reshape(6, 5) * 8  # higher than it is wide
 
 
@@ -137,3 +141,39 @@ def test_a_picture_that_is_a_program_is_not_run(name, tmp_path, monkeypatch):
     for look in (inputs.size, inputs.picture):
         with pytest.raises(ValueError, match=f"{name} .EPS is a program that would be run"):
             look(tmp_path / name)
+
+
+DAMAGED = [
+    "",
+    "{",
+    "[]",
+    "null",
+    "\0",
+    "[" * 10**5,
+    '{"a":' * 10**4,
+    '{"_class_name": 3}',
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json", "index"])
+def test_a_model_s_damaged_json_is_named(name, text, tmp_path):
+    name = "vae/diffusion_pytorch_model.safetensors.index.json" if name == "index" else name
+    shutil.copytree(ROOT / "scripts/testbed/base", tmp_path / "model")
+    (tmp_path / "model" / name).write_bytes(text.encode("utf-8", "surrogatepass"))
+    config = base(None)
+    config.pretrained.model = str(tmp_path / "model")
+    if name == "transformer/config.json" and "class" in text:
+        return  # another class is told of where the model loads
+    with pytest.raises(ValueError, match=f"{name} is (damaged|not UTF-8)"):
+        model_files.check(config)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "3", "[" * 10**5])
+def test_a_damaged_list_of_launches_begins_anew(text, tmp_path, capsys):
+    path = tmp_path / provenance.FILE
+    path.write_text(text)
+    provenance.record(tmp_path, ["train.py"], 1, tmp_path / "checkpoints" / "checkpoint-2")
+    assert f"{path} is damaged; it begins anew." in capsys.readouterr().out
+    assert len(json.loads(path.read_text())) == 1

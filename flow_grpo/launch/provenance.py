@@ -32,7 +32,7 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     path, earlier = folder / FILE, []
     own = resume_from and folders.holds(folder, resume_from)
     if own and path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = _launches(path)
     aside = path.with_suffix(".tmp")
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -44,6 +44,18 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     }
     aside.write_text(json.dumps([*earlier, launch], indent=2) + "\n")
     os.replace(aside, path)
+
+
+def _launches(path: Path) -> list:
+    """Read earlier launches; of a file that no run wrote so, say that it is replaced."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        print(f"{path} is damaged; it begins anew.", flush=True)
+        return []
+    return found
 
 
 def command(argv: Sequence[str], num_ranks: int, **keys: object) -> str:
