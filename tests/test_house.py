@@ -45,9 +45,9 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
 }
 SINCE = {  # lines of what came after: compiled passes, safe checkpoints, any LoRA, users' files,
     # what forgers write
-    "core": 1300,
+    "core": 1350,
     "scorers": 100,
-    "the rest": 280,
+    "the rest": 310,
 }
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them
     "flow_grpo.rewards.clip.encoder",
