@@ -126,7 +126,9 @@ def held(run: Run) -> dict:
 def truth(folder: Path) -> dict:
     """Read what a checkpoint's files say, plainly."""
     state = json.loads((folder / STATE).read_text())
-    found = {f"{file}/{n}": v for file in (W, MOMENTS) for n, v in load_file(folder / file).items()}
+    held = {file: load_file(folder / file) for file in (W, MOMENTS)}
+    # A name without / is of no weight: what else a caller keeps there.
+    found = {f"{file}/{n}": v for file in held for n, v in held[file].items() if "/" in n}
     return found | {key: state[key] for key in COUNTERS[:3]}
 
 
