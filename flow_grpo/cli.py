@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pkgutil import resolve_name
+from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -80,3 +81,12 @@ def load_named(name: str, what: str, kind: str) -> Any:
             f"{what} can't be imported ({type(error).__name__}: {error}). An importable module and "
             f"a {kind} in it are needed, as module:{kind}."
         ) from error
+
+
+def make_writable(folder: Path, key: str) -> None:
+    """Make a folder, if need be, and try to write there. Raises ValueError naming the key."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"{key}: {folder} can't be written to ({error}). Name another.") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -20,6 +21,9 @@ MAX_DEPTH = 64  # of a row's lists and objects
 MEAN_OF_TAGS = "mean_of_tags"  # stands where a tag does: each tag counts alike, as in GenEval
 ALL = "all"  # likewise: all rows
 
+MAX_PIXELS = 2**26  # of a picture; decoded and turned they take 0.5 GiB
+PROGRAMS = ("EPS",)  # PIL hands it to Ghostscript
+
 JPEG_END = b"\xff\xd9"
 WHOLE = ("PNG", "JPEG", "WEBP")  # which show without decoding that they were cut; of JPEG the end
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # other formats' further pictures are no frames
@@ -29,6 +33,8 @@ TURNED = re.compile(rb"exif|adobe\.xmp", re.IGNORECASE)  # where a PNG may say t
 def text(path: Path) -> str:
     """Read UTF-8 without a byte order mark. Raises ValueError naming the file."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is no regular file")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
@@ -59,7 +65,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield where each line stands and its value. Raises ValueError if no JSON file can have it."""
     for where, line in lines(path):
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_once)
             if line.count("[") + line.count("{") > MAX_DEPTH:
                 _limit(value, MAX_DEPTH)
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -76,6 +82,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
         except ValueError as error:  # NaN and infinities too
             raise ValueError(f"{where}: not JSON ({error}): {line:.60}") from None
         yield where, value
+
+
+def json_object(path: Path) -> dict:
+    """Read a file that is one JSON object. Raises ValueError naming the file."""
+    try:
+        value = json.loads(text(path))
+    except RecursionError:
+        value = "too deep"
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged, not JSON ({error}). Fetch it again.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: an object is needed, not {value!r:.60}.")
+    return value
 
 
 def rows(path: Path, key: str) -> Iterator[tuple[str, dict, list[Path]]]:
@@ -150,7 +169,12 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         if not os.path.isfile(path):  # a pipe would be waited for
             raise OSError("there is no such file, or it is none of bytes")
-        with Image.open(path) as image:
+        # By its name PIL would map a TIFF into memory, and scramble one that is turned.
+        with open(path, "rb") as file, Image.open(file) as image:
+            if image.format in PROGRAMS:
+                raise OSError(f"{image.format} is a program that would be run")
+            if math.prod(image.size) > MAX_PIXELS:
+                raise OSError("{} x {} pixels, more than {:,}".format(*image.size, MAX_PIXELS))
             yield image
     except Exception as error:  # of many kinds
         raise ValueError(f"cannot read the image {path} ({error}).") from None
@@ -158,7 +182,11 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
 
 def frames(image: Image.Image) -> Iterator[np.ndarray]:
     """Yield the frames of an animated picture that is open, or its first picture."""
-    return map(pixels, ImageSequence.Iterator(image) if image.format in ANIMATED else (image,))
+    if image.format not in ANIMATED:
+        return map(pixels, (image,))
+    if (count := getattr(image, "n_frames", 1)) * math.prod(image.size) > 16 * MAX_PIXELS:
+        raise ValueError("{} frames of {} x {} pixels are too many".format(count, *image.size))
+    return map(pixels, ImageSequence.Iterator(image))
 
 
 def pixels(frame: Image.Image) -> np.ndarray:
@@ -184,6 +212,15 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if isinstance(hole := image.info.get("transparency"), int):  # the one value that is none
         scaled.putalpha(Image.fromarray(np.where(values == hole, 0, 255).astype(np.uint8)))
     return scaled
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    """Make an object whose keys stand once each; readers differ in which of two counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
+        raise ValueError(f"the key {twice!r:.60} stands twice")
+    return found
 
 
 def _limit(value: Any, left: int) -> None:

@@ -35,6 +35,7 @@ from flow_grpo.parallel.stop import Stopped
 from flow_grpo.prompts import Prompt
 from flow_grpo.report.sheets import captioned_sheet, side_by_side
 from flow_grpo.training.checkpoint import PACKAGES
+from flow_grpo.training.claim import Results
 
 MUST_AGREE = (  # for an evaluation to repeat that of the run
     "pretrained.model",
@@ -67,6 +68,7 @@ class Job(NamedTuple):
     prompts: list[Prompt]
     out: Path
     write_images: bool
+    claim: Results | None  # of `out`, which the main process has
 
 
 class Result(NamedTuple):
@@ -76,19 +78,23 @@ class Result(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Evaluate, and leave with 0, or 1 and a message, or 128 + a signal's number."""
+    status = 0
     with user_errors():
         job = read(argv)
         try:
             results = [score(job, i) for i in range(len(job.checkpoints))]
+            if is_main_process():
+                if len(results) == 2:
+                    write_comparison(job, *results)
+                print(f"\nEverything is in {job.out}", flush=True)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
-            entry.leave(stopped.exit_status)
-    if is_main_process():
-        if len(results) == 2:
-            write_comparison(job, *results)
-        print(f"\nEverything is in {job.out}", flush=True)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        entry.leave(0)
+            status = stopped.exit_status
+        finally:
+            if job.claim:
+                job.claim.release()
+    if status or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        entry.leave(status)
 
 
 def read(argv: list[str]) -> Job:
@@ -119,12 +125,12 @@ def read(argv: list[str]) -> Job:
         weights.check_class(each, model_files.index(config))
         if each.kind == "lora":
             model_files.check_lora(config, "--checkpoint", str(each.path))
+    family, claim = model_files.family(config), None
     if is_main_process():
-        if args.out.exists() and any(args.out.iterdir()):
-            raise ValueError(f"--out={args.out} is not empty. Name a new folder, or delete it.")
         for each in found:
             note_differences(each, config)
-    return Job(config, model_files.family(config), found, prompts, args.out, args.write_images)
+        claim = Results(args.out, "--out")
+    return Job(config, family, found, prompts, args.out, args.write_images, claim)
 
 
 def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> None:
@@ -133,7 +139,8 @@ def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> 
     for key in MUST_AGREE:
         section, _, name = key.rpartition(".")
         theirs, ours = ((each.get(section, {}) if section else each) for each in (run, here))
-        if name in theirs and theirs[name] != ours[name]:  # an older run may lack the key
+        known = isinstance(theirs, dict) and name in theirs  # an older run may lack the key
+        if known and theirs[name] != ours[name]:
             print(
                 f"note: {checkpoint.name} was trained with config.{key}={theirs[name]}, "
                 f"not {ours[name]}"

@@ -2,11 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import an_update, make_run, plan_of, roll_out, take_step
@@ -20,6 +22,7 @@ SETTINGS = dict(lr=0.01, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8)
 MAX_GRAD_NORM = 0.5
 NUM_ROWS, NUM_POINTS = 12, 3
 UNTIL_SAVED, AFTER = 3, 2  # updates
+DATA = (".safetensors", ".json")
 MOVES = ({}, {"old": 0.5}, {"old": 0.9, "reference": 1.0}, {"reference": 0.25}, {"old": 0.0})
 
 
@@ -282,12 +285,59 @@ def updates(folder: Path) -> None:
     torch.save(seen, folder / f"updates-{run.ranks.rank}.pt")
 
 
+def nan(tensors: dict) -> None:
+    max(tensors.values(), key=torch.numel).view(-1)[0] = math.nan
+
+
+def halve(tensors: dict) -> None:
+    name = max(tensors)
+    tensors[name] = tensors[name].half()
+
+
+def rename(tensors: dict) -> None:
+    tensors["policy/x"] = tensors.pop(max(tensors))
+
+
+def widen(tensors: dict) -> None:
+    tensors[max(tensors)] = torch.zeros(99)
+
+
+FORGED = [(kind, act) for kind in ("weights", "optimizer") for act in (nan, halve, rename, widen)]
+
+
+def forged(folder: Path, precision: str) -> None:
+    """Load what each rank has changed in its part; writes what came of it."""
+    engine, seen = wrapped(precision, Net()), []
+    before = masters(engine)
+    for number, (kind, act) in enumerate(FORGED):
+        copy = folder / f"forged-{number}"
+        if engine.ranks.is_main:
+            copy.mkdir()
+            for path in (path for path in folder.iterdir() if path.suffix in DATA):
+                shutil.copy(path, copy)
+        engine.ranks.barrier()
+        path = copy / f"{kind}-{engine.ranks.rank}.safetensors"
+        if path.exists():
+            tensors = load_file(path)
+            act(tensors)
+            save_file(tensors, path)
+        engine.ranks.barrier()
+        try:
+            engine.load(copy)
+            said = "loaded"
+        except ValueError as error:
+            said = str(error)
+        seen.append((said, before, masters(engine)))
+    torch.save(seen, folder / f"forged-{engine.ranks.rank}.pt")
+
+
 def everything(folder: Path, precision: str) -> None:
     """Called on every rank of an engine."""
     if precision == "fp16":  # of which DeepSpeed says that a CPU lacks it
         get_accelerator().is_fp16_supported = lambda: True
         overflowed(folder, precision)
     contract(folder, precision)
+    forged(folder, precision)
     for lora in (False, True):
         anchored(folder, precision, lora)
     if precision == "no":

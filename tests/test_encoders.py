@@ -174,6 +174,17 @@ def test_a_damaged_file_is_encoded_again_at_the_next_start(files, capsys):
     assert {path: path.read_bytes() for path in cached(folder)} == whole
 
 
+def test_a_cache_that_can_not_be_written_to_is_named_before_weights_load(
+    files, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    folder, loaded = files("sd3"), []
+    monkeypatch.setattr(encoders, "_load", lambda *a: loaded.append(a))
+    with pytest.raises(ValueError, match="config.encoder_cache: .*file/deeper can't be written to"):
+        prepare(folder, "sd3", "precompute", encoder_cache=tmp_path / "file" / "deeper")
+    assert not loaded
+
+
 def test_a_file_that_is_damaged_while_a_run_goes_on_is_named(files):
     folder = files("sd3")
     run = prepare(folder, "sd3", "precompute")

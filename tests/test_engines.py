@@ -152,6 +152,15 @@ def test_a_saved_training_is_safetensors_and_json(name, seen):
         assert sorted(i for start, stop in held for i in range(start, stop)) == list(range(size))
 
 
+@on_every_engine
+def test_a_forged_state_is_refused_on_every_rank_and_changes_no_weight(seen):
+    for of_rank in seen("forged"):
+        assert len(of_rank) == len(engines.FORGED)
+        for said, before, after in of_rank:
+            assert "does not hold the state of this run" in said or "does not fit" in said, said
+            assert equal(before, after)
+
+
 @pytest.mark.parametrize("name", ["plain"])
 def test_the_state_of_other_weights_or_of_other_ranks_is_refused(seen):
     seen("contract")

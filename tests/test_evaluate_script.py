@@ -254,3 +254,35 @@ def test_weights_are_found_wherever_a_run_or_diffusers_puts_them(files, tmp_path
     assert weights.run_config(weights.find("base")) == {}
     with pytest.raises(ValueError, match="holds neither"):
         weights.find(str(tmp_path / "checkpoints"))
+
+
+def test_one_folder_takes_the_results_of_one_evaluation(files, tagged, tmp_path):
+    """Another process has it, from before the weights load until all is written."""
+    out, free = tmp_path / "out", tmp_path / "free"
+    code = "import sys; from pathlib import Path; from flow_grpo.training.claim import Results\n"
+    code += "mine = Results(Path(sys.argv[1]), '--out'); print('has it', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as other:
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(SystemExit, match=f"--out={out}: in use by host .*, pid {other.pid}."):
+            evaluate(files, out)
+        assert [path.name for path in out.iterdir()] == ["run.lock"]
+        evaluate(files, free)
+        other.kill()
+    evaluate(files, out)  # what a killed process left behind is no result
+    assert (out / "scores.csv").read_bytes() == (free / "scores.csv").read_bytes()
+    assert not (out / "run.lock").exists()
+    with pytest.raises(SystemExit, match=f"--out={out} is not empty"):
+        evaluate(files, out)
+
+
+@pytest.mark.parametrize("below", ["", "/deeper"])
+def test_an_out_folder_that_can_not_be_is_named_at_the_start(files, tagged, tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="--out=.*file.*: it can't be written to .*Name a folder"):
+        evaluate(files, f"{tmp_path}/file{below}")

@@ -45,9 +45,9 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
 }
 SINCE = {  # of what came after: compiled passes, safe checkpoints, any LoRA, files of others,
     # ranks that meet again, disks that fill; objectives, windows, branches
-    "core": 2300,
+    "core": 2550,
     "scorers": 160,
-    "the rest": 850,
+    "the rest": 880,
 }
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them
     "flow_grpo.rewards.clip.encoder",
@@ -258,7 +258,7 @@ def test_public_functions_of_the_library_have_type_hints():
 
 
 CLOCKS = {"sleep", "time", "monotonic", "perf_counter", "process_time"}
-WAITING = ("waiting.py", "mutants.py", "serving.py", "test_ocr.py")
+WAITING = ("waiting.py", "mutants.py", "serving.py", "fuzzing.py", "test_ocr.py")
 
 
 def test_no_test_reads_a_clock():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz_pictures import TURNS
 from PIL import Image
 
 from flow_grpo import inputs
@@ -166,16 +167,6 @@ def test_numbered_pictures_are_sorted_as_numbers(names, tmp_path):
 
 # What a person sees, as pixels.
 SEEN = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8)
-TURNS = {
-    1: lambda p: p,
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.swapaxes(0, 1),
-    6: lambda p: np.rot90(p),
-    7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
-    8: lambda p: np.rot90(p, 3),
-}
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "tif"])

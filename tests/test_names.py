@@ -77,8 +77,8 @@ class Tracker:
 
 def load(run: Path, folder: Path) -> Tracker:
     """What loading does to the run's folder."""
-    engine = SimpleNamespace(load=lambda folder: {})
-    snapshots = SimpleNamespace(load_state_dict=lambda state: None)
+    engine = SimpleNamespace(load=lambda folder, copies: {})
+    snapshots = SimpleNamespace(load_state_dict=lambda state: None, names=[])
     ranks = SimpleNamespace(is_main=True, barrier=lambda: None)
     fake = SimpleNamespace(engine=engine, snapshots=snapshots, ranks=ranks, tracker=Tracker())
     fake.folder, fake.updater = run, SimpleNamespace()

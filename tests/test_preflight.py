@@ -290,7 +290,8 @@ def make_checkpoint(config, step, identity=None, *, complete=True):
     weights = folder / "weights-0.safetensors"
     weights.write_bytes(b"x" * 100)
     files = digests.of(folder, [weights])
-    state = {"files": files, "identity": identity or {"config.seed": 42}}
+    state = dict.fromkeys(folders.COUNTERS, 0)
+    state |= {"files": files, "identity": identity or {"config.seed": 42}}
     if complete:
         (folder / folders.STATE).write_text(json.dumps(digests.sealed(state)))
     return folder

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import running
 from diffusers.utils import logging as diffusers_logging
 
 from flow_grpo.launch import quiet
 
+ROOT = Path(__file__).parent.parent
 LONG = "a red apple and two green cubes " * 20
 
 
@@ -37,3 +41,12 @@ def test_the_first_cut_is_told_and_other_messages_pass():
         "a shard is missing",
     ]
     assert passes("Token indices sequence length is longer than the specified") is None
+
+
+def test_that_torchvision_is_missing_is_not_said_and_other_absences_are():
+    code = "import flow_grpo.diffusers_patch.registry as it, logging; it.FAMILIES\n"
+    code += "logging.getLogger('transformers.utils.import_utils').warning('requires sentencepiece')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "torchvision" not in done.stderr and "requires sentencepiece" in done.stderr

@@ -172,3 +172,12 @@ def test_the_list_says_something_of_every_reward():
     process = subprocess.run(command, capture_output=True, text=True, check=True)
     listed = dict(line.split(maxsplit=1) for line in process.stdout.splitlines())
     assert list(listed) == list(REWARDS) and all(listed.values())
+
+
+@pytest.mark.parametrize("out", ["file/scores.csv", "file/deeper/scores.csv"])
+def test_where_no_scores_can_be_written_is_said_before_any_is_made(tmp_path, out, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("flow_grpo.rewards.__main__.score", None)
+    with pytest.raises(SystemExit, match="--out: .*file.* can't be written to"):
+        main(["--reward", "jpeg_compressibility", "--out", str(tmp_path / out), str(tmp_path)])

@@ -91,7 +91,8 @@ def in_tensors(file: str, belongs):
 
 def seal(folder: Path) -> None:
     """Let the digests fit what was altered."""
-    content = {k: v for k, v in folders.read(folder).items() if k != digests.SEAL}
+    state = json.loads((folder / folders.STATE).read_text())
+    content = {key: value for key, value in state.items() if key != digests.SEAL}
     names = [path for path in folder.rglob("*") if path.is_file() and path.name != folders.STATE]
     content["files"] = digests.of(folder, names)
     (folder / folders.STATE).write_text(json.dumps(digests.sealed(content)))
@@ -151,8 +152,12 @@ TENSORS = {
 }
 REFUSED = {  # another value of it, and the words of the refusal
     "layout": (in_json(INDEX, "parts", 0, "layout"), {}, "holds the state of 0 weights"),
-    "moments": (in_json(INDEX, "parts", 0, "moments"), {}, "has no moments"),
-    "parts": (in_json(INDEX, "parts"), [{"layout": {}}] * 2, r"in 2 part\(s\); this run"),
+    "moments": (in_json(INDEX, "parts", 0, "moments"), {}, "does not fit index.json"),
+    "parts": (
+        in_json(INDEX, "parts"),
+        [{"layout": {}, "moments": {}}] * 2,
+        r"in 2 part\(s\); this run",
+    ),
 }
 TOLD = {
     "config": (in_json(TRAINER, "config", "seed"), 8, "config.seed=7 (was 8)"),

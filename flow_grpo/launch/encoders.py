@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from ml_collections import ConfigDict
 
-from flow_grpo.cli import progress
+from flow_grpo.cli import make_writable, progress
 from flow_grpo.conditioning import Conditioner, Item, Store, guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.parallel.engine import Ranks
@@ -23,7 +23,7 @@ def load_pipeline(
 
     config.encoders=precompute: if any prompt is not on disk yet, each rank encodes its share, on
     the device, while the transformer is on the CPU. A damaged file counts as none.
-    Raises ValueError if a rank does not see what another one wrote.
+    Raises ValueError if a rank can't write there, or does not see what another one wrote.
     """
     if config.encoders != "precompute":
         return _load(config, family, ranks.device)
@@ -32,6 +32,7 @@ def load_pipeline(
     missing = {item: items[item] for item in mine if not held.holds(item)}
     if not any(ranks.gather_objects(len(missing))):
         return _load(config, family, ranks.device, encoders=False)
+    make_writable(held.folder, "config.encoder_cache")
     pipeline = _load(config, family, torch.device("cpu"))
     pipeline.move_vae(ranks.device)
     pipeline.move_encoders(ranks.device)

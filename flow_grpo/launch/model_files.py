@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 from flow_grpo.diffusers_patch.base import ENCODERS, PatchedPipeline
 from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.diffusers_patch.registry import FAMILIES
+from flow_grpo.inputs import json_object
 from flow_grpo.launch.weights import check_part
 
 WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
@@ -69,12 +69,12 @@ def index(config: ConfigDict) -> dict:
         found = found or Path(hf_hub_download(path, "model_index.json", revision=revision))
     except OSError as error:
         raise ValueError(f"{to_download(config)} Reading its model_index.json: {error}") from None
-    return json.loads(found.read_text())
+    return json_object(found)
 
 
 def family(config: ConfigDict) -> type[PatchedPipeline]:
     """Return the class that patches this model. Raises ValueError if there is none."""
-    name = index(config)["_class_name"]
+    name = str(index(config).get("_class_name"))
     if name not in FAMILIES:
         raise ValueError(
             f"config.pretrained.model={config.pretrained.model!r} is a {name}; there are "
@@ -89,7 +89,7 @@ def _check_parts(config: ConfigDict) -> None:
     for name, value in index(config).items():
         part = Path(path) / name
         unread = config.encoders == "precompute" and name.startswith(ENCODERS)
-        if isinstance(value, list) and value[0] and (part.is_dir() or not unread):
+        if isinstance(value, list) and any(value[:1]) and (part.is_dir() or not unread):
             try:
                 check_part(part, not name.startswith(WITHOUT_WEIGHTS))
             except ValueError as error:
@@ -133,7 +133,7 @@ def check_lora(config: ConfigDict, key: str, path: str, *trained: float) -> None
 def _read(config: ConfigDict, part: str) -> dict:
     """Return a component's config.json, {} if it is not on this machine."""
     found = _file(config, f"{part}/config.json")
-    return json.loads(found.read_text()) if found else {}
+    return json_object(found) if found else {}
 
 
 def _file(config: ConfigDict, name: str) -> Path | None:

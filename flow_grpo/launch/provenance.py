@@ -10,7 +10,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     path, earlier = folder / FILE, []
     own = resume_from and folders.holds(folder, resume_from)
     if own and path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = _launches(path)
     aside = path.with_suffix(".tmp")
     launch = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -46,6 +45,18 @@ def record(folder: Path, argv: list[str], num_ranks: int, resume_from: Path | No
     }
     aside.write_text(json.dumps([*earlier, launch], indent=2) + "\n")
     os.replace(aside, path)
+
+
+def _launches(path: Path) -> list:
+    """Read earlier launches; of a file that no run wrote so, say that it is replaced."""
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        print(f"{path} is damaged; it begins anew.", flush=True)
+        return []
+    return found
 
 
 def command(argv: Sequence[str], num_ranks: int, **keys: object) -> str:
@@ -77,10 +88,10 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
     return f"{resumed} goes on with: {', '.join(found)}" if found else ""
 
 
-def _at(values: dict, key: str) -> object:
-    return reduce(lambda found, part: found.get(part) or {}, key.split(".")[:-1], values).get(
-        key.rpartition(".")[2]
-    )
+def _at(values: object, key: str) -> object:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def revision() -> str | None:

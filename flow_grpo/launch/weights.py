@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from flow_grpo.diffusers_patch.disk import files
+from flow_grpo.inputs import json_object
 
 BASE = "base"  # the word for a model as it was before training
 
@@ -53,7 +53,7 @@ def check_class(weights: Weights, model_index: dict) -> None:
     """Raise ValueError if a transformer is of another class than the base's."""
     if weights.kind != "transformer":
         return
-    found = json.loads((weights.path / "config.json").read_text()).get("_class_name")
+    found = json_object(weights.path / "config.json").get("_class_name")
     needed = model_index["transformer"][1]
     if found != needed:
         raise ValueError(
@@ -76,7 +76,10 @@ def check_part(folder: Path, has_weights: bool = True) -> None:
     ending = f".safetensors.index.{kind}.json" if kind else ".safetensors.index.json"
     indexes = [file for file in folder.iterdir() if file.name.endswith(ending)]
     for index in indexes:
-        for name in json.loads(index.read_text())["weight_map"].values():
+        where = json_object(index).get("weight_map")
+        if not isinstance(where, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map. Fetch it again.")
+        for name in where.values():
             if name not in names:
                 raise ValueError(f"{folder / name} is missing. Fetch it again.")
     if not indexes and names and all("-of-" in name for name in names):
@@ -91,7 +94,7 @@ def run_config(weights: Weights) -> dict:
     for parent in (folder, *folder.parents[:2]):
         written = parent.parent.parent / "config.json"
         if parent.name.startswith("checkpoint-") and written.is_file():
-            return json.loads(written.read_text())
+            return json_object(written)
     return {}
 
 

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 from flow_grpo.parallel import regroup, state
 
-POLICY = "policy/"  # before a weight's name, where snapshots' weights stand beside it
+POLICY = "policy"  # before a weight's name and /, where snapshots' weights stand beside it
 Parts = dict[str, Tensor]  # by a trained weight's name: what this rank holds of a value of it
 
 
@@ -139,7 +139,7 @@ class Engine(ABC):
         nothing, if a value is not finite; OSError if one could not write.
         """
         masters, moments, scale = self.get_state()
-        weights = {f"{POLICY}{name}": part for name, part in masters.items()} | further
+        weights = {f"{POLICY}/{name}": part for name, part in masters.items()} | further
         broken = sum(self.ranks.gather_objects(state.not_finite(weights, moments)), [])
         if broken:
             raise FloatingPointError(
@@ -158,16 +158,21 @@ class Engine(ABC):
         self.ranks.on_main(lambda: (folder / state.INDEX).write_text(text))
         return files
 
-    def load(self, folder: Path) -> Parts:
-        """Continue from what save() wrote, or raise ValueError; return `further`."""
+    def load(self, folder: Path, copies: Iterable[str] = ()) -> Parts:
+        """Continue from what save() wrote; return `further`. Raises ValueError, all as it was.
+
+        copies: the names before / of what must be in `further`, each with all weights.
+        """
         part = self.ranks.rank % self.num_parts
         weights, moments, scale = state.read(folder, part, self.num_parts, self._layout())
-        shapes = {name: tensor.shape for name, tensor in self._stepped().items()}
-        state.check(folder, weights, moments, self.masters(), shapes, POLICY)
-        mine = {name for name in weights if name.startswith(POLICY)}
-        masters = {name.removeprefix(POLICY): weights[name] for name in mine}
-        self.set_state(masters, moments, scale)
-        return {name: value for name, value in weights.items() if name not in mine}
+        is_adam = isinstance(self.optimizer, torch.optim.AdamW)
+        masters, own = self.masters(), self._scale()
+        state.check(folder, weights, moments, masters, self._stepped(), (POLICY, *copies), is_adam)
+        if scale and own and scale.keys() != own.keys():
+            raise ValueError(f"{folder / state.INDEX} has another scale. {state.REMEDY}")
+        masters = {name: weights.pop(f"{POLICY}/{name}") for name in masters}
+        self.set_state(masters, moments, scale if own else {})  # another precision's
+        return weights
 
     def get_state(self) -> tuple[Parts, state.Moments, dict[str, float]]:
         """Return masters, moments and fp16's search for its loss scale. Not to be written to."""

@@ -4,15 +4,21 @@ weights-<part>: policy/<weight>, <snapshot>/<weight>. optimizer-<part>: <stepped
 """
 
 import json
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 INDEX, WEIGHTS, OPTIMIZER = "index.json", "weights-{}.safetensors", "optimizer-{}.safetensors"
 Layout = dict[str, dict]  # of each trained weight its shape, and [start, stop) of what is held
 Moments = dict[str, dict[str, "Tensor | float | None"]]  # by stepped tensor and key
+ADAM = {"step", "exp_avg", "exp_avg_sq"}  # moments as torch keeps them
+REMEDY = "Resume from another checkpoint."
 
 
 def write(
@@ -36,7 +42,8 @@ def not_finite(weights: dict[str, Tensor], moments: Moments) -> list[str]:
     """Name the weights and moments that hold a NaN or an infinity."""
     flat = {f"{name}/{key}": v for name, values in moments.items() for key, v in values.items()}
     tensors = {name: v for name, v in (weights | flat).items() if isinstance(v, Tensor)}
-    return [name for name, value in tensors.items() if not value.isfinite().all()]
+    comparable = {n: v.float() if v.itemsize == 1 else v for n, v in tensors.items()}
+    return [name for name, value in comparable.items() if not value.isfinite().all()]
 
 
 def check(
@@ -44,30 +51,39 @@ def check(
     weights: dict[str, Tensor],
     moments: Moments,
     masters: dict[str, Tensor],
-    stepped: dict[str, torch.Size],
-    policy: str,
+    stepped: dict[str, Tensor],
+    copies: Iterable[str],
+    is_adam: bool,
 ) -> None:
-    """Raise ValueError unless what was read has the names and shapes of what trains, and is finite.
+    """Raise ValueError unless what was read can be this run's: names, shapes, types and values.
 
-    masters: the policy's weights now; its names follow `policy`, a snapshot's its own prefix.
-    stepped: the shapes of what the optimizer steps; moments of 8 bits have others.
+    masters: the policy's weights now. stepped: what the optimizer steps, and whether it is torch's
+    Adam. copies: the prefixes of weights that must be there; of another one all must be.
     """
-    needed = {f"{policy}{name}" for name in masters}
-    wrong = [f"{name} is missing" for name in sorted(needed - weights.keys())]
-    for name, value in weights.items():
-        _, of_weight, own = name.partition("/")
-        if of_weight and (own not in masters or masters[own].shape != value.shape):
-            wrong.append(f"{name} has the shape {tuple(value.shape)}, or belongs to no weight")
+    of_weights = {name for name in weights if "/" in name}  # not what else a caller keeps there
+    prefixes = {*copies, *(name.partition("/")[0] for name in of_weights)}
+    needed = {f"{copy}/{name}": each for copy in prefixes for name, each in masters.items()}
+    wrong = [f"{name} is missing" for name in sorted(needed.keys() - weights.keys())]
+    wrong += [f"{name} belongs to no weight" for name in sorted(of_weights - needed.keys())]
+    likes = [(name, value, needed.get(name, value)) for name, value in weights.items()]
     wrong += [f"{name} has no moments" for name in stepped.keys() - moments.keys()]
-    for name in stepped.keys() & moments.keys():
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in moments[name] and moments[name][key].shape != stepped[name]:
-                wrong.append(f"{name}/{key} has the shape {tuple(moments[name][key].shape)}")
+    for name, given in moments.items():
+        kinds = {key for key, value in given.items() if isinstance(value, Tensor)}
+        if name not in stepped or is_adam and given and not given.keys() == kinds == ADAM:
+            wrong.append(f"{name} has the moments {sorted(given)}")
+        elif is_adam and given:
+            like = dict.fromkeys(ADAM, stepped[name]) | {"step": torch.zeros(())}
+            likes += [(f"{name}/{key}", given[key], like[key]) for key in sorted(ADAM)]
+    for name, value, like in likes:
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
+            wrong.append(f"{name} has the shape {list(value.shape)} and the type {value.dtype}")
+        elif name.endswith(("/step", "/exp_avg_sq")) and (value < 0).any():
+            wrong.append(f"{name} is negative")
     wrong += [f"{name} is not finite" for name in not_finite(weights, moments)]
     if wrong:
         raise ValueError(
             f"{str(folder)!r} does not hold the state of this run's weights: {wrong[0]}, and "
-            f"{len(wrong) - 1} more. Resume from another checkpoint."
+            f"{len(wrong) - 1} more. {REMEDY}"
         )
 
 
@@ -78,20 +94,48 @@ def read(
 
     Raises ValueError unless it is of so many and its layout is the one given.
     """
-    index = json.loads((folder / INDEX).read_text())
-    parts = index["parts"]
+    parts, scale = _read(folder / INDEX, _index)
     if len(parts) != num_parts or parts[part]["layout"] != layout:
         raise ValueError(
             f"{str(folder)!r} holds the state of {len(parts[0]['layout'])} weights in {len(parts)} "
             f"part(s); this run trains {len(layout)} in {num_parts}, or others. Resume with as "
             f"many ranks and the weights that it was written with."
         )
-    weights, tensors = (load_file(folder / file.format(part)) for file in (WEIGHTS, OPTIMIZER))
+    weights, tensors = (_read(folder / f.format(part), load_file) for f in (WEIGHTS, OPTIMIZER))
+    described = parts[part]["moments"]
+    flat = {f"{name}/{key}": v for name, values in described.items() for key, v in values.items()}
+    if odd := {name for name, value in flat.items() if isinstance(value, list)} ^ tensors.keys():
+        file = folder / OPTIMIZER.format(part)
+        raise ValueError(f"{file} does not fit {INDEX}, as {min(odd)} shows. {REMEDY}")
     moments = {
         name: {
             key: tensors[f"{name}/{key}"] if isinstance(value, list) else value
             for key, value in values.items()
         }
-        for name, values in parts[part]["moments"].items()
+        for name, values in described.items()
     }
-    return weights, moments, index["scale"]
+    return weights, moments, scale
+
+
+def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
+    """Let a reader read; whatever it finds wrong is a ValueError that names the file."""
+    try:
+        return reader(path)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {REMEDY}") from None
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read ({error}). {REMEDY}") from None
+
+
+def _index(path: Path) -> tuple[list[dict], dict[str, float]]:
+    """Read what there is of each part, and the search for the loss scale."""
+    index = json.loads(path.read_text())
+    parts, scale = index["parts"], index["scale"]
+    for numbers in (scale, *(values for part in parts for values in part["moments"].values())):
+        for name, value in numbers.items():
+            if not (value is None or isinstance(value, list) or math.isfinite(value)):
+                raise ValueError(f"{name} is {value}")
+    layouts = [where for part in parts for where in part["layout"].values()]
+    if not parts or not all(isinstance(where, dict) for where in layouts):
+        raise ValueError("it describes no part")
+    return parts, scale

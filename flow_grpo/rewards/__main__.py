@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flow_grpo import inputs
-from flow_grpo.cli import user_errors, user_path
+from flow_grpo.cli import make_writable, user_errors, user_path
 from flow_grpo.evaluation import tables
 from flow_grpo.rewards import loading, options, pictures
 from flow_grpo.rewards.batch import Batch
@@ -47,6 +47,7 @@ def main(argv: list[str]) -> None:
         for name in args.reward:
             loading.check(name, settings, *columns)
         out = args.out or args.folder / "scores.csv"
+        make_writable(out.parent, "--out")
         device = args.device or options.device(args.reward)
         scorer = Scorer(dict.fromkeys(args.reward, 1.0), settings, device)
         report(found, score(found, scorer, columns, args.batch_size), out)

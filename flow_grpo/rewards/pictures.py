@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,9 +52,9 @@ def read(folder: Path) -> list[Picture]:
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder; one with images is needed.")
     rows, lines = folder / "metadata.jsonl", folder / "prompts.txt"
-    if rows.is_file() and lines.is_file():
+    if os.path.lexists(rows) and os.path.lexists(lines):
         raise ValueError(f"{folder} has both {rows.name} and {lines.name}: delete one of them.")
-    if rows.is_file():
+    if os.path.lexists(rows):
         found = [_picture(*row, folder) for row in inputs.rows(rows, "file")]
     else:
         files = (path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -63,7 +64,7 @@ def read(folder: Path) -> list[Picture]:
             inputs.size(each.file)
     if not found:
         raise ValueError(f"{folder} has no images ({', '.join(SUFFIXES)}).")
-    if lines.is_file():
+    if os.path.lexists(lines):  # what is no file is refused
         prompts = [line for _, line in inputs.lines(lines)]
         if len(prompts) != len(found):
             raise ValueError(
@@ -83,7 +84,7 @@ def _number(path: Path) -> tuple[list, str]:
 def _picture(where: str, row: dict, references: list[Path], folder: Path) -> Picture:
     file, prompt = folder / row["file"], row.get("prompt")
     for each in (file, *references):
-        if not each.is_file():
+        if not os.path.isfile(each):  # nor is too long a name
             raise ValueError(f"{where}: there is no image {each}.")
         try:
             inputs.size(each)

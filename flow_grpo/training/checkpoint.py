@@ -65,9 +65,12 @@ def _finish(
 
 
 def load(run: Run, folder: Path) -> None:
-    """Continue from a checkpoint; in the run that wrote it, forget what came after it."""
-    run.snapshots.load_state_dict(run.engine.load(folder))
-    state = folders.read(folder)
+    """Continue from a checkpoint; in the run that wrote it, forget what came after it.
+
+    Raises ValueError before anything is changed.
+    """
+    state = folders.read(folder)  # which may refuse
+    run.snapshots.load_state_dict(run.engine.load(folder, run.snapshots.names))
     run.epoch = state["epoch"]
     run.updater.num_updates = state["num_updates"]
     run.updater.num_skipped = state["num_skipped"]

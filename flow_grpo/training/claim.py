@@ -23,21 +23,15 @@ TRIES, PAUSE_S = 5, 0.2  # a holder may not have written its name yet
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-class Claim:
-    """A run's folder, closed to other runs until release(), or the main process' death.
+class Held:
+    """A folder that is closed to others until release(), or this process' death.
 
     The lock is one of POSIX: network file systems know it, and children do not inherit it.
     """
 
-    def __init__(self, config: ConfigDict, name: str, ranks: Ranks):
-        """Every rank must call it. name: of the config. Raises ValueError on all ranks."""
+    def __init__(self) -> None:
         self._lock: TextIO | None = None
         self._made: list[Path] = []
-        try:
-            self.folder: Path = ranks.on_main(lambda: self._take(config, name))
-        except ValueError:
-            self.release()
-            raise
 
     def release(self) -> None:
         """Give the folder up, and delete it if nothing was written there."""
@@ -48,6 +42,45 @@ class Claim:
         with suppress(OSError):  # it is not empty
             while self._made:
                 self._made.pop(0).rmdir()
+
+    def _make(self, folder: Path) -> None:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made = missing + self._made
+
+
+class Results(Held):
+    """A new folder for results of one process."""
+
+    def __init__(self, folder: Path, key: str):
+        """key: what named it. Raises ValueError if it is not empty, in use or can't be used."""
+        super().__init__()
+        try:
+            self._make(folder)
+            self._lock = _locked(folder)
+            rest = [path for path in folder.iterdir() if path.name != FILE]
+        except OSError as error:
+            raise ValueError(
+                f"{key}={folder}: it can't be written to ({error}). Name a folder that can."
+            ) from None
+        if self._lock is None:
+            raise ValueError(f"{key}={folder}: in use by {holder(folder)}. Name another folder.")
+        if rest:
+            self.release()
+            raise ValueError(f"{key}={folder} is not empty. Name a new folder, or delete it.")
+
+
+class Claim(Held):
+    """A run's folder."""
+
+    def __init__(self, config: ConfigDict, name: str, ranks: Ranks):
+        """Every rank must call it. name: of the config. Raises ValueError on all ranks."""
+        super().__init__()
+        try:
+            self.folder: Path = ranks.on_main(lambda: self._take(config, name))
+        except ValueError:
+            self.release()
+            raise
 
     def _take(self, config: ConfigDict, name: str) -> Path:
         logdir = Path(config.logdir)
@@ -72,27 +105,28 @@ class Claim:
             )
         return folder
 
-    def _make(self, folder: Path) -> None:
-        missing = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._made = missing + self._made
 
-
-def in_use(folder: Path) -> str:
-    """Say which process a folder's run has; "" if it has none."""
+def holder(folder: Path) -> str:
+    """Say which process holds a folder, as "host a, pid 1"; "" if none does."""
     try:
         with (folder / FILE).open() as file:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        holder = (folder / FILE).read_text().strip() or "host and pid unknown"
-        return (
-            f"{folder} is in use by a run ({holder}). Give this one another --config.run_name; or "
-            f"stop that one there by `kill {holder.split()[-1]}`, wait until it has saved, and "
-            f"start this one with --config.resume_from=latest."
-        )
+        return (folder / FILE).read_text().strip() or "host and pid unknown"
     except OSError:  # no such file, or no locks
         pass
     return ""
+
+
+def in_use(folder: Path) -> str:
+    """Say which process a folder's run has, and what to do; "" if it has none."""
+    if not (found := holder(folder)):
+        return ""
+    return (
+        f"{folder} is in use by a run ({found}). Give this one another --config.run_name; or "
+        f"stop that one there by `kill {found.split()[-1]}`, wait until it has saved, and "
+        f"start this one with --config.resume_from=latest."
+    )
 
 
 def _new_folder(logdir: Path, name: str) -> Path:

@@ -18,12 +18,15 @@ def sealed(state: dict) -> dict:
     return state | {SEAL: _seal(state)}
 
 
-def problem(folder: Path, state: dict) -> str:
-    """Say what of a checkpoint is not as it was written, "" if nothing. state: sealed, "files"."""
-    rest = {key: value for key, value in state.items() if key != SEAL}
-    if state.get(SEAL) != _seal(rest):
-        return "its trainer.json is damaged or was changed by hand"
-    for name, digest in state["files"].items():
+def check_seal(state: dict) -> None:
+    """Raise ValueError unless the digest that sealed() added is that of all else."""
+    if state.get(SEAL) != _seal({key: value for key, value in state.items() if key != SEAL}):
+        raise ValueError("its digest is another one")
+
+
+def problem(folder: Path, files: dict[str, str]) -> str:
+    """Say which of these files is not as it was written, "" if none. files: what of() returned."""
+    for name, digest in files.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _sha256(folder / name) != digest:

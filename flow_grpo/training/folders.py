@@ -14,6 +14,7 @@ from flow_grpo.training import digests
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
+COUNTERS = ("epoch", "num_updates", "num_skipped", "num_skipped_in_a_row", "metrics_bytes")
 NAME = re.compile(rf"({re.escape(REPLACED)})?checkpoint-[0-9]+")  # others are a user's copies
 
 
@@ -68,12 +69,7 @@ def _check(folder: Path, identity: dict) -> None:
             f"folder logs/<run_name>/checkpoints/checkpoint-<step> is needed, or latest, or auto."
         )
     state = read(folder)
-    if state and digests.SEAL not in state:
-        raise ValueError(
-            f"config.resume_from={str(folder)!r} is of an older version, no longer read. Start a "
-            f"new run; the LoRA in its lora/ can be carried over with config.train.lora_path."
-        )
-    if problem := digests.problem(folder, state):
+    if problem := digests.problem(folder, state["files"]):
         raise ValueError(f"config.resume_from={str(folder)!r}: {problem}. {_another(folder)}")
     for key, value in identity.items():
         if key in state["identity"] and state["identity"][key] != value:
@@ -95,15 +91,26 @@ def _another(folder: Path) -> str:
 
 
 def read(folder: Path) -> dict:
-    """Return what a checkpoint's trainer.json says. Raises ValueError if that is not a run's."""
+    """Return what a checkpoint's trainer.json says. Raises ValueError if no run wrote it so."""
     try:
         state = json.loads((folder / STATE).read_text())
         state["files"].items(), state["identity"].items()
+        is_older = digests.SEAL not in state
+        if not is_older:
+            digests.check_seal(state)
+            for key in COUNTERS:
+                if type(state[key]) is not int or not 0 <= state[key] < 2**53:
+                    raise ValueError(f"{key} is {state[key]!r:.60}")
     except (ValueError, AttributeError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ValueError(
             f"config.resume_from={str(folder)!r}: its {STATE} is damaged or was changed by hand "
             f"({type(error).__name__}: {error}). {_another(folder)}"
         ) from None
+    if is_older:
+        raise ValueError(
+            f"config.resume_from={str(folder)!r} is of an older version, no longer read. Start a "
+            f"new run; the LoRA in its lora/ can be carried over with config.train.lora_path."
+        )
     return state
 
 

@@ -32,6 +32,10 @@ class Snapshots:
             if name != "reference" or not use_lora:
                 self._hold(name, {n: master.clone() for n, master in engine.masters().items()})
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._held)
+
     @torch.no_grad()
     def update(self, name: str, decay: float) -> None:
         """Set copy `name` to decay x copy + (1 - decay) x policy."""

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from flow_grpo import inputs
-from flow_grpo.cli import user_errors, user_path
+from flow_grpo.cli import make_writable, user_errors, user_path
 
 
 def main(argv: list[str]) -> None:
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
         prompts = check(args)
         pipe = load(args)
         options = call_options(args, pipe)
+        make_writable(args.out, "--out")
     import numpy as np
     import torch
     from PIL import Image
@@ -35,7 +36,6 @@ def main(argv: list[str]) -> None:
 
     from flow_grpo.report.sheets import captioned_sheet
 
-    args.out.mkdir(parents=True, exist_ok=True)
     pictures = []
     for i, prompt in enumerate(tqdm(prompts, "images", disable=None)):
         generator = torch.Generator().manual_seed(args.seed + i)

@@ -24,7 +24,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from flow_grpo import sde
-from flow_grpo.cli import user_path
+from flow_grpo.cli import make_writable, user_errors, user_path
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the choice of a backend)
@@ -154,13 +154,14 @@ def main() -> None:
                 f"--kernels {kind}={level}: at least 0 and at most {sde.KERNELS[kind].max_level} "
                 f"is needed"
             )
+    name = Path(given.model).name
+    out = given.out or Path(f"noise_{name}")
+    with user_errors():
+        make_writable(out.parent, "--out")
     sigmas = schedule(given.model, given.num_steps, given.size)
     rows = [
         row for kind, level in chosen or LEVELS.items() for row in leftovers(kind, level, sigmas)
     ]
-    name = Path(given.model).name
-    out = given.out or Path(f"noise_{name}")
-    out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()

@@ -30,7 +30,7 @@ import numpy as np
 
 from config.base import base
 from flow_grpo import sde
-from flow_grpo.cli import user_errors, user_path
+from flow_grpo.cli import make_writable, user_errors, user_path
 from flow_grpo.evaluation import comparison
 from flow_grpo.launch import tools
 from flow_grpo.report.sheets import captioned_sheet
@@ -58,9 +58,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=user_path, required=True, help="path without an ending")
     args = parser.parse_args(argv[1:])
     with user_errors():
+        make_writable(args.out.parent, "--out")
         loaded = tools.load(args, (args.prompt,), base(None))
     cells = list(draw(loaded))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Cell._fields[:-1])

@@ -2,6 +2,7 @@
 
 from defects import (
     brought,
+    files,
     losses,
     preference,
     ratio,
@@ -12,5 +13,5 @@ from defects import (
     updates,
 )
 
-FILES = (steps, rollouts, losses, ratio, preference, updates, state, brought, strangers)
+FILES = (steps, rollouts, losses, ratio, preference, updates, state, brought, strangers, files)
 DEFECTS = [defect for file in FILES for defect in file.DEFECTS]

@@ -25,7 +25,7 @@ DEFECTS = [
         "alpha-of-the-metadata-dropped",
         "readers of tensors alone",
         LORA,
-        "stated = pattern.get(get_pattern_key(pattern, name), settings.lora_alpha)",
+        "stated = said.alpha_of(name, rank)",
         "stated = float(rank)",
         "test_lora_layouts.py::"
         "test_a_lora_has_its_strength_in_its_layers_and_nowhere_else[sd3-diffusers with metadata]",
@@ -42,7 +42,7 @@ DEFECTS = [
         "warm-start-at-another-strength",
         SLIP,
         LORA,
-        "lora.alphas[name] / (alphas[name] or 1.0)",
+        "(lora.alphas[name] / (alpha or 1.0))",
         "1.0",
         "test_lora_exports.py::test_an_export_trains_on_as_it_was_whatever_its_alpha[sd3]",
     ),
@@ -66,8 +66,8 @@ DEFECTS = [
         "cut-file-read",
         SLIP,
         FILES,
-        "if size != 8 + length + max(ends, default=0):",
-        "if not held:",
+        "whole = size == 8 + length + max(ends, default=0)",
+        "whole = bool(held) or not ends",
         "test_model_folders.py::test_what_a_folder_lacks_is_named_before_weights_load",
     ),
     Defect(

@@ -104,8 +104,8 @@ DEFECTS = [
         "average-forgotten-by-a-resume",
         "Flow-Factory saves no EMA",
         CHECKPOINT,
-        "run.snapshots.load_state_dict(run.engine.load(folder))",
-        "run.engine.load(folder)",
+        "run.snapshots.load_state_dict(run.engine.load(folder, run.snapshots.names))",
+        "run.engine.load(folder, run.snapshots.names)",
         "test_resume.py::test_four_epochs_equal_two_and_a_resume_and_two",
     ),
     Defect(

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 POINTER = b"version https://git-lfs"
@@ -28,11 +31,21 @@ def header(file: Path) -> dict:
     try:
         held = json.loads(text)
         ends = [each["data_offsets"][1] for key, each in held.items() if key != "__metadata__"]
-    except (ValueError, AttributeError, KeyError, TypeError):
-        held, ends = {}, [size]
-    if size != 8 + length + max(ends, default=0):
+        whole = size == 8 + length + max(ends, default=0)
+        whole = whole and isinstance(held.get("__metadata__", {}), dict)
+    except (ValueError, AttributeError, LookupError, TypeError, RecursionError):
+        whole = False
+    if not whole:
         raise ValueError(f"{file} ({size:,} bytes) is cut short or damaged. Fetch it again.")
     return held
+
+
+def tensors(file: Path) -> dict[str, Tensor]:
+    """Read a .safetensors file. Raises ValueError naming it if it is damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Fetch it again.") from None
 
 
 def weights(folder: Path) -> tuple[str, list[str]]:
@@ -63,15 +76,17 @@ def lora_file(path: str) -> Path:
         try:
             found = Path(snapshot_download(path, allow_patterns=wanted, ignore_patterns="*/*"))
         except (OSError, ValueError) as error:
-            raise ValueError(f"there is no such file, folder or hub id ({error}).") from None
+            raise ValueError(f"{path} is no file, folder or hub id ({error}).") from None
     if not found.exists():
-        raise ValueError("there is no such file or folder.")
+        raise ValueError(f"{path}: there is no such file or folder.")
     named = [found / name for name in LORA_FILES if (found / name).is_file()]
     files = named[:1] or ([found] if found.is_file() else sorted(found.glob("*.safetensors")))
+    files = list(filter(Path.is_file, files))  # no pipe, which would be waited for
     if len(files) != 1 or files[0].suffix != ".safetensors":
         raise ValueError(
-            f"it has {[file.name for file in files] or 'no .safetensors file'}. One is needed, of "
-            f"a LoRA in diffusers' or PEFT's format, such as checkpoints/checkpoint-<step>/lora of "
-            f"a run. A .bin or .pt file is a pickle and not read: save it as .safetensors first."
+            f"{path}: it has {[file.name for file in files] or 'no .safetensors file'}. One is "
+            f"needed, of a LoRA in diffusers' or PEFT's format, such as "
+            f"checkpoints/checkpoint-<step>/lora of a run. A .bin or .pt file is a pickle and not "
+            f"read: save it as .safetensors first."
         )
     return files[0]

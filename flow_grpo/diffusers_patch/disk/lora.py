@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import warnings
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flow_grpo.diffusers_patch.disk import files
+from flow_grpo.diffusers_patch.disk import files, settings
+from flow_grpo.diffusers_patch.disk.settings import TEXT, Settings
 
 A, B, ALPHA = ("lora_A", "lora_down", "lora.down"), ("lora_B", "lora_up", "lora.up"), ("alpha",)
 KIND = re.compile(rf"(.+)\.({'|'.join(A + B + ALPHA)})(\.default)?(\.weight)?")
 PREFIX = re.compile(
     r"^((base_model\.model\.|model\.|diffusion_model\.|transformer\.)+|lora_(unet|transformer)_)"
 )
-TEXT = re.compile(r"(base_model\.model\.)?(text_encoder|lora_te)")
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-METADATA = "lora_adapter_metadata"  # diffusers' name
 Parts = dict[str, dict[str, Tensor]]  # by layer: "A" (rank, in), "B" (out, rank), "alpha"
 
 
@@ -46,24 +42,25 @@ def read(path: str, transformer: nn.Module, stock: type[DiffusionPipeline]) -> L
     path: a file, its folder or a hub id. Raises ValueError if a weight would be left out.
     """
     file = files.lora_file(path)
-    settings = _settings(file, files.header(file).get("__metadata__", {}))
-    tensors = load_file(file)
+    is_peft = file.name == files.LORA_FILES[1]
+    said = settings.read(file, files.header(file).get("__metadata__", {}), is_peft)
+    tensors = files.tensors(file)
     if text := [key for key in tensors if TEXT.match(key)]:
         warnings.warn(f"{file}: {len(text)} weights of a text encoder are left out.", stacklevel=2)
     parts, odd = _parts({key: tensors[key] for key in tensors if key not in text})
     if odd:
         raise ValueError(
             f"the LoRA {str(file)!r} has {len(odd)} weights such as {odd[0]}; only a LoRA's A and "
-            f"B with a number alpha are read, no LoHa, LoKr, DoRA, bias or modules_to_save. Merge "
-            f"it into config.pretrained.model, or train it without them."
+            f"B with a number alpha are read, in finite floats, no LoHa, LoKr, DoRA, bias or "
+            f"modules_to_save. Merge it into config.pretrained.model, or train it without them."
         )
     known = {name for name, each in transformer.named_modules() if isinstance(each, LAYERS)}
     missing = [f"{name}.lora_{k}.weight" for name in parts for k in "AB" if k not in parts[name]]
     named, unknown = _named(parts, known)
     if unknown and not missing and (converted := _converted(parts, known, stock)):
         named, unknown = converted, []
-    if file.name == files.LORA_FILES[1] and settings:
-        wanted = (name for name in known if check_target_module_exists(settings, name))
+    if is_peft and said:
+        wanted = (name for name in known if said.wants(name))
         missing += [f"{name}.lora_A.weight" for name in sorted(wanted) if name not in named]
     if missing or unknown or not named:
         raise ValueError(
@@ -72,7 +69,7 @@ def read(path: str, transformer: nn.Module, stock: type[DiffusionPipeline]) -> L
             f"{(missing + unknown or ['none of a transformer'])[0]}. A LoRA of "
             f"config.pretrained.model's transformer is needed."
         )
-    return Lora(file, named, {name: _alpha(file, name, named[name], settings) for name in named})
+    return Lora(file, named, {name: _alpha(file, name, named[name], said) for name in named})
 
 
 def put(lora: Lora, transformer: nn.Module, rank: int | None, alpha: float | None) -> None:
@@ -96,18 +93,31 @@ def put(lora: Lora, transformer: nn.Module, rank: int | None, alpha: float | Non
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
     )
+    values = {name: _values(lora, name, transformer, alphas[name]) for name in ranks}
     transformer.add_adapter(config)
-    for name, each in lora.parts.items():
+    for name, each in values.items():
         layer = transformer.get_submodule(name)
-        for kind, factor in {"A": 1.0, "B": lora.alphas[name] / (alphas[name] or 1.0)}.items():
-            weight, value = getattr(layer, f"lora_{kind}")["default"].weight, each[kind] * factor
-            if weight.shape != value.shape:
-                raise ValueError(
-                    f"the LoRA {str(lora.file)!r} does not fit {type(transformer).__name__}: "
-                    f"{name}.lora_{kind} has the shape {tuple(value.shape)}, not "
-                    f"{tuple(weight.shape)}. A LoRA of config.pretrained.model is needed."
-                )
+        for kind, value in each.items():
+            weight = getattr(layer, f"lora_{kind}")["default"].weight
             weight.data = value.to(weight.device)
+
+
+def _values(lora: Lora, name: str, transformer: nn.Module, alpha: float) -> dict[str, Tensor]:
+    """Return a layer's A and B as they do the same with another alpha. Raises ValueError."""
+    weight, rank = transformer.get_submodule(name).weight, len(lora.parts[name]["A"])
+    shapes = {"A": (rank, *weight.shape[1:]), "B": (len(weight), rank, *(1,) * (weight.ndim - 2))}
+    values = {
+        "A": lora.parts[name]["A"],
+        "B": lora.parts[name]["B"] * (lora.alphas[name] / (alpha or 1.0)),
+    }
+    for kind, value in values.items():
+        if value.shape != shapes[kind] or not value.isfinite().all():
+            raise ValueError(
+                f"the LoRA {str(lora.file)!r} does not fit {type(transformer).__name__}: "
+                f"{name}.lora_{kind} has the shape {tuple(value.shape)}, not {shapes[kind]}, or is "
+                f"not finite. A LoRA of config.pretrained.model is needed."
+            )
+    return values
 
 
 def write(
@@ -142,30 +152,15 @@ def _usual(values: dict[str, float]) -> tuple[float, dict[str, float]]:
     return usual, {f"^{re.escape(name)}": v for name, v in values.items() if v != usual}
 
 
-def _settings(file: Path, metadata: dict) -> LoraConfig | None:
-    """What stands in a file's metadata or beside it."""
-    beside = file.with_name("adapter_config.json")
-    if METADATA in metadata:
-        stated = json.loads(metadata[METADATA])
-        given = {k.removeprefix("transformer."): stated[k] for k in stated if not TEXT.match(k)}
-    elif file.name != files.LORA_FILES[1]:
-        return None
-    elif beside.is_file():
-        given = json.loads(beside.read_text())
-    else:
-        raise ValueError(f"{beside} is missing, which says how strong the LoRA is. Put it there.")
-    known = {each.name for each in fields(LoraConfig)}
-    return LoraConfig(**{k: v for k, v in given.items() if k in known}) if given else None
-
-
 def _parts(tensors: dict[str, Tensor]) -> tuple[Parts, list[str]]:
     """Bring a file's tensors together by layer; name those that are no plain LoRA's."""
     parts, odd = {}, []
     for key, value in tensors.items():
-        found, value = KIND.fullmatch(key), value.float()
+        found = KIND.fullmatch(key)
         kind = found and ("A" if found[2] in A else "B" if found[2] in B else "alpha")
-        good = value.numel() == 1 and bool(value.isfinite()) if kind == "alpha" else value.ndim > 1
-        if kind and good:
+        matrix = value.ndim > 1 and value.numel() and value.is_floating_point()
+        good = value.numel() == 1 if kind == "alpha" else matrix
+        if kind and good and (value := value.float()).isfinite().all():
             parts.setdefault(found[1], {})[kind] = value
         else:
             odd.append(key)
@@ -209,14 +204,12 @@ def _converted(parts: Parts, known: set[str], stock: type[DiffusionPipeline]) ->
     return None
 
 
-def _alpha(file: Path, name: str, parts: dict[str, Tensor], settings: LoraConfig | None) -> float:
+def _alpha(file: Path, name: str, parts: dict[str, Tensor], said: Settings | None) -> float:
     rank = len(parts["A"])
     own = float(parts.get("alpha", rank))
-    if settings is None:
+    if said is None:
         return own
-    pattern = settings.alpha_pattern or {}
-    stated = pattern.get(get_pattern_key(pattern, name), settings.lora_alpha)
-    stated *= math.sqrt(rank) if settings.use_rslora else 1
+    stated = said.alpha_of(name, rank)
     if "alpha" in parts and own != stated:
         raise ValueError(
             f"the LoRA {str(file)!r} says twice how strong {name} is: its alpha is {own:g} by its "
