@@ -220,10 +220,3 @@ def test_every_key_has_a_test_and_the_test_is_there():
     for key, test in every_key.FOUND_BY.items():
         file, function = test.split("[")[0].split("::")
         assert f"\ndef {function}(" in (every_key.TESTS / file).read_text(), (key, test)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("key", every_key.FOUND_BY)
-def test_a_key_that_is_ignored_is_found_by_its_test(key):
-    failed, said = every_key.ignore(key)
-    assert failed, said

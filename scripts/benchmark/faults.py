@@ -36,6 +36,12 @@ cases of each.
 """
 
 
+REQUESTS = """To a reward server and its clients, where what is refused is an answer that says why,
+and "no answer" a connection that its sender broke off or let idle; named cases have a row each:
+
+"""
+
+
 def fuzzers(chosen: list[str]) -> list[str]:
     """Name the files tests/fuzz_<name>.py that can be run."""
     files = sorted((ROOT / "tests").glob("fuzz_*.py"))
@@ -45,15 +51,18 @@ def fuzzers(chosen: list[str]) -> list[str]:
     return chosen or known
 
 
-def run(name: str, seed: int) -> tuple[str, int]:
-    """Return a fuzzer's row and its exit status; what it tells of faults goes to stderr."""
+def run(name: str, seed: int) -> tuple[list[str], int]:
+    """Return a fuzzer's row, or a table of its own, and its exit status.
+
+    What it tells of faults goes to stderr.
+    """
     count = COUNTS.get(name, 1000)
     command = [sys.executable, f"tests/fuzz_{name}.py", f"--count={count}", f"--seed={seed}"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     if not rows:
         sys.exit(f"{' '.join(command)} printed no row")
-    return rows[-1], done.returncode
+    return rows, done.returncode
 
 
 def main() -> int:
@@ -64,14 +73,16 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="print these rows, write no page")
     args = parser.parse_args()
     done = [run(name, args.seed) for name in tqdm(fuzzers(args.only), "fuzzers", disable=None)]
-    rows, machine = "\n".join(row for row, _ in done), provenance.machine()
-    print(rows)
+    rows = "\n".join(rows[0] for rows, _ in done if len(rows) == 1)
+    tables = "\n\n".join("\n".join(rows) for rows, _ in done if len(rows) > 1)
+    machine = provenance.machine()
+    print(rows, tables, sep="\n\n")
     if not args.only:
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         command = f"OMP_NUM_THREADS=1 python scripts/benchmark/faults.py --seed {args.seed}"
         OUT.write_text(
-            f"{HEAD}{rows}\n\n```bash\n{command}\n```\n\nSeconds and memory include the making of "
-            f"the cases and the tiny models that they are tried on.\nMachine: {machine['cores']} "
+            f"{HEAD}{rows}\n\n{REQUESTS}{tables}\n\n```bash\n{command}\n```\n\nSeconds and memory "
+            f"include the making of the cases and the tiny models that they are tried on.\nMachine: {machine['cores']} "
             f"cores of an {machine['cpu']}, {machine['memory_gib']:.0f} GiB, no GPU used; Python "
             f"{platform.python_version()}, {versions}.\n"
         )
