@@ -80,12 +80,14 @@ def main() -> int:
     if not args.only:
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         command = f"OMP_NUM_THREADS=1 python scripts/benchmark/faults.py --seed {args.seed}"
-        OUT.write_text(
-            f"{HEAD}{rows}\n\n{REQUESTS}{tables}\n\n```bash\n{command}\n```\n\nSeconds and memory "
-            f"include the making of the cases and the tiny models that they are tried on.\nMachine: {machine['cores']} "
-            f"cores of an {machine['cpu']}, {machine['memory_gib']:.0f} GiB, no GPU used; Python "
-            f"{platform.python_version()}, {versions}.\n"
+        made = (
+            f"Seconds and memory include the making of the cases and the tiny models that they are "
+            f"tried on.\nMachine: {machine['cores']} cores of an {machine['cpu']}, "
+            f"{machine['memory_gib']:.0f} GiB, no GPU used; Python {platform.python_version()}, "
+            f"{versions}."
         )
+        parts = (HEAD + rows, REQUESTS + tables, f"```bash\n{command}\n```", made)
+        OUT.write_text("\n\n".join(parts) + "\n")
     return max(status for _, status in done)
 
 
