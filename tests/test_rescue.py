@@ -65,7 +65,7 @@ def test_a_run_that_ends_among_its_updates_goes_on_as_if_it_had_not(files, happe
 
 @pytest.mark.parametrize("happens", [fail, terminate])
 def test_without_the_epochs_start_it_says_what_is_lost(files, happens):
-    run, error = interrupted(files, happens, use_lora=False)
+    run, error = interrupted(files, happens, use_lora=False, train__hold_start=False)
     (note,) = error.__notes__
     assert (
         "2 finished epoch(s) could not be saved" in note and "config.train.hold_start=True" in note
@@ -89,3 +89,46 @@ def test_an_error_before_anything_is_finished_writes_nothing(files):
     with pytest.raises(RuntimeError, match="a kernel failed"):
         entry.execute(run)
     assert folders.checkpoints(run.folder) == []
+
+
+def test_a_signal_is_heard_between_the_points_of_a_long_step(files):
+    keys = running.lora(files) | {"train__gradient_accumulation_steps": 4}
+    run = running.prepare(settings(files, "long", **keys))
+    honest, losses = run.objective.loss, []
+
+    def loss(*arguments):
+        losses.append(1)
+        if len(losses) == 10:  # the second point of the second epoch's one step of eight
+            terminate(run)
+        return honest(*arguments)
+
+    run.objective.loss = loss
+    with pytest.raises(Stopped) as error:
+        loop.train(run)
+    run.evaluator.scorer.close()
+    assert len(losses) == 10 and error.value.exit_status == 128 + signal.SIGTERM
+    assert error.value.__notes__ == [f"saved in {run.folder}"]
+    assert [path.name for path in folders.checkpoints(run.folder)] == ["checkpoint-1"]
+
+
+def test_it_is_heard_between_frozen_predictions(files):
+    keys = running.lora(files) | {"train__old_log_prob": "replay"}
+    run = running.prepare(settings(files, "frozen", **keys))
+    honest, predictor = run.predictor, []
+
+    def counted(rows):
+        velocity = honest(rows)
+
+        def predict(point, guidance=None):
+            predictor.append(torch.is_grad_enabled())
+            if len(predictor) == 4:
+                terminate(run)
+            return velocity(point, guidance)
+
+        return predict
+
+    run.predictor = counted
+    with pytest.raises(Stopped):
+        loop.train(run)
+    run.evaluator.scorer.close()
+    assert predictor == [False] * 4  # two are the gate's

@@ -5,7 +5,9 @@ import signal
 
 import pytest
 import torch
+from forking import ON_CPU, on_ranks
 
+from flow_grpo.parallel import choose
 from flow_grpo.parallel.engine import Ranks
 from flow_grpo.parallel.stop import PATIENCE_S, SIGNALS, Stop, Stopped
 
@@ -98,3 +100,32 @@ def test_a_run_that_nothing_launched_outlives_its_shell(handlers, monkeypatch):
     stop = Stop(Ranks(torch.device("cpu")))
     adopt(monkeypatch)
     stop.check()
+
+
+def test_alone_a_poll_hears_at_once_however_seldom_ranks_would_meet(launched):
+    stop, _, _ = launched
+    stop.pace(1e-6)
+    stop.poll()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Stopped):
+        stop.poll()
+
+
+def as_rank():
+    ranks = choose.start("no").ranks
+    stop = Stop(ranks)
+    stop.pace(PATIENCE_S / 3.5 if ranks.is_main else 1e-9)  # the main rank's counts
+    heard = 0
+    for poll in range(1, 10):
+        if poll == 4 and not ranks.is_main:
+            signal.raise_signal(signal.SIGTERM)
+        try:
+            stop.poll()
+        except Stopped:
+            heard = poll
+            break
+    assert heard == 6, heard
+
+
+def test_several_ranks_hear_together_at_every_so_many_th_poll():
+    on_ranks(2, ON_CPU, as_rank)

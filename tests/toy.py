@@ -56,6 +56,11 @@ class NeverStop:
     def check(self):
         pass
 
+    poll = check
+
+    def pace(self, seconds):
+        pass
+
 
 class Toy(PatchedPipeline):
     device = torch.device("cpu")

@@ -30,6 +30,7 @@ class Stop:
     def __init__(self, ranks: Ranks, clock: Callable[[], float] = time.monotonic):
         self._ranks, self._clock = ranks, clock
         self._number, self._since = 0, 0.0
+        self._polls, self._every = 0, 1
         # Only a launcher's death counts: a run under nohup outlives its shell.
         launched = any(n.startswith(("ACCELERATE_", "TORCHELASTIC_")) for n in os.environ)
         self._parent = os.getppid() if launched else None
@@ -53,6 +54,21 @@ class Stop:
                 os.write(2, f"\n{word} in {PATIENCE_S:g} s or more\n".encode())
         elif self._clock() - self._since > PATIENCE_S:
             os._exit(128 + number)
+
+    def pace(self, seconds: float) -> None:
+        """Say how long it is from one poll() to the next. All ranks must call it, rank 0 counts."""
+        every = max(1, int(PATIENCE_S / max(seconds, 1e-9)))
+        self._every = self._ranks.broadcast_object(every)
+
+    def poll(self) -> None:
+        """Do as check(), where that would cost too much. All ranks must call it equally often.
+
+        A rank alone looks at each call, several together about every PATIENCE_S, by pace().
+        """
+        self._polls += 1
+        alone = self._ranks.num_ranks == 1
+        if self.asked if alone else self._polls % self._every == 0:
+            self.check()
 
     def check(self) -> None:
         """Raise Stopped on every rank if any rank was asked to end. All ranks must call it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, replace
 
 import ml_collections
@@ -43,6 +44,7 @@ class Sampled:
     images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
     scoring: Scoring | Ranked | None  # of the leaves, under way
     for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
+    seconds_a_step: float = 1.0  # of a call
     first_row: int = 0  # the number of its first row among all ranks'
 
     def with_more(self, more: Sampled) -> Sampled:
@@ -140,6 +142,7 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
     num_steps = sum(call.segment.grid.shape[1] - 1 for call in calls)
     bar = progress(num_steps, "sample", shown=run.ranks.is_main)
     weights = objective.samples_with(epoch, run.updater.num_updates)
+    started = time.monotonic()
     with run.timer("sample"), run.snapshots.using(weights):
         for number in range(max(map(len, world))):
             if number < len(calls):
@@ -178,6 +181,7 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
         images=images,
         scoring=scoring,
         for_gate=Rollout.cat(gated) if gated else None,
+        seconds_a_step=(time.monotonic() - started) / max(num_steps, 1),
     )
 
 

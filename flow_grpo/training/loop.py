@@ -21,6 +21,7 @@ from flow_grpo.training.run import Run
 from flow_grpo.training.snapshots import Held
 from flow_grpo.training.tracking import Statistics, memory
 
+BACKWARD = 3.0  # forwards that a forward and its backward take as long as
 SHOWN = ("reward/avg", "reward/zero_std_fraction", "images_per_second")
 
 
@@ -130,6 +131,7 @@ def update(run: Run, sampled: Sampled, arranged: Arranged, epoch: int) -> None:
     micro_batch = partial(_micro_batch, run, sampled, arranged, epoch)
     num_calls = sum(len(of_ranks[rank]) for inner in arranged.updates for of_ranks in inner)
     with run.timer("update"):
+        run.evaluator.stop.pace(BACKWARD * sampled.seconds_a_step)
         known = prepare(objective, arranged, rank, micro_batch, run.predict)
         if run.config.use_lora or run.config.train.hold_start:
             run.held = Held(run.engine, run.snapshots, run.updater)
@@ -196,6 +198,7 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> bool:
     loss_sum = torch.zeros((), device=ranks.device)
     for i, micro in enumerate(micros):
         for k, point in enumerate(micro.points):
+            run.evaluator.stop.poll()
             known = micro.known[k] if micro.known else {}
             known = known | {name: values[i][k] for name, values in frozen.items()}
             last = i == len(micros) - 1 and k == len(micro.points) - 1

@@ -85,8 +85,14 @@ class Run:
         self, micros: list[Micro], weights: str = "policy", guidance: Guidance | None = None
     ) -> Values:
         """Return all velocities; never between the policy's forward and its backward."""
+        found: Values = []
         with self.snapshots.using(weights):
-            return [[micro.velocity(point, guidance) for point in micro.points] for micro in micros]
+            for micro in micros:
+                found.append([])
+                for point in micro.points:
+                    self.evaluator.stop.poll()
+                    found[-1].append(micro.velocity(point, guidance))
+        return found
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
         config = self.config
