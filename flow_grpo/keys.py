@@ -159,7 +159,18 @@ def check(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> None:
             meaning = f" ({key.meaning})" if key.meaning else ""
             hint = did_you_mean(value, key.choices) or f" The default is {key.default!r}."
             raise ValueError(f"config.{name}={value!r}: {key.needed} is needed{meaning}.{hint}")
+        if key.is_path and isinstance(value, str):
+            check_length(name, value)
     expand(config, keys)
+
+
+def check_length(name: str, path: str) -> None:
+    """Raise ValueError for a path that no file system takes, or leaves no room behind."""
+    if len(os.fsencode(path)) > 2000 or max(map(len, os.fsencode(path).split(b"/"))) > 200:
+        raise ValueError(
+            f"config.{name}={path[:60]!r}...: a path of at most 2000 bytes, and 200 from one / to "
+            f"the next, is needed. Shorten it."
+        )
 
 
 def expand(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> None:

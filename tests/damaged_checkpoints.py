@@ -25,7 +25,7 @@ from flow_grpo.training import digests, folders
 
 STATE = folders.STATE
 W, MOMENTS = WEIGHTS.format(0), OPTIMIZER.format(0)
-COUNTERS = ("epoch", "num_updates", "num_skipped", "metrics_bytes")
+COUNTERS = folders.COUNTERS
 NUMBERS = (-1, -(10**30), 10**30, 2**63, 2.5, 1.0, math.nan, math.inf, -math.inf, True, None)
 VALUES = (*NUMBERS, "3", "", [], {}, [[]], "\ud800", {"a": {}}, 0, 7)
 MUST, MAY = "must be refused", "may be read as it stands"

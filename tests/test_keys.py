@@ -211,3 +211,10 @@ def test_another_objective_adds_its_keys_and_leaves_what_was_set():
     assert config.train.beta == 0.5 and config.nft.beta == 0.25
     with pytest.raises(ValueError, match="config.objective='nfd': one of .* Did you mean 'nft'?"):
         with_objective(config, "nfd")
+
+
+@pytest.mark.parametrize("path", ["x" * 201, "é" * 101, "a/" * 1001, f"/tmp/{'9' * 300}/x"])
+@pytest.mark.parametrize("name", [name for name, key in COMMON.items() if key.is_path])
+def test_a_path_that_no_file_system_takes_is_refused(name, path):
+    said = refusal(name, path)
+    assert f"config.{name}={path[:60]!r}..." in said and said.endswith("Shorten it.")

@@ -169,7 +169,8 @@ def test_the_run_trains_for_an_epoch_through_its_script(
     for key in ("noise_level", "sde_type", "sde_window_size", "guidance_scale"):
         assert ran["sample"][key] == config.sample[key], key
     assert own_images or ran["sample"]["num_steps"] == config.sample.num_steps
-    for key in ("beta", "cfg", "clip_range", "ema", "learning_rate", "lora_rank"):
+    assert own_images or ran["train"]["clip_range"] == config.train.clip_range
+    for key in ("beta", "cfg", "ema", "learning_rate", "lora_rank"):
         assert ran["train"][key] == config.train[key], key
     updates = read_metrics(folder, "update")
     assert len(updates) == 2 and all(np.isfinite(row["loss"]) for row in updates)
@@ -190,9 +191,9 @@ def test_the_run_fits_the_number_of_gpus_that_its_docstring_names(name):
 
 
 def test_the_average_is_kept_where_the_published_run_keeps_one():
-    kept = {name for name in RUNS if grpo.get_config(name).train.ema}
+    kept = {name for name in RUNS if config_of(name).train.ema}
     assert RUNS and set(RUNS) - kept == {
-        name for name in RUNS if name == "compressibility" or "qwenimage" in name
+        name for name in RUNS if name == "grpo:compressibility" or "qwenimage" in name
     }
 
 

@@ -24,7 +24,7 @@ from flow_grpo.rewards import options
 from flow_grpo.training import checkpoint, digests, folders
 
 ROOT = Path(__file__).parent.parent
-COUNTED = {"epoch": 2, "num_updates": 2, "num_skipped": 0, "metrics_bytes": 0}
+COUNTED = dict.fromkeys(folders.COUNTERS, 0) | {"epoch": 2, "num_updates": 2}
 
 
 def make(run: Path, name: str, **changed) -> Path:

@@ -168,6 +168,7 @@ def _check_tracker(config: ConfigDict) -> None:
 
 def _check_name(name: str) -> None:
     """Refuse what would be another place than a folder of its own below config.logdir."""
+    keys.check_length("run_name", name)
     parts = name.split("/")
     wrong = {"", ".", "..", *claim.FOLDERS} & set(parts)
     if wrong or name.startswith("~") or not name.isprintable() or parts != [*map(str.strip, parts)]:

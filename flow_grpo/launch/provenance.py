@@ -83,8 +83,10 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
         plan.train_prompts
     ):
         found.append("other training prompts")
-    versions = state.get("versions", {})
-    found += [f"{p} {version(p)} (was {was})" for p, was in versions.items() if version(p) != was]
+    for package in PACKAGES:
+        was = _at(state.get("versions"), package)
+        if was not in (None, version(package)):
+            found.append(f"{package} {version(package)} (was {was})")
     return f"{resumed} goes on with: {', '.join(found)}" if found else ""
 
 
