@@ -216,7 +216,7 @@ def test_wandb(desk):
     assert (desk.folder / f"logs/{NAME}-wandb/wandb").is_dir()
 
 
-@row("see the traceback behind an error", slow=False)
+@row("see the traceback behind an error")
 def test_traceback(desk):
     wrong = f"{ROWS['train']} --config.sead=1"
     plain, full = desk.run(wrong), desk.run(f"{ROWS['see the traceback behind an error']} {wrong}")

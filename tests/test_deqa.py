@@ -64,6 +64,7 @@ def test_score_is_the_opinion_divided_by_five(folder):
     np.testing.assert_allclose(found["deqa"], WANTED, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_server_gives_a_client_the_same(folder):
     with (
         serving.started("deqa", f"--set=deqa={folder}", "--device=cpu") as url,

@@ -83,7 +83,13 @@ def resume(run) -> int:
 
 
 @pytest.mark.parametrize("happens, killed", [(die, KILLED), (die_within_a_file, -signal.SIGXFSZ)])
-@pytest.mark.parametrize("updated", [True, False], ids=["new name", "name of the old one"])
+@pytest.mark.parametrize(
+    "updated",
+    [
+        pytest.param(True, id="new name", marks=pytest.mark.slow),
+        pytest.param(False, id="name of the old one"),
+    ],
+)
 def test_a_kill_before_or_within_any_file_leaves_the_old_or_the_new_checkpoint(
     files, tmp_path, updated, happens, killed
 ):

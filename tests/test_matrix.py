@@ -13,6 +13,8 @@ OTHERS = [  # beyond SD3, a cover of model x objective x what trains
     for o, objective in enumerate(OBJECTIVES)
 ]
 
+QUICK = {"shared_prefix", "per_step", "tree", "dropped"}  # the others are slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -42,7 +44,13 @@ def test_it_does_so_on_other_models(folder, model, objective, use_lora):
     matrix.check(folder, model, objective, use_lora)
 
 
-@pytest.mark.parametrize("rollout", matrix.ROLLOUTS)
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in matrix.ROLLOUTS
+    ],
+)
 def test_a_policy_gradient_starts_at_ratio_one_by_every_rollout(folder, rollout):
     kernel = matrix.KERNELS[list(matrix.ROLLOUTS).index(rollout) % 4]
     matrix.check(folder, "sd3", "grpo", True, rollout, kernel)
@@ -56,6 +64,7 @@ def test_so_do_its_kin(folder, objective, rollout, kernel):
     matrix.check(folder, "sd3", objective, True, rollout, kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rollout", ["tree", "strides", "per_step"])
 def test_others_train_on_the_images_of_branches(folder, rollout):
     matrix.check(folder, "sd3", "nft", True, rollout)

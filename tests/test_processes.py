@@ -64,6 +64,7 @@ def close(one: dict, other: dict) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path, monkeypatch):
     settings = {"num_epochs": 1, "train__learning_rate": 1e-3, "train__beta": 0.1}
     settings |= running.lora(files) | {"train__ema": True, "train__ema_update_every": 1}
@@ -103,6 +104,7 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_deepspeed_zero2_trains_and_skips_like_one_process_and_resumes_bit_for_bit(files):
     settings = running.lora(files) | {"train__ema": True, "train__ema_update_every": 1}
     one = running.prepare(
@@ -163,7 +165,10 @@ def test_a_signal_saves_and_leaves_with_its_status(files, number):
     assert folders.read(saved)["epoch"] >= 1
 
 
-@pytest.mark.parametrize("signalled", ["launcher killed", "all told to end"])
+@pytest.mark.parametrize(
+    "signalled",
+    ["launcher killed", pytest.param("all told to end", marks=pytest.mark.slow)],
+)
 def test_ranks_save_when_their_launcher_ends_or_all_are_signalled(files, signalled):
     name = signalled.replace(" ", "-")
     folder = files / "logs" / name

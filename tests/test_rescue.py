@@ -48,8 +48,15 @@ def terminate(run):
     run.evaluator.stop._remember(signal.SIGTERM, None)  # this process's handlers are pytest's
 
 
-@pytest.mark.parametrize("happens", [fail, terminate])
-@pytest.mark.parametrize("lora", [True, False])
+@pytest.mark.parametrize(
+    "happens, lora",
+    [
+        (fail, False),
+        (terminate, True),
+        pytest.param(fail, True, marks=pytest.mark.slow),
+        pytest.param(terminate, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_ends_among_its_updates_goes_on_as_if_it_had_not(files, happens, lora):
     keys = running.lora(files) if lora else {"train__hold_start": True, "use_lora": False}
     whole = running.train(settings(files, "whole", **keys))

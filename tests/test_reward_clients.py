@@ -163,6 +163,7 @@ def test_a_full_queue_says_when_to_come_back():
         assert post(server.url, exact(ONE)).status_code == 200
 
 
+@pytest.mark.slow
 def test_a_thousand_calls_at_once_are_all_answered_with_their_own_scores():
     images = pictures(1000, side=2)
     with serve(mean) as server, client(server.url) as reward:

@@ -66,7 +66,10 @@ def test_a_run_scored_over_http_is_the_run_scored_here(files):
     assert rows(remote, "epoch")[0]["reward/zero_std_fraction"] <= 0.5
 
 
-@pytest.mark.parametrize("dies", ["in the first epoch", "in the second one"])
+@pytest.mark.parametrize(
+    "dies",
+    [pytest.param("in the first epoch", marks=pytest.mark.slow), "in the second one"],
+)
 def test_a_run_whose_reward_fails_saves_stops_and_goes_on_as_if_nothing_had_been(files, dies):
     whole = running.train(running.arguments(files, run_name="whole"))
     after = EVALUATED + (8 if dies == "in the first epoch" else 16 + 8)
