@@ -26,7 +26,6 @@ from compare_runs import compare
 from tqdm import tqdm
 
 import flow_grpo
-from config import grpo
 
 ROOT = Path(__file__).resolve().parent.parent
 RENAMED_OPTIONS: dict[str, str] = {}  # a config key of OLD's command line: NEW's
@@ -82,11 +81,13 @@ def commands(chosen: Sequence[str], epochs: int | None, cache: Path) -> list[Com
 def _known(run: str, cache: Path) -> Command:
     if not (cache / "data").exists():
         known.make_data(cache / "data")
-    script, family = known.script_of(grpo.get_config(run).pretrained.model)
+    script, family = known.script_of(known.config_of(run).pretrained.model)
     model = known.save_tiny(family, (cache / "models").resolve())
     config, *options = known.arguments(run, model, (cache / "data").resolve(), cache)
     pairs = [option.removeprefix("--config.").split("=", 1) for option in options]
-    return Command(run, script.name, config.removeprefix("--config="), dict(pairs))
+    return Command(
+        run.replace(":", "-"), script.name, config.removeprefix("--config="), dict(pairs)
+    )
 
 
 class Checkout:
@@ -161,7 +162,7 @@ def parsed() -> argparse.Namespace:
         default=["all"],
         choices=["all", *groups, *known.RUNS],
         metavar="NAME",
-        help=f"all, {', '.join(groups)} (an epoch of each run of config/grpo.py), or one of these",
+        help=f"all, {', '.join(groups)} (an epoch of each known run), or one of these",
     )
     parser.add_argument("--epochs", type=int, help="of the testbed's runs; all of them")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")

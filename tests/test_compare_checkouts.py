@@ -74,7 +74,7 @@ def test_a_run_that_exists_already_is_not_made(tmp_path):
 
 @pytest.mark.slow
 def test_a_defect_changes_a_known_run_and_a_comment_does_not(tmp_path):
-    (command,) = compare_checkouts.commands(["clipscore_sd3"], None, tmp_path)
+    (command,) = compare_checkouts.commands(["grpo:clipscore_sd3"], None, tmp_path)
     (defect,) = (defect for defect in DEFECTS if defect.name == "velocity-sign")
     old = Checkout(mutants.ROOT, tmp_path, {}, {})
     for text, verdict in ((mutants.mutated(defect), "DIFFERS"), (None, "equal")):
