@@ -139,3 +139,16 @@ def test_it_is_heard_between_frozen_predictions(files):
         loop.train(run)
     run.evaluator.scorer.close()
     assert predictor == [False] * 4  # two are the gate's
+
+
+def test_an_end_that_saved_nothing_is_one_message_too(files, monkeypatch, capsys):
+    run = running.prepare(settings(files, "bare"))
+
+    def end(run):
+        raise Stopped("rank 1 failed: RuntimeError: a kernel failed")
+
+    monkeypatch.setattr(loop, "train", end)
+    assert entry.execute(run) == 1
+    assert (
+        "rank 1 failed: RuntimeError: a kernel failed. To continue it: " in capsys.readouterr().err
+    )

@@ -9,7 +9,7 @@ from forking import ON_CPU, on_ranks
 
 from flow_grpo.parallel import choose
 from flow_grpo.parallel.engine import Ranks
-from flow_grpo.parallel.stop import PATIENCE_S, SIGNALS, Stop, Stopped
+from flow_grpo.parallel.stop import PATIENCE_S, POLL_S, SIGNALS, Stop, Stopped
 
 
 class Clock:
@@ -114,7 +114,7 @@ def test_alone_a_poll_hears_at_once_however_seldom_ranks_would_meet(launched):
 def as_rank():
     ranks = choose.start("no").ranks
     stop = Stop(ranks)
-    stop.pace(PATIENCE_S / 3.5 if ranks.is_main else 1e-9)  # the main rank's counts
+    stop.pace(POLL_S / 3.5 if ranks.is_main else 1e-9)  # the main rank's counts
     heard = 0
     for poll in range(1, 10):
         if poll == 4 and not ranks.is_main:

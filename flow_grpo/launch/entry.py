@@ -92,7 +92,7 @@ def execute(run: Run) -> int:
             print(f"\n{table}\n\nEverything is in {run.folder}; report.html shows it.", flush=True)
     except Stopped as stopped:
         if main_process:
-            outcome = "; ".join([str(stopped), *stopped.__notes__])
+            outcome = "; ".join([str(stopped), *getattr(stopped, "__notes__", ())])
             print(f"{outcome}. To continue it: {run.again}", file=sys.stderr)
         status = stopped.exit_status
     except Exception as error:

@@ -9,7 +9,8 @@ import torch
 
 from flow_grpo.parallel.engine import Ranks
 
-PATIENCE_S = 5.0
+PATIENCE_S = 5.0  # from one signal to another that ends the process at once
+POLL_S = 5.0  # until several ranks look again, in the midst of a step
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -57,13 +58,13 @@ class Stop:
 
     def pace(self, seconds: float) -> None:
         """Say how long it is from one poll() to the next. All ranks must call it, rank 0 counts."""
-        every = max(1, int(PATIENCE_S / max(seconds, 1e-9)))
+        every = max(1, int(POLL_S / max(seconds, 1e-9)))
         self._every = self._ranks.broadcast_object(every)
 
     def poll(self) -> None:
         """Do as check(), where that would cost too much. All ranks must call it equally often.
 
-        A rank alone looks at each call, several together about every PATIENCE_S, by pace().
+        A rank alone looks at each call, several together about every POLL_S, by pace().
         """
         self._polls += 1
         alone = self._ranks.num_ranks == 1
