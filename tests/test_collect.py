@@ -49,7 +49,7 @@ def grouped(values):
 
 
 def test_an_advantage_belongs_to_the_picture_beside_it(arguments):
-    run = running.prepare(arguments())
+    run = running.prepare(arguments(sample__sde_window_size=0, seed=7))  # one first step
     for rollout in epochs(run, 2):
         decoded = (
             run.pipeline.decode(z, run.evaluator.size) for z in rollout.final.split(BATCH_SIZE)
