@@ -153,7 +153,9 @@ def test_a_run_killed_in_its_third_epoch_continues_bit_for_bit(files):
         assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_leaves_with_its_status(files, number):
     name = f"signal{int(number)}"
     folder = files / "logs" / name

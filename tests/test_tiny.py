@@ -59,6 +59,7 @@ def test_the_velocity_responds_to_each_input(name):
     assert min(value for key, value in change.items() if key not in deaf) > 0.01, change
 
 
+@pytest.mark.slow
 def test_two_processes_build_the_same_pipeline():
     code = "import test_tiny, tiny; print(test_tiny.fingerprint(tiny.sd3.sd3()))"
     done = subprocess.run(
