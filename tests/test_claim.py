@@ -98,6 +98,7 @@ def _name(logdir: str, held) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_runs_without_a_name_that_start_together_have_folders_of_their_own(config, monkeypatch):
     context = get_context("spawn")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -77,6 +77,7 @@ def test_it_trains_without_drawing_or_asking_a_reward(folder, data, objective, s
     assert len(updates) == 4 and all(row["grad_norm"] > 0 for row in updates)
 
 
+@pytest.mark.slow
 def test_dpo_learns_the_pairs_order(folder):
     keys = {"run_name": "learns", "num_epochs": 30, "train__learning_rate": 3e-3, "save_freq": 30}
     run = running.train(arguments(folder, "pairs", "dpo", 2, eval_freq=30, **keys))

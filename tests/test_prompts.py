@@ -263,6 +263,7 @@ def test_check_counts_repeated_and_shared_rows(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_command_leaves_with_1_and_a_message(tmp_path):
     command = [sys.executable, "-m", "flow_grpo.prompts", "check"]
     done = subprocess.run([*command, "dataset/shapes"], capture_output=True, text=True, cwd=ROOT)

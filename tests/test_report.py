@@ -114,6 +114,7 @@ def test_a_run_leaves_a_page_that_is_small_and_loads_nothing(folder):
     assert not found.tags & {"script", "iframe", "object", "embed", "base", "video", "audio"}
 
 
+@pytest.mark.slow
 @browser
 def test_a_browser_shows_the_curves_the_images_and_the_numbers(folder, tmp_path):
     found = seen(folder / "report.html", tmp_path, 1200)

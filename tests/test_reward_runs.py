@@ -113,6 +113,7 @@ def test_masked_pictures_leave_their_groups_and_the_others_train(files):
     assert all(torch.isfinite(value).all() for value in running.weights(run.folder).values())
 
 
+@pytest.mark.slow
 def test_too_many_masked_pictures_stop_the_run_after_saving(files, capsys):
     with serve(Failing(EVALUATED), name=NAME) as server:
         argv = running.arguments(

@@ -267,6 +267,7 @@ def test_metrics_and_openapi_say_what_was_done():
         assert HTTP.get(f"{server.url}/docs").status_code == 404
 
 
+@pytest.mark.slow
 def test_nothing_of_http_is_imported_by_a_run_that_does_not_use_it():
     code = """import sys, flow_grpo.launch.preflight, flow_grpo.rewards.combine as combine
 combine.Scorer({"shapes": 1.0}, {}).close()
