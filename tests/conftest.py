@@ -1,7 +1,10 @@
 """Fixtures of the tests that run scripts: training on a tiny pipeline, those of the data sets."""
 
+import faulthandler
+import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,15 @@ def call(monkeypatch):
 def patient(monkeypatch):
     """Reward servers may take their time over saying how they are."""
     monkeypatch.setattr("flow_grpo.rewards.remote.health.HEALTH_S", 600.0)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Say what keeps a session that is over from ending, and end it with its status."""
+
+    def leave():
+        faulthandler.dump_traceback(sys.__stderr__)
+        os._exit(int(exitstatus))
+
+    ending = threading.Timer(60, leave)  # seconds; once in five runs a thread stayed for good
+    ending.daemon = True
+    ending.start()
