@@ -39,7 +39,7 @@ ROLLOUTS = {  # by a name for the table
     "shared_prefix": {"sample.branching": "shared_prefix", "sample.same_latent": True},
     "trunk": {"sample.branching": "trunk"},
     "per_step": {"sample.branching": "per_step"},
-    "strides": {"sample.branching": "strides"},
+    "strides": {"sample.branching": "strides", "sample.num_image_per_prompt": 8},
     "tree": {"sample.branching": "tree"},
     "dropped": {"train.drop_equal_groups": True, "train.best_and_worst": 1},
 }

@@ -249,3 +249,16 @@ def test_a_sharing_that_is_exact_is_the_prefixs_alone():
     assert rollouts.BRANCHINGS["none"] is rollouts.independent
     assert rollouts.tree_width(27, 3) == 3 and rollouts.tree_width(24, 3) == 0
     assert len(rollouts.independent(calls, steps_of, NUM_STEPS)) == len(calls)
+
+
+def test_strides_cost_a_trunk_the_steps_and_both_walks_behind_them():
+    first, last = STEPS[2]
+    rows = [(2, m) for m in range(8)]  # two branches a step
+    made = rollouts.strides(
+        [rows[0::2][:2], rows[1::2][:2], rows[4::2], rows[5::2]], steps_of, 6, 8
+    )
+    expected = last + 4  # the trunk, and the steps
+    for step in (first, last):
+        left = NUM_STEPS - step - 1
+        expected += 2 * left + 2 * math.ceil(left / 2)
+    assert rollouts.num_forwards(made) == expected

@@ -101,3 +101,21 @@ def test_nft_samples_with_its_old_policy(arguments):
     run.snapshots.update("old", 0.0)
     (moved,) = epochs(run, 1)
     assert not torch.equal(moved.final, before.final)
+
+
+def test_rewards_are_normalised_among_the_branches_of_a_step(arguments, monkeypatch):
+    keys = {"sample__branching": "per_step", "reward_aggregation": "gdpo"}
+    run = running.prepare(arguments(**keys))
+    honest, seen = collect.combine, []
+
+    def combine(config, scores, group):
+        seen.append(group)
+        return honest(config, scores, group)
+
+    monkeypatch.setattr(collect, "combine", combine)
+    (rollout,) = epochs(run, 1)
+    leaf = rollout.leaf
+    expected = torch.stack([rollout.batch.group[leaf], rollout.steps[leaf, 0]], 1)
+    pairs = expected.unique(dim=0, return_inverse=True)[1]
+    assert len(seen[0].unique()) == 2 * NUM_GROUPS == len(pairs.unique())
+    assert (seen[0][:, None] == seen[0]).equal(pairs[:, None] == pairs)

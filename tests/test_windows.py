@@ -189,6 +189,11 @@ def test_a_progressive_windows_dwell_falls_as_mixgrpos():
         ({"branching": "trunk", "noise_level": 0.0}, "branching='trunk'", "A positive number"),
         ({"branching": "per_step"}, "num_image_per_prompt=16", "a multiple of 3"),
         (
+            {"branching": "per_step", "num_image_per_prompt": 3},
+            "num_image_per_prompt=3",
+            "from 6 on",
+        ),
+        (
             {"branching": "strides", "sde_window_size": 1, "num_image_per_prompt": 5},
             "num_image_per_prompt=5",
             "a multiple of 2",

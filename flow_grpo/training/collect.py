@@ -14,6 +14,7 @@ from torch import Tensor
 from flow_grpo import advantages
 from flow_grpo.cli import progress
 from flow_grpo.evaluation import diversity
+from flow_grpo.objectives import credit
 from flow_grpo.plan import Part
 from flow_grpo.prompts import Prompt, epoch_prompts
 from flow_grpo.randomness import Randomness, rng
@@ -61,13 +62,14 @@ def collect(run: Run, epoch: int, for_gate: bool = False) -> tuple[Sampled, dict
     sampled = roll_out(run, epoch, for_gate)
     scores, num_groups = score(run, sampled), plan.num_groups
     for _ in range(config.sample.max_refills):
-        group = sampled.rollout.batch.group[sampled.rollout.leaf]
-        world = run.ranks.gather_objects((scores["avg"], group))
-        average = torch.from_numpy(np.concatenate([each for each, _ in world]))
-        taught = advantages.num_unequal(average, torch.cat([each for _, each in world]))
-        if taught >= plan.num_groups:
+        rows = table_of(run, sampled.rollout)
+        cells, world = credit.peers(rows)[rows.leaf], run.ranks.gather_objects(scores["avg"])
+        taught = advantages.num_unequal(torch.from_numpy(np.concatenate(world)), cells)
+        of_group = len(cells.unique()) // num_groups  # sets of rows that are compared
+        if taught >= plan.num_groups * of_group:
             break
-        part = plan.refill(config.sample, num_groups, plan.num_groups - taught)
+        wanted = plan.num_groups - taught // of_group
+        part = plan.refill(config.sample, num_groups, wanted)
         more = roll_out(run, epoch, part=part)
         scores = {name: np.append(scores[name], each) for name, each in score(run, more).items()}
         sampled, num_groups = sampled.with_more(more), num_groups + part.num_groups
@@ -200,7 +202,7 @@ def weigh(
     config, rollout = run.config, sampled.rollout
     rows, ranks = table_of(run, rollout), run.ranks.gather_objects(scores)
     world = {n: torch.from_numpy(np.concatenate([each[n] for each in ranks])) for n in scores}
-    leaf_scores = combine(config, world, rows.group[rows.leaf])
+    leaf_scores = combine(config, world, credit.peers(rows)[rows.leaf])
     all_scores = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     all_scores[rows.leaf] = leaf_scores
     shuffle = config.train.shuffle_advantages
@@ -215,6 +217,7 @@ def weigh(
     spread = diversity.diversity(small, group.numpy())
     if not math.isnan(spread):  # a group has more than one image
         metrics["diversity"] = spread
+    trained = arranged.advantages[arranged.weights.reshape(len(rows), -1).gt(0).any(1)]
     average = world["avg"]
     present = average[~average.isnan()]
     return arranged, metrics | {
@@ -222,7 +225,7 @@ def weigh(
         "reward/avg_std": present.std(correction=0).item(),
         "reward/missing": average.isnan().sum().item(),
         "reward/zero_std_fraction": advantages.zero_std_fraction(average, group),
-        "advantage/abs_mean": arranged.advantages[rows.leaf].abs().mean().item(),
+        "advantage/abs_mean": trained.abs().mean().item() if len(trained) else 0.0,
     }
 
 
