@@ -149,8 +149,8 @@ def _check_branching(sample: ml_collections.ConfigDict, num_trained: int) -> Non
     if shares > 1 and (size % shares or size == shares):
         raise ValueError(
             f"config.sample.num_image_per_prompt={size} with {said} and {num_trained} trained "
-            f"step(s): a multiple of {shares} from {2 * shares} on is needed, so that each step has "
-            f"equally many, and two to compare."
+            f"step(s): a multiple of {shares} from {2 * shares} on is needed, so that each step "
+            f"has equally many, and two to compare."
         )
     if branching == "tree" and not tree_width(size, num_trained):
         example = ", ".join(str(width**num_trained) for width in (2, 3, 4))
