@@ -47,12 +47,13 @@ class Net(nn.Module):
         return self.last(hidden).float()
 
 
-def with_lora(module: Net) -> Net:
-    """Give it a LoRA whose B is not zero, one part of which does not train."""
+def with_lora(module: Net, blank: bool = False) -> Net:
+    """Give it a LoRA whose B is not zero, one part of which does not train; blank: and is zero."""
     inject_adapter_in_model(LoraConfig(r=3, target_modules=["first", "middle", "last"]), module)
     for name, param in module.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(param, generator=torch.Generator().manual_seed(2))
+            param.data *= not (blank and "middle" in name)
         param.requires_grad_("lora_" in name and "middle" not in name)
     return module
 
@@ -69,9 +70,16 @@ def losses(model, rows, wanted, number: int):
     return (model(rows) - wanted * (1 + number)).square().mean(1)
 
 
+def cut_small_weights(engine) -> None:
+    """DeepSpeed would leave those of less than 100000 elements whole."""
+    if config := getattr(engine, "_config", None):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
 def wrapped(precision: str, module: nn.Module):
     """An engine that trains a module."""
     engine = choose.start(precision)
+    cut_small_weights(engine)
     params = [param for param in module.parameters() if param.requires_grad]
     engine.wrap(module, torch.optim.AdamW(params, **SETTINGS, fused=True), MAX_GRAD_NORM)
     return engine
@@ -97,7 +105,10 @@ def masters(engine) -> dict[str, torch.Tensor]:
 
 def weights(engine) -> dict[str, torch.Tensor]:
     """What the module computes with."""
-    return clones({n: p for n, p in engine.module.named_parameters() if p.requires_grad})
+    whole = engine.whole()
+    if engine.cuts_weights:
+        whole = engine.ranks.broadcast_object(whole)
+    return clones({n: whole[n] for n, p in engine.module.named_parameters() if p.requires_grad})
 
 
 def take(engine, number: int) -> dict:
@@ -188,7 +199,9 @@ def predictions(engine, snapshots) -> dict[str, torch.Tensor]:
 
 def anchored(folder: Path, precision: str, lora: bool) -> None:
     """Move snapshots and predict with them; writes what they gave and what they hold."""
-    module = with_lora(Net()) if lora else Net()
+    # Where weights are swapped in, a reference keeps what does not train, as nothing depends on it.
+    blank = choose.start(precision).cuts_weights
+    module = with_lora(Net(), blank) if lora else Net()
     engine = wrapped(precision, module)
     snapshots = Snapshots(engine, ["old", "reference"], use_lora=lora)
     steps, held = [], {"policy", "old"} | (set() if lora else {"reference"})
@@ -208,7 +221,7 @@ def anchored(folder: Path, precision: str, lora: bool) -> None:
             }
         )
     state = clones(snapshots.state_dict())
-    other = wrapped(precision, with_lora(Net()) if lora else Net())
+    other = wrapped(precision, with_lora(Net(), blank) if lora else Net())
     resumed = Snapshots(other, ["old", "reference"], use_lora=lora)
     resumed.load_state_dict(state)
     other.put(engine.masters())

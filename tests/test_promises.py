@@ -9,8 +9,11 @@ import pytest
 
 from flow_grpo.parallel import choose
 
+ZERO2 = "scripts/accelerate_configs/deepspeed_zero2.yaml"
+ZERO3_OFFLOAD = "scripts/accelerate_configs/deepspeed_zero3_offload.yaml"
 WORLD = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),
     *("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "CUDA_VISIBLE_DEVICES"),
 )
 
@@ -121,7 +124,18 @@ def test_a_broken_promise_is_refused_with_what_was_promised_and_a_remedy(world, 
         (
             ranks(1, 0, ACCELERATE_USE_DEEPSPEED="true"),
             1,
-            f"accelerate launch --config_file {choose.ZERO2} --num_processes 1",
+            f"accelerate launch --config_file {ZERO2} --num_processes 1",
+        ),
+        (
+            ranks(
+                4,
+                0,
+                ACCELERATE_USE_DEEPSPEED="true",
+                ACCELERATE_DEEPSPEED_ZERO_STAGE="3",
+                ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu",
+            ),
+            4,
+            f"accelerate launch --config_file {ZERO3_OFFLOAD} --num_processes 4",
         ),
         (
             ranks(16, 8, GROUP_WORLD_SIZE="2", GROUP_RANK="1", MASTER_ADDR="h", MASTER_PORT="9"),
@@ -133,4 +147,5 @@ def test_a_broken_promise_is_refused_with_what_was_promised_and_a_remedy(world, 
 )
 def test_a_run_is_started_again_by_a_launcher_of_its_kind(world, environment, size, command):
     world(environment)
-    assert choose.launcher(size) == command and os.path.isfile(choose.MULTI_GPU)
+    assert choose.launcher(size) == command
+    assert os.path.isfile(command.partition("--config_file ")[2].split(" ")[0] or choose.MULTI_GPU)

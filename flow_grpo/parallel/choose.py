@@ -10,9 +10,8 @@ from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.plain import Plain
 
 FOREIGN = ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # accelerate's, not ours
-MULTI_GPU, ZERO2 = (
-    f"scripts/accelerate_configs/{n}.yaml" for n in ("multi_gpu", "deepspeed_zero2")
-)
+CONFIG = "scripts/accelerate_configs/{}.yaml"
+MULTI_GPU = CONFIG.format("multi_gpu")
 
 
 def shards_state() -> bool:
@@ -45,7 +44,7 @@ def launcher(num_ranks: int) -> str:
     if num_ranks == 1 and not shards_state():
         return "python"
     on_cpu = "ACCELERATE_USE_CPU=true " if _on_cpu() else ""
-    command = f"{on_cpu}accelerate launch --config_file {ZERO2 if shards_state() else MULTI_GPU}"
+    command = f"{on_cpu}accelerate launch --config_file {_config()}"
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")  # torch elastic's word
     if machines != "1":
         command += f" --num_machines {machines} --machine_rank {os.environ.get('GROUP_RANK', 0)}"
@@ -68,7 +67,7 @@ def start(mixed_precision: str) -> Engine:
     if shards_state() and _on_cpu():
         raise ValueError("DeepSpeed was asked for, and ACCELERATE_USE_CPU too: unset the latter.")
     _check_gpus()
-    engine = (DeepSpeed if shards_state() else Plain)(mixed_precision)
+    engine = _kind()(mixed_precision)
     found = engine.ranks
     if (found.num_ranks, found.rank) != (size, rank):
         raise ValueError(
@@ -76,6 +75,28 @@ def start(mixed_precision: str) -> Engine:
             f"rank {found.rank} of {found.num_ranks}. {_cause(found.num_ranks)}"
         )
     return engine
+
+
+def _kind() -> type[Engine]:
+    if not shards_state():
+        return Plain
+    if _stage() != 3:
+        return DeepSpeed
+    from flow_grpo.parallel.zero3 import Zero3
+
+    return Zero3
+
+
+def _config() -> str:
+    """Return the file that launches this kind."""
+    if not shards_state():
+        return MULTI_GPU
+    offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+    return CONFIG.format(f"deepspeed_zero{_stage()}{'_offload' if offloads else ''}")
+
+
+def _stage() -> int:
+    return _number("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
 
 
 def _on_cpu() -> bool:
