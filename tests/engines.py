@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -125,21 +126,30 @@ def take(engine, number: int) -> dict:
     return {"before": before, "norm": norm, "between": between, "after": masters(engine)}
 
 
+@contextmanager
+def overflow(module: nn.Module, here: bool):
+    """Let gradients behind the module's output overflow, if it is to happen here."""
+
+    def spoil(module, inputs, output):
+        if here and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    hook = module.register_forward_hook(spoil)
+    yield
+    hook.remove()
+
+
 def abandon(engine, number: int) -> dict:
     """Abandon an update for each way in which one goes wrong, on the last rank alone."""
     last = engine.ranks.rank == engine.ranks.num_ranks - 1
     seen = {"before": weights(engine) | masters(engine), "norms": []}
-    hooked = next(param for param in engine.module.parameters() if param.requires_grad)
     for point in (0, NUM_POINTS - 1, None):
 
         def spoil(k, loss, point=point):
             return loss * math.nan if last and k == point else loss
 
-        hook = hooked.register_hook(
-            lambda g, bad=point is None: g * math.inf if last and bad else g
-        )
-        accumulate(engine, number, spoil)
-        hook.remove()
+        with overflow(engine.module, last and point is None):
+            accumulate(engine, number, spoil)
         seen["norms"].append(engine.norm())
         engine.discard(overflow=point is None)
     return seen | {"after": weights(engine) | masters(engine)}
@@ -177,12 +187,10 @@ def overflowed(folder: Path, precision: str) -> None:
     engine = wrapped(precision, Net())
     scales = [engine._scale()]
     for kind in ("loss", "gradient", "gradient"):
-        hooked = next(param for param in engine.module.parameters() if param.requires_grad)
-        hook = hooked.register_hook(lambda g, kind=kind: g * math.inf if kind == "gradient" else g)
-        accumulate(
-            engine, 0, lambda k, loss, kind=kind: loss * math.nan if kind == "loss" else loss
-        )
-        hook.remove()
+        with overflow(engine.module, kind == "gradient"):
+            accumulate(
+                engine, 0, lambda k, loss, kind=kind: loss * math.nan if kind == "loss" else loss
+            )
         assert not torch.isfinite(engine.norm())
         engine.discard(overflow=kind == "gradient")
         scales.append(engine._scale())
@@ -283,9 +291,8 @@ def updates(folder: Path) -> None:
         take_step(run, micros)
         seen.append(whole(run))
     run.objective.loss = honest
-    hook = run.engine.module.shift.register_hook(lambda g: g * math.inf if last else g)
-    take_step(run, micros)
-    hook.remove()
+    with overflow(run.engine.module, last):
+        take_step(run, micros)
     seen.append(whole(run))
     counts = run.updater.num_updates, run.updater.num_skipped
 

@@ -8,7 +8,7 @@ import engines
 import pytest
 import torch
 from engines import MAX_GRAD_NORM, NUM_POINTS, SETTINGS, Net, data, losses, with_lora
-from forking import ON_CPU, on_ranks, zero
+from forking import FSDP, ON_CPU, on_ranks, zero
 
 from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.parallel import choose
@@ -20,17 +20,19 @@ ENGINES = {  # ranks, environment, precision
     "zero2": (2, zero(2), "no"),
     "zero2-bf16": (2, zero(2), "bf16"),
     "zero2-fp16": (2, zero(2), "fp16"),
+    "fsdp2": (2, FSDP, "no"),
+    "fsdp2-bf16": (2, FSDP, "bf16"),
     "zero3": (2, zero(3), "no"),
     "zero3-bf16": (2, zero(3), "bf16"),
     "zero3-fp16": (2, zero(3), "fp16"),
 }
-CUTS_WEIGHTS = ("zero3", "zero3-bf16", "zero3-fp16")
+CUTS_WEIGHTS = ("fsdp2", "fsdp2-bf16", "zero3", "zero3-bf16", "zero3-fp16")
 FP32 = [name for name, (*_, precision) in ENGINES.items() if precision == "no"]
 
 
 def params(names) -> list:
     slow = pytest.mark.slow
-    return [pytest.param(n, marks=slow) if n in CUTS_WEIGHTS else n for n in names]
+    return [pytest.param(n, marks=slow) if n in CUTS_WEIGHTS[1:] else n for n in names]
 
 
 on_every_engine = pytest.mark.parametrize("name", params(ENGINES))
@@ -148,7 +150,7 @@ def test_a_saved_training_goes_on_bit_for_bit_in_an_engine_that_started_elsewher
 @on_every_engine
 def test_a_saved_training_is_safetensors_and_json(name, seen):
     seen("contract")
-    parts = range(ENGINES[name][0] if name.startswith("zero") else 1)
+    parts = range(ENGINES[name][0] if name not in ("plain", "ddp") else 1)
     ours = {*seen.folder.glob("*.pt"), *seen.folder.glob("scales-*")}
     saved = {path.name for path in seen.folder.iterdir() if path.is_file() and path not in ours}
     files = {f"{kind}-{part}.safetensors" for kind in ("weights", "optimizer") for part in parts}

@@ -10,16 +10,17 @@ import pytest
 import running
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from forking import on_ranks, zero
+from forking import FSDP, on_ranks, zero
 from safetensors.torch import load_file, save_file
 
 from flow_grpo.launch import build
 from flow_grpo.training import collect, loop, optimizer
 
-ENGINES = {"zero3": zero(3)}
+ENGINES = {"zero3": zero(3), "fsdp2": FSDP}
 KEYS = {"train__beta": 0.1, "train__ema": True, "train__ema_update_every": 1, "num_epochs": 2}
-ONE_UPDATE = {"num_epochs": 1, "train__learning_rate": 0.1, "train__max_grad_norm": 0.0}
+ONE_UPDATE = {"num_epochs": 1, "train__learning_rate": 1.0, "train__max_grad_norm": 0.0}
 ONE_RANK = {"sample__num_batches_per_epoch": 8}  # of two: 4 each
+EPS = torch.finfo(torch.float32).eps
 pytestmark = pytest.mark.slow
 
 
@@ -33,6 +34,7 @@ def runs(files: Path, logs: Path, lora: bool) -> None:
 
     def started(precision):
         engines.cut_small_weights(engine := start(precision))
+        engine.ranks.barrier()  # as where a process has one run, whose ranks meet here
         return engine
 
     build.choose.start = started
@@ -112,7 +114,7 @@ def test_an_update_is_that_of_one_process(cut):
     moved = 0
     for key, value in expected.items():
         largest = (value - before[key]).abs().max()
-        assert (found[key] - value).abs().max() <= 1e-5 * largest + 1e-9, key
+        assert (found[key] - value).abs().max() <= 1e-5 * largest + EPS * value.abs().max(), key
         moved += bool(largest > 0)
     assert moved > len(expected) / 2
 

@@ -7,23 +7,24 @@ from accelerate.utils import parse_flag_from_env
 
 from flow_grpo.parallel.deepspeed import DeepSpeed
 from flow_grpo.parallel.engine import Engine
+from flow_grpo.parallel.fsdp2 import FSDP2
 from flow_grpo.parallel.plain import Plain
 
-FOREIGN = ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # accelerate's, not ours
+FOREIGN = ("MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # accelerate's, not ours
 CONFIG = "scripts/accelerate_configs/{}.yaml"
 MULTI_GPU = CONFIG.format("multi_gpu")
 
 
 def shards_state() -> bool:
     """Whether each rank is to keep a part of the training state of its own."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return _deepspeed() or _fsdp()
 
 
 def refuse_shards() -> None:
     """Raise ValueError where nothing trains, so that there is no state to shard."""
     if shards_state():
         raise ValueError(
-            "an evaluation has nothing for DeepSpeed to shard. Launch it with "
+            "an evaluation has nothing for DeepSpeed or FSDP to shard. Launch it with "
             f"--config_file {MULTI_GPU}."
         )
 
@@ -64,7 +65,7 @@ def start(mixed_precision: str) -> Engine:
             raise ValueError(
                 f"ACCELERATE_USE_{name} is set: that is not supported yet. {_relaunch()}"
             )
-    if shards_state() and _on_cpu():
+    if _deepspeed() and _on_cpu():
         raise ValueError("DeepSpeed was asked for, and ACCELERATE_USE_CPU too: unset the latter.")
     _check_gpus()
     engine = _kind()(mixed_precision)
@@ -78,21 +79,33 @@ def start(mixed_precision: str) -> Engine:
 
 
 def _kind() -> type[Engine]:
-    if not shards_state():
+    if _fsdp():
+        return FSDP2
+    if not _deepspeed():
         return Plain
     if _stage() != 3:
         return DeepSpeed
-    from flow_grpo.parallel.zero3 import Zero3
+    from flow_grpo.parallel.zero3 import Zero3  # which needs DeepSpeed itself
 
     return Zero3
 
 
 def _config() -> str:
     """Return the file that launches this kind."""
-    if not shards_state():
+    if _fsdp():
+        return CONFIG.format("fsdp2")
+    if not _deepspeed():
         return MULTI_GPU
     offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
     return CONFIG.format(f"deepspeed_zero{_stage()}{'_offload' if offloads else ''}")
+
+
+def _deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def _fsdp() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _stage() -> int:

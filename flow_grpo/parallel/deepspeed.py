@@ -91,10 +91,8 @@ class DeepSpeed(Sharded):
             sums.update(dict.fromkeys(sums))
         zero.micro_step_id = -1  # so that the next backward pass is an update's first
 
-    @torch.no_grad()
     def put(self, parts: Parts) -> None:
-        for name, master in self.masters().items():
-            master.copy_(parts[name])
+        super().put(parts)
         self._zero.update_lp_params()
 
     def _held(self, name: str) -> tuple[int, int]:

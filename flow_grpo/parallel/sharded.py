@@ -32,6 +32,11 @@ class Sharded(Engine):
         held = {name: self._held(name) for name in self._trained}
         return {name: self._master(name) for name, (start, stop) in held.items() if stop > start}
 
+    @torch.no_grad()
+    def put(self, parts: Parts) -> None:
+        for name, master in self.masters().items():
+            master.copy_(parts[name])
+
     def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
         for names in self._buckets():
             sizes = [self._shapes[name].numel() for name in names]

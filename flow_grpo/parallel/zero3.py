@@ -8,6 +8,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from flow_grpo.parallel.deepspeed import DeepSpeed
 from flow_grpo.parallel.engine import Parts
+from flow_grpo.parallel.sharded import Sharded
 
 
 class Zero3(DeepSpeed):
@@ -35,12 +36,10 @@ class Zero3(DeepSpeed):
     def _forget(self) -> None:
         self._zero._overflow_clean_up(None)
 
-    @torch.no_grad()
     def put(self, parts: Parts) -> None:
         zero = self._zero
         zero.checkpoint_event_prologue()  # nothing stays gathered
-        for name, master in self.masters().items():
-            master.copy_(parts[name])
+        Sharded.put(self, parts)
         for row in range(len(self._rows())):
             zero._reassign_or_swap_out_partitioned_parameters(row)
         zero.checkpoint_event_epilogue()  # but what always is
