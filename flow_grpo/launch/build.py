@@ -218,4 +218,4 @@ def _start(config: ConfigDict) -> Engine:
             "config.train.use_8bit_adam=True needs the package bitsandbytes: "
             "pip install bitsandbytes, or set it to False."
         )
-    return choose.start(config.mixed_precision)
+    return choose.start(config.mixed_precision, config.compile)

@@ -74,6 +74,7 @@ class FSDP2(Sharded, Plain):
             self._accelerator.mixed_precision
         )
         mixed = any(param.dtype != torch.float32 for param in module.parameters())
+        pinned = torch.cuda.is_available()
         offload = parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
         return {
             "mesh": init_device_mesh(self.ranks.device.type, (self.ranks.num_ranks,)),
@@ -83,7 +84,7 @@ class FSDP2(Sharded, Plain):
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             ),
-            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pinned) if offload else OffloadPolicy(),
         }
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
@@ -91,7 +92,7 @@ class FSDP2(Sharded, Plain):
 
     def norm(self) -> Tensor:
         for name, row in self._rows.items():
-            gradient = self._trained[name].grad
+            row.data, gradient = self._master(name), self._trained[name].grad
             row.grad = None if gradient is None else gradient.to_local().flatten()
         own = super().norm().to(self.ranks.device)
         return self.ranks.total(own.double() ** 2).sqrt()
