@@ -158,7 +158,9 @@ def load(
     """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     quiet.say_once()
-    pipeline = encoders.load_pipeline(config, family, prompts, engine.ranks)
+    pipeline = encoders.load_pipeline(
+        config, family, prompts, engine.ranks, transformer_waits=engine.cuts_weights
+    )
     height, width = config.height or config.resolution, config.width or config.resolution
     size = Size(height, width, config.num_frames)
     pipeline.check_size(size)
