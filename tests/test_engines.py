@@ -342,11 +342,19 @@ def test_an_optimizer_s_state_of_any_dtype_and_its_numbers_survive(tmp_path, mon
         assert equal(engines.take(again, number)["after"], engines.take(engine, number)["after"])
 
 
-@pytest.mark.parametrize("stage, message", [(0, "stage 0: 1, 2 or 3 is needed")])
-def test_a_stage_that_is_not_there_is_refused(tmp_path, stage, message):
-    on_ranks(2, zero(stage), refused, message)
+def test_a_stage_that_is_not_there_is_refused():
+    on_ranks(2, zero(0), refused, "stage 0: 1, 2 or 3 is needed")
 
 
 def refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose.start("no")
+
+
+@pytest.mark.parametrize(
+    "name, value, needed", [("FSDP_VERSION", "1", "2"), ("FSDP_RESHARD_AFTER_FORWARD", "False", "")]
+)
+def test_an_fsdp_that_is_not_there_is_refused(monkeypatch, name, value, needed):
+    for key, given in (FSDP | {name: value}).items():
+        monkeypatch.setenv(key, given)
+    refused(f"{name}={value}: {needed}.*fsdp2.yaml")
