@@ -1,7 +1,6 @@
 """DeepSpeed's ZeRO stage 3: the module's own weights are cut too, and gathered layer by layer."""
 
 import torch
-from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero import GatheredParameters, Init
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
@@ -38,7 +37,8 @@ class Zero3(DeepSpeed):
         Init(module, config_dict_or_path=self._config, dtype=dtype)
 
     def _scaled_norm(self) -> Tensor:
-        return combine_grad_norm_groups(self._zero._get_norm_groups())
+        norms = torch.stack(self._zero._get_norm_groups())
+        return torch.where((norms < 0).any(), torch.inf, norms.norm())  # -1: not finite
 
     def _forget(self) -> None:
         self._zero._overflow_clean_up(None)
