@@ -230,6 +230,12 @@ COMMON = {
     "train.best_and_worst": Key(
         0, "images of a group that train: so many of either end; 0: all", least=0, most=100_000
     ),
+    "train.tree_depths": Key(
+        0, "depths of a tree that train, from the first on; 0: all", least=0, most=1000
+    ),
+    "train.tree_dwell": Key(
+        25, "epochs until these depths move on by one, to begin again", least=1, most=MANY
+    ),
     "train.shuffle_advantages": Key(
         False, "a control: the reward is the same, its assignment random"
     ),

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flow_grpo import sde
@@ -56,15 +57,34 @@ class GRPO(Objective):
                 f"in (0, {most:g}], as a step without noise has no log-probability. A positive "
                 f"number is needed, 0.7 for example; or change config.sample.sde_type."
             )
+        if train.reward_kl and sample.branching in ("strides", "tree"):
+            raise ValueError(
+                f"config.train.reward_kl={train.reward_kl} with config.sample.branching="
+                f"{sample.branching}, where images share steps and none has a KL of its own. Set "
+                f"config.train.beta instead, or another config.sample.branching."
+            )
 
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)
         train = config.train
         self.beta = train.beta
         self.replays = train.old_log_prob == "replay"
-        if self.beta:
+        self.reward_kl = train.reward_kl
+        if self.reward_kl:
+            self.keeps = (*self.keeps, "velocities")
+        if self.beta or self.reward_kl:
             self.snapshots = ("reference",)
         self.step_weight = terms.step_weights(train.step_weight, schedule)
+
+    def reference_kl(self, micros: list[Micro], predict: Predict) -> list[Tensor]:
+        found = []
+        for micro, references in zip(micros, predict(micros, "reference"), strict=True):
+            of_points = []
+            for point, reference in zip(micro.points, references, strict=True):
+                sampled = micro.rows.velocities[:, point.column]
+                of_points.append(self._kl(micro.rows, point, sampled, reference))
+            found.append(torch.stack(of_points).mean(0))
+        return found
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         return terms.kept_points(rows, self.schedule)
@@ -93,11 +113,22 @@ class GRPO(Objective):
         if self.step_weight is not None:
             value = value * self.step_weight[point.step]
         if self.beta:
-            reference = known["reference"]
-            kl = terms.kl(self.train.kl_mode, self.schedule, rows, point, step, velocity, reference)
+            kl = self._kl(rows, point, velocity, known["reference"], step)
             value = value + self.beta * kl
             stats["kl"] = kl.detach()
         return Loss(value, stats)
+
+    def _kl(
+        self,
+        rows: Rollout,
+        point: Point,
+        velocity: Tensor,
+        reference: Tensor,
+        step: sde.Step | None = None,
+    ) -> Tensor:
+        step = step or replay(self.schedule, rows, point.column, velocity)
+        mode = self.train.kl_mode
+        return terms.kl(mode, self.schedule, rows, point, step, velocity, reference)
 
     def surrogate(
         self, step: sde.Step, old: OldStep, rows: Rollout, point: Point
@@ -117,7 +148,8 @@ class GRPO(Objective):
         return OldStep(rows.log_probs[:, point.column], mean)
 
     def passes(self, num_kept: float) -> Passes:
-        return Passes(num_kept, num_kept * bool(self.beta), num_kept * self.replays)
+        before = num_kept * (self.replays + bool(self.reward_kl))
+        return Passes(num_kept, num_kept * bool(self.beta), before)
 
     def gate_limits(self) -> dict[str, float]:
         if self.replays:

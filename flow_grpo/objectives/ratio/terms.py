@@ -35,6 +35,12 @@ KEYS = {
         choices=("none", "std", "slope"),
     ),
     "train.beta": Key(0.0, "KL coefficient", least=0, most=10**6),
+    "train.reward_kl": Key(
+        0.0,
+        "taken from each image's reward: times its trained steps' mean KL to the reference",
+        least=0,
+        most=10**6,
+    ),
     "train.kl_mode": Key("kl_dt", choices=("kl_dt", "kl_true", "x", "v")),
 }
 STATISTICS = {
