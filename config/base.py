@@ -220,6 +220,12 @@ COMMON = {
     "train.max_nonfinite_updates": Key(
         5, "skipped updates in a row before the run stops", least=1, most=MANY
     ),
+    "train.stacked_points": Key(
+        1,
+        "trained steps or noise levels of a micro-batch in one forward and one backward",
+        least=1,
+        most=1000,
+    ),
     "train.num_inner_epochs": Key(1, "passes over an epoch's images", least=1, most=1000),
     "train.cfg": Key(True, "the trained velocity is guided as the rollout's; False: unguided"),
     "train.adv_clip_max": Key(5.0, "of an advantage, either way", above=0, most=1000),

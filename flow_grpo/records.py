@@ -100,6 +100,16 @@ class Conditioning:
     guidance: Guidance
     size: Size
 
+    def repeated(self, times: int) -> Conditioning:
+        """Put all rows behind each other so many times."""
+        if times == 1:
+            return self
+        branches = {
+            branch: {name: torch.cat([value] * times) for name, value in tensors.items()}
+            for branch, tensors in self.branches.items()
+        }
+        return replace(self, branches=branches)
+
     def __getitem__(self, branch: str) -> dict[str, Tensor]:
         assert branch in self.branches, (
             f"{self.guidance} needs the branch {branch!r}; this conditioning has "
@@ -171,6 +181,17 @@ class Point:
 
     def rows(self, rows: Rows) -> Point:
         return _rows(self, rows)
+
+    @staticmethod
+    def stacked(points: list[Point]) -> Point:
+        """Put points of the same B rows behind each other, (P x B, ...), for one prediction."""
+        if len(points) == 1:
+            return points[0]
+        latents, sigma, step = (
+            torch.cat([getattr(point, name) for point in points])
+            for name in ("latents", "sigma", "step")
+        )
+        return Point(latents, sigma, step)
 
 
 @dataclass

@@ -139,10 +139,11 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "train.drop_equal_groups",
     "branching.py::test_the_best_and_the_worst_of_a_group_train_with_the_advantages_of_all": ""
     "train.best_and_worst",
+    "stacking.py::test_stacked_points_give_the_same_update_in_fewer_calls[nft]": ""
+    "train.stacked_points",
     "branching.py::test_of_a_tree_some_depths_train_that_move_on_with_the_epochs": ""
     "train.tree_depths train.tree_dwell",
-    "collect.py::test_a_reward_is_less_by_its_paths_distance_from_the_reference": ""
-    "train.reward_kl",
+    "collect.py::test_a_reward_is_less_by_its_paths_distance_from_the_reference": "train.reward_kl",
     "refill.py::test_as_many_groups_train_as_planned": "sample.max_refills",
     "offline.py::test_it_trains_without_drawing_or_asking_a_reward": "sample.source",
     "nft.py::test_the_fixture_has_these_losses": "nft.beta nft.kl_beta",

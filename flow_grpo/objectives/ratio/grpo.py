@@ -43,6 +43,12 @@ class GRPO(Objective):
                 f"train_batch_size={sample.train_batch_size}: the same rows then give other bits. "
                 f"Set config.train.old_log_prob=replay, or make the two equal."
             )
+        if train.old_log_prob == "rollout" and train.stacked_points > 1:
+            raise ValueError(
+                f"config.train.stacked_points={train.stacked_points} predicts in larger calls than "
+                f"those that sampled, which gives other bits. Set config.train.old_log_prob=replay,"
+                f" or config.train.stacked_points=1."
+            )
         guidance, _ = guidances(config)
         if family.may_need_negative(guidance) and not train.cfg:
             raise ValueError(
