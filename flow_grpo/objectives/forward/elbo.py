@@ -71,6 +71,8 @@ class Elbo(Forward):
                 [was - now] * len(micro.points)
                 for micro, was, now in zip(micros, old, new, strict=True)
             ]
+            if not self.old_beta:
+                del known["old"]
         return known
 
     def _errors(self, micros: list[Micro], velocities: Values) -> list[Tensor]:
