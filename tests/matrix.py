@@ -31,8 +31,14 @@ KEYS = {  # what an objective can't do without
     "dpo": {"train.ref_update_step": 2},
     "sft": {"train.ref_update_step": 2, "train.beta": 0.1},
     "nft": {"nft.kl_beta": 0.1},
+    "awm": {"forward.ema_beta": 0.1},
+    "vgrpo": {"vgrpo.old_beta": 0.3},
+    "epg": {"epg.proximal": 0.1, "forward.decay": "rising"},
+    "ram": {"forward.reset_every": 2},
+    "crd": {"crd.temperature": 0.5},
+    "dgpo": {"dgpo.clip_range": 1e-4, "dgpo.fast_from": 2},
 }
-UNGUIDED = {"dpo", "sft", "nft"}
+UNGUIDED = KEYS.keys() - {"grpo", "grpo_guard", "flow_dppo"}
 ROLLOUTS = {  # by a name for the table
     "subset": {"sample.sde_window": "subset"},
     "progressive": {"sample.sde_window": "progressive", "sample.window_dwell": 1},

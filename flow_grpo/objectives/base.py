@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import ml_collections
 import numpy as np
@@ -59,6 +59,7 @@ class Objective:
     draws_points: ClassVar[bool] = False  # points() gives others in each inner epoch
     selects: bool = False  # arrange() chooses rows by their scores
     reward_kl: float = 0.0  # times reference_kl(), it is taken from the scores
+    gather: Callable[[Any], list] = staticmethod(lambda value: [value])  # of all ranks; set by Run
     snapshots: tuple[str, ...] = ()  # names of the copies of the weights to hold
     # For the report, by their names in metrics; one that is not here is drawn under its name.
     statistics: ClassVar[dict[str, Statistic]] = {}

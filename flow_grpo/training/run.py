@@ -50,6 +50,9 @@ class Run:
     claim: Claim | None = None  # of the folder
     again: str = ""  # the command that continues the run
 
+    def __post_init__(self):
+        self.objective.gather = self.ranks.gather_objects
+
     @property
     def ranks(self) -> Ranks:
         return self.engine.ranks
