@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,12 +48,13 @@ class Net(nn.Module):
         return self.last(hidden).float()
 
 
-def with_lora(module: Net) -> Net:
-    """Give it a LoRA whose B is not zero, one part of which does not train."""
+def with_lora(module: Net, blank: bool = False) -> Net:
+    """Give it a LoRA whose B is not zero, one part of which does not train; blank: and is zero."""
     inject_adapter_in_model(LoraConfig(r=3, target_modules=["first", "middle", "last"]), module)
     for name, param in module.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(param, generator=torch.Generator().manual_seed(2))
+            param.data *= not (blank and "middle" in name)
         param.requires_grad_("lora_" in name and "middle" not in name)
     return module
 
@@ -69,9 +71,16 @@ def losses(model, rows, wanted, number: int):
     return (model(rows) - wanted * (1 + number)).square().mean(1)
 
 
+def cut_small_weights(engine) -> None:
+    """DeepSpeed would leave those of less than 100000 elements whole."""
+    if config := getattr(engine, "_config", None):
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+
 def wrapped(precision: str, module: nn.Module):
     """An engine that trains a module."""
     engine = choose.start(precision)
+    cut_small_weights(engine)
     params = [param for param in module.parameters() if param.requires_grad]
     engine.wrap(module, torch.optim.AdamW(params, **SETTINGS, fused=True), MAX_GRAD_NORM)
     return engine
@@ -97,7 +106,10 @@ def masters(engine) -> dict[str, torch.Tensor]:
 
 def weights(engine) -> dict[str, torch.Tensor]:
     """What the module computes with."""
-    return clones({n: p for n, p in engine.module.named_parameters() if p.requires_grad})
+    whole = engine.whole()
+    if engine.cuts_weights:
+        whole = engine.ranks.broadcast_object(whole)
+    return clones({n: whole[n] for n, p in engine.module.named_parameters() if p.requires_grad})
 
 
 def take(engine, number: int) -> dict:
@@ -114,21 +126,30 @@ def take(engine, number: int) -> dict:
     return {"before": before, "norm": norm, "between": between, "after": masters(engine)}
 
 
+@contextmanager
+def overflow(module: nn.Module, here: bool):
+    """Let gradients behind the module's output overflow, if it is to happen here."""
+
+    def spoil(module, inputs, output):
+        if here and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * math.inf)
+
+    hook = module.register_forward_hook(spoil)
+    yield
+    hook.remove()
+
+
 def abandon(engine, number: int) -> dict:
     """Abandon an update for each way in which one goes wrong, on the last rank alone."""
     last = engine.ranks.rank == engine.ranks.num_ranks - 1
     seen = {"before": weights(engine) | masters(engine), "norms": []}
-    hooked = next(param for param in engine.module.parameters() if param.requires_grad)
     for point in (0, NUM_POINTS - 1, None):
 
         def spoil(k, loss, point=point):
             return loss * math.nan if last and k == point else loss
 
-        hook = hooked.register_hook(
-            lambda g, bad=point is None: g * math.inf if last and bad else g
-        )
-        accumulate(engine, number, spoil)
-        hook.remove()
+        with overflow(engine.module, last and point is None):
+            accumulate(engine, number, spoil)
         seen["norms"].append(engine.norm())
         engine.discard(overflow=point is None)
     return seen | {"after": weights(engine) | masters(engine)}
@@ -166,12 +187,10 @@ def overflowed(folder: Path, precision: str) -> None:
     engine = wrapped(precision, Net())
     scales = [engine._scale()]
     for kind in ("loss", "gradient", "gradient"):
-        hooked = next(param for param in engine.module.parameters() if param.requires_grad)
-        hook = hooked.register_hook(lambda g, kind=kind: g * math.inf if kind == "gradient" else g)
-        accumulate(
-            engine, 0, lambda k, loss, kind=kind: loss * math.nan if kind == "loss" else loss
-        )
-        hook.remove()
+        with overflow(engine.module, kind == "gradient"):
+            accumulate(
+                engine, 0, lambda k, loss, kind=kind: loss * math.nan if kind == "loss" else loss
+            )
         assert not torch.isfinite(engine.norm())
         engine.discard(overflow=kind == "gradient")
         scales.append(engine._scale())
@@ -188,7 +207,9 @@ def predictions(engine, snapshots) -> dict[str, torch.Tensor]:
 
 def anchored(folder: Path, precision: str, lora: bool) -> None:
     """Move snapshots and predict with them; writes what they gave and what they hold."""
-    module = with_lora(Net()) if lora else Net()
+    # Where weights are swapped in, a reference keeps what does not train, as nothing depends on it.
+    blank = choose.start(precision).cuts_weights
+    module = with_lora(Net(), blank) if lora else Net()
     engine = wrapped(precision, module)
     snapshots = Snapshots(engine, ["old", "reference"], use_lora=lora)
     steps, held = [], {"policy", "old"} | (set() if lora else {"reference"})
@@ -208,7 +229,7 @@ def anchored(folder: Path, precision: str, lora: bool) -> None:
             }
         )
     state = clones(snapshots.state_dict())
-    other = wrapped(precision, with_lora(Net()) if lora else Net())
+    other = wrapped(precision, with_lora(Net(), blank) if lora else Net())
     resumed = Snapshots(other, ["old", "reference"], use_lora=lora)
     resumed.load_state_dict(state)
     other.put(engine.masters())
@@ -270,9 +291,8 @@ def updates(folder: Path) -> None:
         take_step(run, micros)
         seen.append(whole(run))
     run.objective.loss = honest
-    hook = run.engine.module.shift.register_hook(lambda g: g * math.inf if last else g)
-    take_step(run, micros)
-    hook.remove()
+    with overflow(run.engine.module, last):
+        take_step(run, micros)
     seen.append(whole(run))
     counts = run.updater.num_updates, run.updater.num_skipped
 

@@ -18,6 +18,9 @@ FORKED.set_forkserver_preload(LIBRARIES)
 ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 
+FSDP = ON_CPU | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
 def zero(stage: int) -> dict[str, str]:
     """Return what accelerate's launcher tells its processes if they are to use DeepSpeed."""
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}

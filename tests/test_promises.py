@@ -9,9 +9,17 @@ import pytest
 
 from flow_grpo.parallel import choose
 
+ZERO2 = "scripts/accelerate_configs/deepspeed_zero2.yaml"
+ZERO3_OFFLOAD = "scripts/accelerate_configs/deepspeed_zero3_offload.yaml"
 WORLD = (
     *("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
-    *("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "CUDA_VISIBLE_DEVICES"),
+    *("ACCELERATE_DEEPSPEED_ZERO_STAGE", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"),
+    *(
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_CPU",
+        "ACCELERATE_USE_DEEPSPEED",
+        "CUDA_VISIBLE_DEVICES",
+    ),
 )
 
 
@@ -25,7 +33,7 @@ def world(monkeypatch):
 
     def set_up(environment: dict[str, str], made=(1, 0), gpus=0):
         engine = SimpleNamespace(ranks=SimpleNamespace(num_ranks=made[0], rank=made[1]))
-        for name in ("Plain", "DeepSpeed"):
+        for name in ("Plain", "DeepSpeed", "FSDP2"):
             monkeypatch.setattr(choose, name, lambda precision: engine)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
@@ -48,6 +56,7 @@ KEPT = [
     (ranks(2, 1, ACCELERATE_USE_CPU="true"), (2, 1), 1),
     (ranks(8, 7), (8, 7), 8),
     (ranks(2, 0, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_USE_CPU="False"), (2, 0), 0),
+    (ranks(2, 0, ACCELERATE_USE_FSDP="true", ACCELERATE_USE_CPU="true"), (2, 0), 0),
 ]
 
 
@@ -84,13 +93,6 @@ BROKEN = {
         0,
         ["DeepSpeed was asked for"],
     ),
-    "FSDP": (ranks(2, 0, ACCELERATE_USE_FSDP="true"), (2, 0), 2, ["ACCELERATE_USE_FSDP"]),
-    "FSDP on CPU": (
-        ranks(2, 0, ACCELERATE_USE_FSDP="true", ACCELERATE_USE_CPU="true"),
-        (2, 0),
-        0,
-        ["ACCELERATE_USE_FSDP is set"],
-    ),
     "Megatron": (ranks(1, 0, ACCELERATE_USE_MEGATRON_LM="true"), (1, 0), 1, ["MEGATRON_LM"]),
     "no number": ({"WORLD_SIZE": "all"}, (1, 0), 0, ["WORLD_SIZE='all'", "a number is needed"]),
     "too large a rank": ({"WORLD_SIZE": "2", "RANK": "2"}, (2, 1), 0, ["RANK=2 and WORLD_SIZE=2"]),
@@ -121,7 +123,24 @@ def test_a_broken_promise_is_refused_with_what_was_promised_and_a_remedy(world, 
         (
             ranks(1, 0, ACCELERATE_USE_DEEPSPEED="true"),
             1,
-            f"accelerate launch --config_file {choose.ZERO2} --num_processes 1",
+            f"accelerate launch --config_file {ZERO2} --num_processes 1",
+        ),
+        (
+            ranks(
+                4,
+                0,
+                ACCELERATE_USE_DEEPSPEED="true",
+                ACCELERATE_DEEPSPEED_ZERO_STAGE="3",
+                ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE="cpu",
+            ),
+            4,
+            f"accelerate launch --config_file {ZERO3_OFFLOAD} --num_processes 4",
+        ),
+        (
+            ranks(2, 1, ACCELERATE_USE_FSDP="true", ACCELERATE_USE_CPU="true"),
+            2,
+            "ACCELERATE_USE_CPU=true accelerate launch --config_file "
+            "scripts/accelerate_configs/fsdp2.yaml --num_processes 2",
         ),
         (
             ranks(16, 8, GROUP_WORLD_SIZE="2", GROUP_RANK="1", MASTER_ADDR="h", MASTER_PORT="9"),
@@ -133,4 +152,5 @@ def test_a_broken_promise_is_refused_with_what_was_promised_and_a_remedy(world, 
 )
 def test_a_run_is_started_again_by_a_launcher_of_its_kind(world, environment, size, command):
     world(environment)
-    assert choose.launcher(size) == command and os.path.isfile(choose.MULTI_GPU)
+    assert choose.launcher(size) == command
+    assert os.path.isfile(command.partition("--config_file ")[2].split(" ")[0] or choose.MULTI_GPU)

@@ -116,8 +116,12 @@ class Weights:
                 f"must be its base: {error}"
             ) from None
 
-    def save_transformer(self, folder: Path) -> None:
-        self.transformer.save_pretrained(folder)
+    def save_transformer(self, values: dict[str, Tensor], folder: Path) -> None:
+        """Write a transformer as diffusers loads it. values: its state, all of it."""
+        with init_empty_weights():
+            copy = type(self.transformer).from_config(self.transformer.config)
+        copy.load_state_dict(values, assign=True)
+        copy.save_pretrained(folder)
 
     @classmethod
     def stock_name(cls) -> str:

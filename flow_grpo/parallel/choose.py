@@ -7,24 +7,24 @@ from accelerate.utils import parse_flag_from_env
 
 from flow_grpo.parallel.deepspeed import DeepSpeed
 from flow_grpo.parallel.engine import Engine
+from flow_grpo.parallel.fsdp2 import FSDP2
 from flow_grpo.parallel.plain import Plain
 
-FOREIGN = ("FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # accelerate's, not ours
-MULTI_GPU, ZERO2 = (
-    f"scripts/accelerate_configs/{n}.yaml" for n in ("multi_gpu", "deepspeed_zero2")
-)
+FOREIGN = ("MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # accelerate's, not ours
+CONFIG = "scripts/accelerate_configs/{}.yaml"
+MULTI_GPU = CONFIG.format("multi_gpu")
 
 
 def shards_state() -> bool:
     """Whether each rank is to keep a part of the training state of its own."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return _deepspeed() or _fsdp()
 
 
 def refuse_shards() -> None:
     """Raise ValueError where nothing trains, so that there is no state to shard."""
     if shards_state():
         raise ValueError(
-            "an evaluation has nothing for DeepSpeed to shard. Launch it with "
+            "an evaluation has nothing for DeepSpeed or FSDP to shard. Launch it with "
             f"--config_file {MULTI_GPU}."
         )
 
@@ -45,7 +45,7 @@ def launcher(num_ranks: int) -> str:
     if num_ranks == 1 and not shards_state():
         return "python"
     on_cpu = "ACCELERATE_USE_CPU=true " if _on_cpu() else ""
-    command = f"{on_cpu}accelerate launch --config_file {ZERO2 if shards_state() else MULTI_GPU}"
+    command = f"{on_cpu}accelerate launch --config_file {_config()}"
     machines = os.environ.get("GROUP_WORLD_SIZE", "1")  # torch elastic's word
     if machines != "1":
         command += f" --num_machines {machines} --machine_rank {os.environ.get('GROUP_RANK', 0)}"
@@ -65,10 +65,10 @@ def start(mixed_precision: str) -> Engine:
             raise ValueError(
                 f"ACCELERATE_USE_{name} is set: that is not supported yet. {_relaunch()}"
             )
-    if shards_state() and _on_cpu():
+    if _deepspeed() and _on_cpu():
         raise ValueError("DeepSpeed was asked for, and ACCELERATE_USE_CPU too: unset the latter.")
     _check_gpus()
-    engine = (DeepSpeed if shards_state() else Plain)(mixed_precision)
+    engine = _kind()(mixed_precision)
     found = engine.ranks
     if (found.num_ranks, found.rank) != (size, rank):
         raise ValueError(
@@ -76,6 +76,40 @@ def start(mixed_precision: str) -> Engine:
             f"rank {found.rank} of {found.num_ranks}. {_cause(found.num_ranks)}"
         )
     return engine
+
+
+def _kind() -> type[Engine]:
+    if _fsdp():
+        return FSDP2
+    if not _deepspeed():
+        return Plain
+    if _stage() != 3:
+        return DeepSpeed
+    from flow_grpo.parallel.zero3 import Zero3  # which needs DeepSpeed itself
+
+    return Zero3
+
+
+def _config() -> str:
+    """Return the file that launches this kind."""
+    if _fsdp():
+        return CONFIG.format("fsdp2")
+    if not _deepspeed():
+        return MULTI_GPU
+    offloads = os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none"
+    return CONFIG.format(f"deepspeed_zero{_stage()}{'_offload' if offloads else ''}")
+
+
+def _deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def _fsdp() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def _stage() -> int:
+    return _number("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
 
 
 def _on_cpu() -> bool:

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO stages 1 and 2: each rank steps its own part of the weights, in fp32."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -9,45 +10,49 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from flow_grpo.parallel.engine import Engine, Parts
+from flow_grpo.parallel.engine import Parts
 from flow_grpo.parallel.plain import PATIENCE
+from flow_grpo.parallel.sharded import Sharded
 
-BUCKET = 2**26  # elements that full() joins at a time
 
-
-class DeepSpeed(Engine):
+class DeepSpeed(Sharded):
     """The module's weights are whole on each rank and may be of 16 bits; their masters are cut.
 
     DeepSpeed flattens all masters into one row, of which each rank has an equal piece, so a weight
     may lie on two. This file uses of its optimizer what no public call offers.
     """
 
+    stages: tuple[int, ...] = (1, 2)
+
     def __init__(self, mixed_precision: str):
-        """mixed_precision: no | bf16 | fp16. Raises ValueError for a stage other than 1 and 2."""
+        """mixed_precision: no | bf16 | fp16. Raises ValueError for a stage that is another's."""
         group = InitProcessGroupKwargs(timeout=PATIENCE)
         if not torch.cuda.is_available():
             group.backend = "gloo"
             # Without this DeepSpeed compiles a kernel that gloo does not need.
             import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        # Of torch's newest collectives, at each call.
+        warnings.filterwarnings("ignore", ".* is deprecated", FutureWarning, "torch.distributed")
         super().__init__(Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[group]))
         plugin = self._accelerator.state.deepspeed_plugin
-        if plugin.zero_stage not in (1, 2):
+        if plugin.zero_stage not in self.stages:
             raise ValueError(
-                f"DeepSpeed ZeRO stage {plugin.zero_stage} is not supported yet: use stage 2."
+                f"DeepSpeed ZeRO stage {plugin.zero_stage}: 1, 2 or 3 is needed, as zero_stage in "
+                f"accelerate's config, as those of scripts/accelerate_configs have it."
             )
-        self.num_parts = self.ranks.num_ranks
+        self._config = plugin.deepspeed_config
 
     def wrap(
         self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
     ) -> None:
-        self._accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        self._config |= {
             "train_micro_batch_size_per_gpu": 1,  # it only counts samples by it
             "train_batch_size": "auto",
             "gradient_accumulation_steps": 1,  # accumulate() says where an update ends
             "gradient_clipping": max_grad_norm,
+            "zero_force_ds_cpu_optimizer": False,  # torch's, which compiles nothing
         }
-        self.module = module
-        self._trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self._take(module)
         self.model, _ = self._accelerator.prepare(module, optimizer)
         self._zero = self.model.optimizer
         self._zero.check_grad_overflow = False  # norm() told, before step() is called
@@ -63,13 +68,21 @@ class DeepSpeed(Engine):
         self.model.backward(loss * self.ranks.num_ranks)  # it averages
 
     def norm(self) -> Tensor:
-        return (self._zero.scaled_global_norm() / self._zero.loss_scale).to(self.ranks.device)
+        return (self._scaled_norm() / self._zero.loss_scale).to(self.ranks.device)
+
+    def _scaled_norm(self) -> Tensor:
+        return self._zero.scaled_global_norm()
 
     def step(self, norm: float) -> None:
         self.model.step()  # which measures the norm once more, and clips by that
 
     def discard(self, overflow: bool) -> None:
         """Do what DeepSpeed does after an overflow, which it does not offer by itself."""
+        self._forget()
+        if overflow and self.looks_for_scale:
+            self._zero.loss_scaler.update_scale(True)
+
+    def _forget(self) -> None:
         zero = self._zero
         zero.zero_grad()
         if zero.cpu_offload:
@@ -77,57 +90,25 @@ class DeepSpeed(Engine):
         for sums in (zero.averaged_gradients, zero.all_grad_tensors):
             sums.update(dict.fromkeys(sums))
         zero.micro_step_id = -1  # so that the next backward pass is an update's first
-        if overflow and self.looks_for_scale:
-            zero.loss_scaler.update_scale(True)
 
-    def masters(self) -> Parts:
-        return {
-            name: param._hp_mapping.hp_fragment.detach()
-            for name, param in self._trained.items()
-            if param._hp_mapping is not None
-        }
-
-    @torch.no_grad()
     def put(self, parts: Parts) -> None:
-        for name, master in self.masters().items():
-            master.copy_(parts[name])
+        super().put(parts)
         self._zero.update_lp_params()
 
-    def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
-        held = {name: slice(*where["held"]) for name, where in self._layout().items()}
-        for names in self._buckets():
-            sizes = [self._trained[name].numel() for name in names]
-            row = torch.zeros(sum(sizes), device=self.ranks.device)
-            values = dict(zip(names, row.split(sizes), strict=True))
-            for name in values.keys() & parts.keys():
-                values[name][held[name]] = parts[name].to(row.device)
-            for name, value in zip(names, self.ranks.total(row).split(sizes), strict=True):
-                yield name, value.view(self._trained[name].shape)
+    def _held(self, name: str) -> tuple[int, int]:
+        if (mapping := self._trained[name]._hp_mapping) is None:
+            return 0, 0
+        where = mapping.lp_fragment_address
+        return where.start, where.start + where.numel
 
-    def _buckets(self) -> Iterator[list[str]]:
-        """Cut the weights' names into runs of about BUCKET elements."""
-        names, size = [], 0
-        for name, param in self._trained.items():
-            if names and size + param.numel() > BUCKET:
-                yield names
-                names, size = [], 0
-            names.append(name)
-            size += param.numel()
-        yield names
-
-    def _layout(self) -> dict[str, dict]:
-        layout = {}
-        for name, param in self._trained.items():
-            start = stop = 0
-            if param._hp_mapping is not None:
-                where = param._hp_mapping.lp_fragment_address
-                start, stop = where.start, where.start + where.numel
-            layout[name] = {"shape": list(param.shape), "held": [start, stop]}
-        return layout
+    def _master(self, name: str) -> Tensor:
+        return self._trained[name]._hp_mapping.hp_fragment.detach()
 
     def _stepped(self) -> dict[str, Tensor]:
-        rows = self._zero.single_partition_of_fp32_groups
-        return {f"row-{i}": row for i, row in enumerate(rows)}
+        return {f"row-{i}": row for i, row in enumerate(self._rows())}
+
+    def _rows(self) -> list[Tensor]:
+        return self._zero.single_partition_of_fp32_groups
 
     def _scale(self) -> dict[str, float]:
         if not self.looks_for_scale:

@@ -84,6 +84,7 @@ class Engine(ABC):
     model: nn.Module  # the same, wrapped: what sampling and training call
     optimizer: torch.optim.Optimizer  # of the weights, or of this rank's part of them
     num_parts: int = 1  # of a state: 1, or one for each rank
+    cuts_weights: bool = False  # those of the module too: it can't be given adapters any more
     looks_for_scale: bool = False  # fp16: an overflow is no fault, it lowers the loss scale
 
     def __init__(self, accelerator: Accelerator):
@@ -131,6 +132,10 @@ class Engine(ABC):
     @abstractmethod
     def full(self, parts: Parts) -> Iterator[tuple[str, Tensor]]:
         """Give each weight's name and whole value in turn. parts: masters(), or a snapshot's."""
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return the module's state, what does not train as well; on the main rank at least."""
+        return self.module.state_dict()
 
     def save(self, folder: Path, further: Parts) -> list[Path]:
         """Write masters, moments and loss scale, and `further` parts of weights by any names.

@@ -52,12 +52,13 @@ class Plain(Engine):
 
     def norm(self) -> Tensor:
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self._trained.values() if p.grad is not None]
+        gradients = [p.grad for p in self._stepped().values() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
     def step(self, norm: float) -> None:
-        params = list(self._trained.values())
-        whole = torch.full((), norm, dtype=params[0].dtype, device=self.ranks.device)
+        params = list(self._stepped().values())
+        dtype = params[0].dtype if params else None  # a rank may hold none
+        whole = torch.full((), norm, dtype=dtype, device=self.ranks.device)
         nn.utils.clip_grads_with_norm_(params, self._max_grad_norm, whole)
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -20,6 +20,11 @@ def leave_casts_to_autocast(transformer: nn.Module) -> None:
             layer.cast_input_dtype_enabled = False
 
 
+def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
+    lists = [each for each in transformer.children() if isinstance(each, nn.ModuleList)]
+    return [block for each in lists for block in each]
+
+
 def compile_blocks(transformer: nn.Module) -> int:
     """Compile the blocks that the transformer repeats, and return how many; call it before wrap().
 
@@ -28,8 +33,7 @@ def compile_blocks(transformer: nn.Module) -> int:
     output. Inputs count as if they had gradients, else a first block had a graph of its own.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
-    lists = [each for each in transformer.children() if isinstance(each, nn.ModuleList)]
-    blocks = [block for each in lists for block in each]
+    blocks = repeated_blocks(transformer)
     inside = {param for block in blocks for param in block.parameters()}
     others = (param for param in transformer.parameters() if param not in inside)
     # (B, T, D) are the tokens; time (B, D) has a gradient only where its embedding trains.

@@ -94,7 +94,8 @@ def export(run: Run, folder: Path, name: str) -> None:
         on_main(lambda: run.pipeline.save_lora(values, folder / "lora"))
         return
     with run.snapshots.using(name):
-        on_main(lambda: run.pipeline.save_transformer(folder / "transformer"))
+        values = run.engine.whole()
+        on_main(lambda: run.pipeline.save_transformer(values, folder / "transformer"))
 
 
 def _write_trainer(run: Run, folder: Path, metrics_bytes: int, written: dict[str, str]) -> None:

@@ -19,12 +19,14 @@ POLICY = "default"  # the adapter that trains, as peft and diffusers call it
 class Snapshots:
     """Named copies of the engine's masters, and a way to run the module with one.
 
-    Under LoRA each is also an adapter, written when the copy moves; a full fine-tune swaps weights.
-    A LoRA's reference is no adapter, until it is moved. All ranks must make each call.
+    Under LoRA each is also an adapter, written when the copy moves; a full fine-tune swaps weights,
+    and so does an engine that cuts them. A LoRA's reference is no adapter, until it is moved.
+    All ranks must make each call.
     """
 
     def __init__(self, engine: Engine, names: Iterable[str], use_lora: bool):
         self._engine, self._use_lora = engine, use_lora
+        self._by_adapter = use_lora and not engine.cuts_weights
         self._held: dict[str, Parts] = {}
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}  # by the policy's weights' names
         self._in_use = False
@@ -59,13 +61,12 @@ class Snapshots:
         self._in_use = name != "policy"
         if name == "policy":
             way = nullcontext()
-        elif not self._use_lora:
-            way = self._swapped(name)
-        elif name == "reference" and name not in self._held:
+        elif self._use_lora and name == "reference" and name not in self._held:
             way = no_adapter(self._engine.module)
         else:
             assert name in self._held, f"no snapshot {name!r}"
-            way = _other_adapter(self._engine.module, name)
+            adapted = self._by_adapter
+            way = _other_adapter(self._engine.module, name) if adapted else self._swapped(name)
         try:
             with way:
                 yield
@@ -97,7 +98,7 @@ class Snapshots:
 
     def _hold(self, name: str, weights: Parts) -> None:
         self._held[name] = weights
-        if self._use_lora:
+        if self._by_adapter:
             blank = name == "reference"
             self._adapters[name] = params = _add_adapter(self._engine.module, name, blank)
             for key, value in weights.items():
@@ -107,7 +108,7 @@ class Snapshots:
 
     @torch.no_grad()
     def _show(self, name: str) -> None:
-        if self._use_lora:
+        if self._by_adapter:
             for key, value in self._engine.full(self._held[name]):
                 self._adapters[name][key].copy_(value)
 
