@@ -58,7 +58,7 @@ class Elbo(Forward):
 
     needs = ("old",)
     clip_range = old_beta = 0.0
-    statistics = STATISTICS | {name: terms.STATISTICS[name] for name in OF_RATIO} | OLD_KL
+    statistics = STATISTICS | {name: terms.STATISTICS[name] for name in OF_RATIO}
 
     def error(self, velocity: Tensor, rows: Rollout, point: Point) -> Tensor:
         raise NotImplementedError
