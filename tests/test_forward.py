@@ -6,19 +6,23 @@ What stands here as a number was computed from the papers' formulas by clean pre
 import math
 
 import pytest
+import running
 import torch
 from fixtures import F64, close
 from noised import NOISE, SIGMA, TARGET, V_OLD, V_REF, V, noised, rollout
 from toy import plan_of
 
 from config.base import base
+from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.forward.anchored import DECAYS
 from flow_grpo.objectives.forward.elbo import adaptive, weighted_error
 from flow_grpo.objectives.forward.grouped import group_sums
+from flow_grpo.objectives.forward.guards import overrated, win_rate
 from flow_grpo.objectives.registry import find
 from flow_grpo.records import RowTable
 from flow_grpo.sampling import Schedule
+from flow_grpo.training import collect
 
 SIGMAS = torch.tensor([1, 0.9, 0.7, 0.4, 0.1, 0])
 VELOCITIES = {"policy": V, "old": V_OLD, "fast": V_OLD, "reference": V_REF}
@@ -369,6 +373,62 @@ def test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs():
     close(guarded.value.detach() - plain.value.detach(), [0, 0.2 * 0.000338990436])
     _, usual = loss_and_gradient(objective("ram"))
     assert torch.equal(gradient[0], usual[0]) and not torch.equal(gradient[1], usual[1])
+
+
+def test_a_win_rate_is_the_share_of_its_group_that_a_row_beats():
+    scores = torch.tensor([0.2, 0.9, 0.2, math.nan, 3.0, 5.0, 1.0], dtype=F64)
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    expected = [0.25, 1.0, 0.25, math.nan, 0.0, 1.0, math.nan]
+    torch.testing.assert_close(
+        win_rate(scores, group), torch.tensor(expected, dtype=F64), equal_nan=True
+    )
+
+
+def test_images_are_uncertain_whose_place_others_see_lower():
+    scores = torch.tensor([0.0, 1, 2, 3, 0, 1, 2, math.nan], dtype=F64)
+    group = torch.tensor([0] * 4 + [1] * 4)
+    other = torch.tensor([3.0, 1, 2, 0, 0, 2, 1, 9], dtype=F64)
+    third = torch.tensor([0.0, 1, 2, 3, 0, 1, 2, 3], dtype=F64)
+    # the excess of win rates: -1, 0, 0, 1; 0, -1/2, 1/2
+    assert overrated(scores, [other], group, 2 / 7).nonzero().flatten().tolist() == [3, 6]
+    assert overrated(scores, [other, third], group, 1 / 7).nonzero().flatten().tolist() == [3]
+    assert overrated(scores, [third], group, 0.0).sum() == 0
+    assert overrated(scores, [third], group, 1.0).tolist() == [1] * 7 + [0]
+
+
+def test_the_kl_holds_uncertain_images_alone():
+    found, rows, point = objective("ram", forward__kl_beta=0.2), rows_of(), noised()
+    (known,) = frozen(found, rows, [point])
+    plain = found.loss(V, known, rows, point)
+    rows.uncertain = torch.tensor([0.0, 1.0], dtype=F64)
+    held = found.loss(V, known, rows, point)
+    close(plain.value - held.value, [0.2 * 0.001975, 0])
+    assert torch.equal(held.stats["kl"], plain.stats["kl"])
+
+
+def test_uncertain_images_are_those_of_the_run_that_a_reward_of_weight_0_sees_lower(
+    files, tmp_path
+):
+    rewards = {"jpeg_incompressibility": 1.0, "jpeg_compressibility": 0.0}
+    keys = {"forward__uncertain": 0.25, "reward_fn": rewards, "logdir": tmp_path}
+    run = running.prepare(running.arguments(files, objective="ram", train__cfg=False, **keys))
+    sampled = collect.roll_out(run, 0)
+    scores = collect.score(run, sampled)
+    collect.weigh(run, sampled, scores, 0)
+    marked, group = sampled.rollout.uncertain, sampled.rollout.batch.group
+    best = torch.from_numpy(scores["avg"]).reshape(-1, 4).argmax(1)
+    assert marked.sum() == 4 == len(group.unique())
+    assert marked.reshape(-1, 4).argmax(1).tolist() == best.tolist()
+
+
+def test_uncertainty_needs_a_second_opinion():
+    config = base("ram")
+    config.forward.uncertain = 0.1
+    with pytest.raises(ValueError, match="config.forward.uncertain=0.1 compares .* 'pickscore'"):
+        find("ram").check(config, SD3)
+    with config.unlocked():
+        config.reward_fn = {"jpeg_compressibility": 1.0, "pickscore": 0.0}
+    find("ram").check(config, SD3)
 
 
 @pytest.mark.parametrize("name", NEW[:4])

@@ -82,6 +82,22 @@ DEFECTS = [
         "test_forward.py::test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs",
     ),
     Defect(
+        "certain-images-are-held",
+        SLIP,
+        f"{FORWARD}/guards.py",
+        "excess.nan_to_num(-torch.inf), descending=True",
+        "excess.nan_to_num(torch.inf), descending=False",
+        "test_forward.py::test_images_are_uncertain_whose_place_others_see_lower",
+    ),
+    Defect(
+        "win-rate-of-all-groups",
+        SLIP,
+        f"{FORWARD}/guards.py",
+        "same = (group[:, None] == group) & ~scores.isnan()",
+        "same = (group[:, None] >= 0) & ~scores.isnan()",
+        "test_forward.py::test_a_win_rate_is_the_share_of_its_group_that_a_row_beats",
+    ),
+    Defect(
         "norm-ratio-upside-down",
         SLIP,
         ANCHORED,

@@ -9,10 +9,11 @@ from torch.nn.functional import relu
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
 from flow_grpo.objectives.forward import noising
+from flow_grpo.objectives.forward.guards import overrated
 from flow_grpo.objectives.preference.reference import refresh
-from flow_grpo.plan import Passes
+from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Loss, Point, Rollout
+from flow_grpo.records import Arranged, Loss, Point, Rollout, RowTable
 
 DECAYS = {  # of the old policy: at first, more with each update, from this one on, at most
     "on_policy": (0.0, 0.0, 0, 0.0),
@@ -32,6 +33,13 @@ ANCHORS = {
         "of NormGuard: the square of how far a velocity's root mean square exceeds the reference's",
         least=0,
         most=10**6,
+    ),
+    "forward.uncertain": Key(
+        1.0,
+        "share of an epoch's images that the KL to the reference holds: those whose place in their "
+        "group most exceeds that by the rewards of weight 0 (GARDO)",
+        least=0,
+        most=1,
     ),
 }
 STATISTICS = {
@@ -80,6 +88,12 @@ class Forward(Objective):
     @classmethod
     def check(cls, config, family) -> None:
         noising.check(config, cls.section)
+        if config.forward.uncertain < 1 and all(config.reward_fn.values()):
+            raise ValueError(
+                f"config.forward.uncertain={config.forward.uncertain} compares the trained reward "
+                f"with others, and config.reward_fn={dict(config.reward_fn)} has none of weight 0. "
+                f"Add one, such as 'pickscore': 0.0, or set config.forward.uncertain=1."
+            )
 
     def __init__(self, config, schedule):
         super().__init__(config, schedule)
@@ -87,7 +101,8 @@ class Forward(Objective):
         self.noising = noising.Noising.of(config, self.section)
         self.kl_beta, self.decay = own.kl_beta, own.decay
         self.ema_beta, self.norm_beta = shared.ema_beta, shared.norm_beta
-        self.reset_every = shared.reset_every
+        self.reset_every, self.uncertain = shared.reset_every, shared.uncertain
+        self.others = [name for name, weight in config.reward_fn.items() if not weight]
         asked = {"fast": self.ema_beta, "reference": self.kl_beta or self.norm_beta}
         names = [n for n in ("old", "fast", "reference") if n in self.needs or asked.get(n)]
         self.compared = tuple(names)
@@ -98,6 +113,13 @@ class Forward(Objective):
     def samples_with(self, epoch: int, num_updates: int) -> str:
         self.fresh = old_decay(self.decay, num_updates) == 0
         return "old" if "old" in self.snapshots else "policy"
+
+    def arrange(self, scores: Tensor, rows: RowTable, plan: Plan, epoch: int) -> Arranged:
+        arranged = super().arrange(scores, rows, plan, epoch)
+        if self.uncertain < 1:
+            others = [rows.scores[name] for name in self.others]
+            arranged.uncertain = overrated(scores, others, rows.group, self.uncertain)
+        return arranged
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         return self.noising.points(rows, self.schedule, randomness)
@@ -133,7 +155,7 @@ class Forward(Objective):
 
     def pull(self, kl: Tensor, rows: Rollout, point: Point) -> Tensor:
         """Weigh the KL (B,) to the reference row by row."""
-        return kl
+        return kl if rows.uncertain is None else rows.uncertain * kl
 
     def passes(self, num_kept: float) -> Passes:
         points, frozen = len(self.noising), len(self.compared) + self.replays

@@ -87,4 +87,5 @@ class CRD(Grouped):
         return self.adv_clip_max / self.beta * misfit, stats
 
     def pull(self, kl: Tensor, rows: Rollout, point: Point) -> Tensor:
+        kl = super().pull(kl, rows, point)
         return (self.least_pull + self.reward(rows, point) * (1 - self.least_pull)) * kl
