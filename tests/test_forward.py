@@ -6,6 +6,7 @@ What stands here as a number was computed from the papers' formulas by clean pre
 import math
 
 import pytest
+import ratio
 import running
 import torch
 from fixtures import F64, close
@@ -213,6 +214,7 @@ def test_ram_has_this_loss_and_gradient():
         ({}, 0.035303368866),
         ({"crd__beta": 0.1}, 0.484155370812),
         ({"crd__temperature": 0.5}, 0.068112525601),
+        ({"crd__temperature": 1e-9}, 0.0706067377),  # the best and the worst as centres
         ({"crd__loss": "cross_entropy"}, 3.46390048432),
     ],
 )
@@ -429,6 +431,17 @@ def test_uncertainty_needs_a_second_opinion():
     with config.unlocked():
         config.reward_fn = {"jpeg_compressibility": 1.0, "pickscore": 0.0}
     find("ram").check(config, SD3)
+
+
+def test_every_loss_that_has_a_reference_measures_the_ratio_of_norms():
+    known, rows = {"reference": V_REF, "old": V_OLD}, rows_of((1.0, -1.0))
+    for name, keys in (("dpo", {}), ("sft", {"train__beta": 0.1}), ("nft", {"nft__kl_beta": 0.1})):
+        loss = objective(name, **keys).loss(V, known, rows, noised())
+        close(loss.stats["norm_ratio"], [0.991820379345, 1.01984662865])
+    for name in ("grpo", "grpo_guard", "flow_dppo"):
+        found, drawn = ratio.objective(name=name, beta=0.1), ratio.fixture()
+        loss, _ = ratio.loss_and_gradient(found, drawn, 2 * V_REF, V_REF)
+        close(loss.stats["norm_ratio"], 2.0)
 
 
 @pytest.mark.parametrize("name", NEW[:4])

@@ -77,8 +77,8 @@ DEFECTS = [
         "hinge-both-ways",
         "NormGuard then pulls small velocities up",
         ANCHORED,
-        "relu(length - most) ** 2",
-        "(length - most) ** 2",
+        "relu(rms(velocity) - rms(reference)) ** 2",
+        "(rms(velocity) - rms(reference)) ** 2",
         "test_forward.py::test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs",
     ),
     Defect(
@@ -100,9 +100,9 @@ DEFECTS = [
     Defect(
         "norm-ratio-upside-down",
         SLIP,
-        ANCHORED,
-        "(length / most).detach()",
-        "(most / length).detach()",
+        "flow_grpo/objectives/norms.py",
+        "rms(velocity.detach()) / rms(reference)",
+        "rms(reference) / rms(velocity.detach())",
         "test_forward.py::test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs",
     ),
     Defect(

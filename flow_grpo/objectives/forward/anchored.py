@@ -10,6 +10,7 @@ from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
 from flow_grpo.objectives.forward import noising
 from flow_grpo.objectives.forward.guards import overrated
+from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio, rms, squared
 from flow_grpo.objectives.preference.reference import refresh
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
@@ -44,8 +45,8 @@ ANCHORS = {
 }
 STATISTICS = {
     "kl": Statistic("KL to the reference", "mean squared difference of the velocities"),
-    "norm_ratio": Statistic("Norm ratio − 1", "of the velocity to the reference's", origin=1.0),
     "ema_kl": Statistic("KL to the fast average", "mean squared difference of the velocities"),
+    **NORM_RATIO,
 }
 
 
@@ -133,14 +134,14 @@ class Forward(Objective):
             known = {"old": velocity.detach()} | known
         value, stats = self.matching(velocity, known, rows, point)
         if "reference" in known:
-            length, most = rms(velocity), rms(known["reference"])
-            stats["norm_ratio"] = (length / most).detach()
+            reference = known["reference"]
+            stats["norm_ratio"] = norm_ratio(velocity, reference)
             if self.kl_beta:
-                kl = squared(velocity - known["reference"])
+                kl = squared(velocity - reference)
                 value = value + self.kl_beta * self.pull(kl, rows, point)
                 stats["kl"] = kl.detach()
             if self.norm_beta:
-                value = value + self.norm_beta * relu(length - most) ** 2
+                value = value + self.norm_beta * relu(rms(velocity) - rms(reference)) ** 2
         if self.ema_beta:
             kl = squared(velocity - known["fast"])
             value = value + self.ema_beta * kl
@@ -183,12 +184,3 @@ def old_decay(kind: str, num_updates: int) -> float:
     """How much of the old policy stays after an epoch."""
     start, rate, first, most = DECAYS[kind]
     return min(start + rate * max(num_updates - first, 0), most)
-
-
-def squared(values: Tensor) -> Tensor:
-    return (values**2).flatten(1).mean(1)
-
-
-def rms(values: Tensor) -> Tensor:
-    """Return the root mean square of each row, (B,): its norm, whatever its size."""
-    return squared(values).sqrt()

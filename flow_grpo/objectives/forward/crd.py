@@ -62,7 +62,8 @@ class CRD(Grouped):
                 each = zip(news[i], olds[i], micro.points, strict=True)
                 implicit = [self.implicit(new, old, rows, point) for new, old, point in each]
             for sign in self.signs:
-                weights = [(sign * rows.at("advantages", p.column)).exp() for p in micro.points]
+                pushed = [sign * rows.at("advantages", p.column).double() for p in micro.points]
+                weights = [each.clamp(-300, 300).exp() for each in pushed]
                 for name, of in (("implicit", implicit), ("reward", rewards)):
                     each = zip(of, weights, strict=True)
                     values[f"{name}{sign}"].append([value * weight for value, weight in each])
@@ -76,8 +77,8 @@ class CRD(Grouped):
         reward, misfit = self.reward(rows, point), 0.0
         for sign in self.signs:
             total = known[f"weight{sign}"]
-            ours = self.beta * (implicit - known[f"implicit{sign}"] / total)
-            theirs = reward - known[f"reward{sign}"] / total
+            ours = self.beta * (implicit - (known[f"implicit{sign}"] / total).to(implicit))
+            theirs = reward - (known[f"reward{sign}"] / total).to(reward)
             if self.cross_entropy:
                 fit = binary_cross_entropy_with_logits(ours, theirs.sigmoid(), reduction="none")
             else:
