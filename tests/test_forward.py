@@ -363,6 +363,8 @@ def test_a_fast_average_may_roll_out_and_be_compared_with():
     found = objective("dgpo", dgpo__fast_from=3, dgpo__reference="fast")
     assert [found.samples_with(0, n) for n in (0, 2, 3, 9)] == ["policy"] * 2 + ["fast"] * 2
     assert found.snapshots == ("fast",)
+    drawn_alone = objective("dgpo", dgpo__fast_from=3)
+    assert drawn_alone.snapshots == ("reference", "fast") and drawn_alone.passes(0).frozen == 8
     at = VELOCITIES | {"fast": V_REF, "reference": V}
     loss, _ = loss_and_gradient(found, (1.0, -1.0), at)
     close(loss.stats["group_weight"], 0.4313733772738)
