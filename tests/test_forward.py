@@ -38,10 +38,21 @@ NEW = ("awm", "vgrpo", "epg", "ram", "crd", "dgpo")
 
 
 def objective(name, **keys):
+    """An objective after an epoch's first update."""
     config = base(name)
     plain = {key: 0.0 for key in find(name).keys if key.endswith(".kl_beta")}
     config.update_from_flattened_dict(plain | {k.replace("__", "."): keys[k] for k in keys})
-    return find(name)(config, Schedule(SIGMAS))
+    found = find(name)(config, Schedule(SIGMAS))
+    found.after_update(Moves(), 1)
+    return found
+
+
+class Moves:
+    def __init__(self):
+        self.seen = []
+
+    def update(self, name, decay):
+        self.seen.append((name, decay))
 
 
 def rows_of(advantages=(1.5, -0.5), group=(0, 0), member=(0, 1)):
@@ -459,14 +470,6 @@ def test_what_a_loss_is_anchored_to_is_held_and_pulls(name):
     close(gradient - pull, (0.2 * (V - V_REF) + 0.3 * (V - V_OLD)) / 4)
 
 
-class Moves:
-    def __init__(self):
-        self.seen = []
-
-    def update(self, name, decay):
-        self.seen.append((name, decay))
-
-
 def test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy_with_epochs():
     keys = {"forward__ema_beta": 1.0, "forward__kl_beta": 1.0, "forward__reset_every": 2}
     found, moves = objective("epg", **keys, forward__decay="rising", epg__proximal=1.0), Moves()
@@ -496,7 +499,7 @@ def test_a_slow_old_policy_rolls_out_for_losses_that_do_not_compare_with_it():
 def test_no_forward_is_made_of_an_old_policy_that_is_the_policy(name):
     keys = {"nft__decay": "on_policy"} if name == "nft" else {"forward__decay": "on_policy"}
     found = objective(name, **keys)
-    found.samples_with(3, 12)
+    found.after_epoch(Moves(), 12)
     rows, point, asked = rows_of(), noised(), []
 
     def predict(micros, name="policy"):
@@ -515,13 +518,18 @@ def test_no_forward_is_made_of_an_old_policy_that_is_the_policy(name):
     made = found.loss(V_OLD.clone().requires_grad_(), known, rows, point)
     assert torch.equal(saved.value, made.value)
     assert saved.stats.keys() == made.stats.keys()
+    found.after_epoch(Moves(), 13)
+    asked.clear()
+    found.freeze([micro], predict)
+    assert "old" not in asked
 
 
-def test_an_old_policy_that_lags_is_asked_in_a_first_update_too():
-    for kind, updates, fresh in (("half", 0, True), ("half", 9, False), ("slow", 74, True)):
-        found = objective("awm", forward__decay=kind)
-        found.samples_with(1, updates)
-        assert found.fresh == fresh
+@pytest.mark.parametrize("kind", ["half", "slow", "rising"])
+def test_an_old_policy_that_lags_is_asked_in_a_first_update_too(kind):
+    found = objective("awm", forward__decay=kind)
+    assert "old" in frozen(found, rows_of(), [noised()])[0]
+    found.after_epoch(Moves(), 9)
+    assert "old" in frozen(found, rows_of(), [noised()])[0]
     assert DECAYS.keys() == {"on_policy", "half", "slow", "rising"}
 
 

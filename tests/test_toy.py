@@ -111,7 +111,6 @@ def gain_on_images(folder, objective, shuffled):
     rewards = []
     for epoch in range(8):
         run.epoch = epoch
-        run.objective.samples_with(epoch, run.updater.num_updates)
         rewards.append(train_epoch(run)["reward/avg"])
         run.objective.after_epoch(run.snapshots, run.updater.num_updates)
     return np.mean(rewards[-3:]) - np.mean(rewards[:3])

@@ -69,9 +69,9 @@ DEFECTS = [
         "old-policy-known-though-it-lags",
         SLIP,
         ANCHORED,
-        "self.fresh = old_decay(self.decay, num_updates) == 0",
-        "self.fresh = True",
-        "test_forward.py::test_an_old_policy_that_lags_is_asked_in_a_first_update_too",
+        'self.on_policy = self.decay == "on_policy"',
+        "self.on_policy = True",
+        "test_forward.py::test_an_old_policy_that_lags_is_asked_in_a_first_update_too[half]",
     ),
     Defect(
         "hinge-both-ways",

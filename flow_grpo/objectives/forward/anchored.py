@@ -107,12 +107,12 @@ class Forward(Objective):
         asked = {"fast": self.ema_beta, "reference": self.kl_beta or self.norm_beta}
         names = [n for n in ("old", "fast", "reference") if n in self.needs or asked.get(n)]
         self.compared = tuple(names)
-        held = "old" in names or self.decay == "on_policy"
-        self.snapshots = self.compared if held else ("old", *names)
-        self.fresh = False  # the old policy is the policy: known by a row's own forward
+        self.on_policy = self.decay == "on_policy"
+        lone = "old" not in names and not self.on_policy
+        self.snapshots = ("old", *names) if lone else self.compared
+        self.fresh = self.on_policy  # "old" is the policy, and known by a row's own forward
 
     def samples_with(self, epoch: int, num_updates: int) -> str:
-        self.fresh = old_decay(self.decay, num_updates) == 0
         return "old" if "old" in self.snapshots else "policy"
 
     def arrange(self, scores: Tensor, rows: RowTable, plan: Plan, epoch: int) -> Arranged:
@@ -160,7 +160,7 @@ class Forward(Objective):
 
     def passes(self, num_kept: float) -> Passes:
         points, frozen = len(self.noising), len(self.compared) + self.replays
-        if "old" in self.compared and self.decay == "on_policy":  # known in an epoch's first update
+        if "old" in self.compared and self.on_policy:  # known in an epoch's first update
             sample, train = self.sample, self.train
             micro = train.batch_size or sample.train_batch_size
             micros = sample.train_batch_size * sample.num_batches_per_epoch // micro
@@ -176,6 +176,7 @@ class Forward(Objective):
             refresh(snapshots, "reference", self.reset_every, num_updates)
 
     def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
+        self.fresh = self.on_policy
         if "old" in self.snapshots:
             snapshots.update("old", old_decay(self.decay, num_updates))
 
