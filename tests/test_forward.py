@@ -444,6 +444,9 @@ def test_uncertainty_needs_a_second_opinion():
     with config.unlocked():
         config.reward_fn = {"jpeg_compressibility": 1.0, "pickscore": 0.0}
     find("ram").check(config, SD3)
+    config.sample.source = "data"
+    with pytest.raises(ValueError, match="config.sample.source='data' asks none"):
+        find("ram").check(config, SD3)
 
 
 def test_every_loss_that_has_a_reference_measures_the_ratio_of_norms():

@@ -89,11 +89,14 @@ class Forward(Objective):
     @classmethod
     def check(cls, config, family) -> None:
         noising.check(config, cls.section)
-        if config.forward.uncertain < 1 and all(config.reward_fn.values()):
+        asked = config.sample.source == "model"
+        if config.forward.uncertain < 1 and (all(config.reward_fn.values()) or not asked):
             raise ValueError(
                 f"config.forward.uncertain={config.forward.uncertain} compares the trained reward "
-                f"with others, and config.reward_fn={dict(config.reward_fn)} has none of weight 0. "
-                f"Add one, such as 'pickscore': 0.0, or set config.forward.uncertain=1."
+                f"with others, and config.reward_fn={dict(config.reward_fn)} has none of weight 0, "
+                f"or config.sample.source={config.sample.source!r} asks none. Add one, such as "
+                f"'pickscore': 0.0, with images that the model draws, or set "
+                f"config.forward.uncertain=1."
             )
 
     def __init__(self, config, schedule):
