@@ -231,7 +231,7 @@ DEFECTS = [
         "crd-not-centred",
         SLIP,
         CRD,
-        'theirs = reward - known[f"reward{sign}"] / total',
+        'theirs = reward - (known[f"reward{sign}"] / total).to(reward)',
         "theirs = reward",
         "test_forward.py::test_crd_has_this_loss",
     ),
