@@ -17,7 +17,7 @@ class CRD(Grouped):
 
     r = l_old - l with l = mean (v - y)^2 / w, w = mean |v - y| without a gradient, y = x1 - x0. r'
     and R' are means over the group's rows at a noising, without a gradient, by equal weights, or
-    once by those of softmax(A / T) and once of softmax(-A / T), the loss being the mean of both.
+    once by those of softmax(R / T) and once of softmax(-R / T), the loss being the mean of both.
     """
 
     needs = ("old",)
@@ -62,8 +62,7 @@ class CRD(Grouped):
                 each = zip(news[i], olds[i], micro.points, strict=True)
                 implicit = [self.implicit(new, old, rows, point) for new, old, point in each]
             for sign in self.signs:
-                pushed = [sign * rows.at("advantages", p.column).double() for p in micro.points]
-                weights = [each.clamp(-300, 300).exp() for each in pushed]
+                weights = [(sign * each.double()).clamp(-300, 300).exp() for each in rewards]
                 for name, of in (("implicit", implicit), ("reward", rewards)):
                     each = zip(of, weights, strict=True)
                     values[f"{name}{sign}"].append([value * weight for value, weight in each])
