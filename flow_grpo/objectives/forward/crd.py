@@ -62,7 +62,8 @@ class CRD(Grouped):
                 each = zip(news[i], olds[i], micro.points, strict=True)
                 implicit = [self.implicit(new, old, rows, point) for new, old, point in each]
             for sign in self.signs:
-                weights = [(sign * each.double()).clamp(-300, 300).exp() for each in rewards]
+                pushed = [sign * (each.double() - 0.5) for each in rewards]
+                weights = [each.clamp(-300, 300).exp() for each in pushed]
                 for name, of in (("implicit", implicit), ("reward", rewards)):
                     each = zip(of, weights, strict=True)
                     values[f"{name}{sign}"].append([value * weight for value, weight in each])
