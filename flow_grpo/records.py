@@ -139,6 +139,7 @@ class Rollout:
     velocities: Tensor | None = None  # (N, K, ...) fp32, that were predicted at `latents`
     advantages: Tensor | None = None  # (N,) or (N, K) fp32
     weights: Tensor | None = None  # (N,) or (N, K) fp32; 0: it is not trained
+    uncertain: Tensor | None = None  # (N,) fp32; 1: its reward is not to be trusted
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -213,6 +214,7 @@ class RowTable:
     parent: Tensor  # (N,) int64, row of this table; -1: none
     steps: Tensor  # (N, K) int64; -1 behind those of a row with fewer
     branch: Tensor  # (N,) int64, its number among those of its parent; -1: it is no branch
+    scores: dict[str, Tensor] | None = None  # each reward's, (N,) fp64, NaN where missing
 
     def __len__(self) -> int:
         return len(self.group)
@@ -230,6 +232,7 @@ class Arranged:
     updates: list[list[list[list[np.ndarray]]]]  # plan.Updates, equal calls on all ranks
     advantages: Tensor  # (N,) or (N, K) fp64
     weights: Tensor  # (N,) or (N, K) fp64; an update's loss is its mean weighted by these
+    uncertain: Tensor | None = None  # (N,) fp64; 1: a row's reward is not to be trusted
 
 
 def _rows(record: Rollout | Point, rows: Rows) -> Rollout | Point:

@@ -35,7 +35,7 @@ KEYS = {  # what an objective can't do without
     "vgrpo": {"vgrpo.old_beta": 0.3},
     "epg": {"epg.proximal": 0.1, "forward.decay": "rising"},
     "ram": {"forward.reset_every": 2},
-    "crd": {"crd.temperature": 0.5},
+    "crd": {"crd.temperature": 0.05},
     "dgpo": {"dgpo.clip_range": 1e-4, "dgpo.fast_from": 2},
 }
 UNGUIDED = KEYS.keys() - {"grpo", "grpo_guard", "flow_dppo"}

@@ -6,19 +6,24 @@ What stands here as a number was computed from the papers' formulas by clean pre
 import math
 
 import pytest
+import ratio
+import running
 import torch
 from fixtures import F64, close
 from noised import NOISE, SIGMA, TARGET, V_OLD, V_REF, V, noised, rollout
 from toy import plan_of
 
 from config.base import base
+from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.forward.anchored import DECAYS
 from flow_grpo.objectives.forward.elbo import adaptive, weighted_error
 from flow_grpo.objectives.forward.grouped import group_sums
+from flow_grpo.objectives.forward.guards import overrated, win_rate
 from flow_grpo.objectives.registry import find
 from flow_grpo.records import RowTable
 from flow_grpo.sampling import Schedule
+from flow_grpo.training import collect
 
 SIGMAS = torch.tensor([1, 0.9, 0.7, 0.4, 0.1, 0])
 VELOCITIES = {"policy": V, "old": V_OLD, "fast": V_OLD, "reference": V_REF}
@@ -33,10 +38,21 @@ NEW = ("awm", "vgrpo", "epg", "ram", "crd", "dgpo")
 
 
 def objective(name, **keys):
+    """An objective after an epoch's first update."""
     config = base(name)
     plain = {key: 0.0 for key in find(name).keys if key.endswith(".kl_beta")}
     config.update_from_flattened_dict(plain | {k.replace("__", "."): keys[k] for k in keys})
-    return find(name)(config, Schedule(SIGMAS))
+    found = find(name)(config, Schedule(SIGMAS))
+    found.after_update(Moves(), 1)
+    return found
+
+
+class Moves:
+    def __init__(self):
+        self.seen = []
+
+    def update(self, name, decay):
+        self.seen.append((name, decay))
 
 
 def rows_of(advantages=(1.5, -0.5), group=(0, 0), member=(0, 1)):
@@ -208,7 +224,8 @@ def test_ram_has_this_loss_and_gradient():
     [
         ({}, 0.035303368866),
         ({"crd__beta": 0.1}, 0.484155370812),
-        ({"crd__temperature": 0.5}, 0.068112525601),
+        ({"crd__temperature": 0.05}, 0.068112525601),
+        ({"crd__temperature": 1e-9}, 0.0706067377),  # the best and the worst as centres
         ({"crd__loss": "cross_entropy"}, 3.46390048432),
     ],
 )
@@ -357,6 +374,8 @@ def test_a_fast_average_may_roll_out_and_be_compared_with():
     found = objective("dgpo", dgpo__fast_from=3, dgpo__reference="fast")
     assert [found.samples_with(0, n) for n in (0, 2, 3, 9)] == ["policy"] * 2 + ["fast"] * 2
     assert found.snapshots == ("fast",)
+    drawn_alone = objective("dgpo", dgpo__fast_from=3)
+    assert drawn_alone.snapshots == ("reference", "fast") and drawn_alone.passes(0).frozen == 8
     at = VELOCITIES | {"fast": V_REF, "reference": V}
     loss, _ = loss_and_gradient(found, (1.0, -1.0), at)
     close(loss.stats["group_weight"], 0.4313733772738)
@@ -371,6 +390,76 @@ def test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs():
     assert torch.equal(gradient[0], usual[0]) and not torch.equal(gradient[1], usual[1])
 
 
+def test_a_win_rate_is_the_share_of_its_group_that_a_row_beats():
+    scores = torch.tensor([0.2, 0.9, 0.2, math.nan, 3.0, 5.0, 1.0], dtype=F64)
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    expected = [0.25, 1.0, 0.25, math.nan, 0.0, 1.0, math.nan]
+    torch.testing.assert_close(
+        win_rate(scores, group), torch.tensor(expected, dtype=F64), equal_nan=True
+    )
+
+
+def test_images_are_uncertain_whose_place_others_see_lower():
+    scores = torch.tensor([0.0, 1, 2, 3, 0, 1, 2, math.nan], dtype=F64)
+    group = torch.tensor([0] * 4 + [1] * 4)
+    other = torch.tensor([3.0, 1, 2, 0, 0, 2, 1, 9], dtype=F64)
+    third = torch.tensor([0.0, 1, 2, 3, 0, 1, 2, 3], dtype=F64)
+    # the excess of win rates: -1, 0, 0, 1; 0, -1/2, 1/2
+    assert overrated(scores, [other], group, 2 / 7).nonzero().flatten().tolist() == [3, 6]
+    assert overrated(scores, [other, third], group, 1 / 7).nonzero().flatten().tolist() == [3]
+    assert overrated(scores, [third], group, 0.0).sum() == 0
+    assert overrated(scores, [third], group, 1.0).tolist() == [1] * 7 + [0]
+
+
+def test_the_kl_holds_uncertain_images_alone():
+    found, rows, point = objective("ram", forward__kl_beta=0.2), rows_of(), noised()
+    (known,) = frozen(found, rows, [point])
+    plain = found.loss(V, known, rows, point)
+    rows.uncertain = torch.tensor([0.0, 1.0], dtype=F64)
+    held = found.loss(V, known, rows, point)
+    close(plain.value - held.value, [0.2 * 0.001975, 0])
+    assert torch.equal(held.stats["kl"], plain.stats["kl"])
+
+
+def test_uncertain_images_are_those_of_the_run_that_a_reward_of_weight_0_sees_lower(
+    files, tmp_path
+):
+    rewards = {"jpeg_incompressibility": 1.0, "jpeg_compressibility": 0.0}
+    keys = {"forward__uncertain": 0.25, "reward_fn": rewards, "logdir": tmp_path}
+    run = running.prepare(running.arguments(files, objective="ram", train__cfg=False, **keys))
+    sampled = collect.roll_out(run, 0)
+    scores = collect.score(run, sampled)
+    collect.weigh(run, sampled, scores, 0)
+    marked, group = sampled.rollout.uncertain, sampled.rollout.batch.group
+    best = torch.from_numpy(scores["avg"]).reshape(-1, 4).argmax(1)
+    assert marked.sum() == 4 == len(group.unique())
+    assert marked.reshape(-1, 4).argmax(1).tolist() == best.tolist()
+
+
+def test_uncertainty_needs_a_second_opinion():
+    config = base("ram")
+    config.forward.uncertain = 0.1
+    with pytest.raises(ValueError, match="config.forward.uncertain=0.1 compares .* 'pickscore'"):
+        find("ram").check(config, SD3)
+    with config.unlocked():
+        config.reward_fn = {"jpeg_compressibility": 1.0, "pickscore": 0.0}
+    find("ram").check(config, SD3)
+    config.sample.source = "data"
+    with pytest.raises(ValueError, match="config.sample.source='data' asks none"):
+        find("ram").check(config, SD3)
+
+
+def test_every_loss_that_has_a_reference_measures_the_ratio_of_norms():
+    known, rows = {"reference": V_REF, "old": V_OLD}, rows_of((1.0, -1.0))
+    for name, keys in (("dpo", {}), ("sft", {"train__beta": 0.1}), ("nft", {"nft__kl_beta": 0.1})):
+        loss = objective(name, **keys).loss(V, known, rows, noised())
+        close(loss.stats["norm_ratio"], [0.991820379345, 1.01984662865])
+    for name in ("grpo", "grpo_guard", "flow_dppo"):
+        found, drawn = ratio.objective(name=name, beta=0.1), ratio.fixture()
+        loss, _ = ratio.loss_and_gradient(found, drawn, 2 * V_REF, V_REF)
+        close(loss.stats["norm_ratio"], 2.0)
+
+
 @pytest.mark.parametrize("name", NEW[:4])
 def test_what_a_loss_is_anchored_to_is_held_and_pulls(name):
     plain = objective(name)
@@ -382,14 +471,6 @@ def test_what_a_loss_is_anchored_to_is_held_and_pulls(name):
     added = 0.2 * torch.tensor([0.001975, 0.00125]) + 0.3 * torch.tensor([0.002025, 0.00135])
     close(loss.value.detach() - usual.value.detach(), added.double())
     close(gradient - pull, (0.2 * (V - V_REF) + 0.3 * (V - V_OLD)) / 4)
-
-
-class Moves:
-    def __init__(self):
-        self.seen = []
-
-    def update(self, name, decay):
-        self.seen.append((name, decay))
 
 
 def test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy_with_epochs():
@@ -421,7 +502,7 @@ def test_a_slow_old_policy_rolls_out_for_losses_that_do_not_compare_with_it():
 def test_no_forward_is_made_of_an_old_policy_that_is_the_policy(name):
     keys = {"nft__decay": "on_policy"} if name == "nft" else {"forward__decay": "on_policy"}
     found = objective(name, **keys)
-    found.samples_with(3, 12)
+    found.after_epoch(Moves(), 12)
     rows, point, asked = rows_of(), noised(), []
 
     def predict(micros, name="policy"):
@@ -440,13 +521,18 @@ def test_no_forward_is_made_of_an_old_policy_that_is_the_policy(name):
     made = found.loss(V_OLD.clone().requires_grad_(), known, rows, point)
     assert torch.equal(saved.value, made.value)
     assert saved.stats.keys() == made.stats.keys()
+    found.after_epoch(Moves(), 13)
+    asked.clear()
+    found.freeze([micro], predict)
+    assert "old" not in asked
 
 
-def test_an_old_policy_that_lags_is_asked_in_a_first_update_too():
-    for kind, updates, fresh in (("half", 0, True), ("half", 9, False), ("slow", 74, True)):
-        found = objective("awm", forward__decay=kind)
-        found.samples_with(1, updates)
-        assert found.fresh == fresh
+@pytest.mark.parametrize("kind", ["half", "slow", "rising"])
+def test_an_old_policy_that_lags_is_asked_in_a_first_update_too(kind):
+    found = objective("awm", forward__decay=kind)
+    assert "old" in frozen(found, rows_of(), [noised()])[0]
+    found.after_epoch(Moves(), 9)
+    assert "old" in frozen(found, rows_of(), [noised()])[0]
     assert DECAYS.keys() == {"on_policy", "half", "slow", "rising"}
 
 

@@ -48,7 +48,7 @@ FORWARD = {  # whose second update is off policy
     "vgrpo": {},
     "epg": {"epg__proximal": 0.1},
     "ram": {"forward__reset_every": 1},
-    "crd": {"crd__temperature": 0.5},
+    "crd": {"crd__temperature": 0.05},
     "dgpo": {"forward__kl_beta": 0.1},
 }
 

@@ -224,14 +224,17 @@ def weigh(
     leaf_scores = combine(config, world, credit.peers(rows)[rows.leaf])
     if weight := run.objective.reward_kl:
         leaf_scores = leaf_scores - weight * world["reference_kl"]
-    all_scores = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    all_scores[rows.leaf] = leaf_scores
+    nothing = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    rows.scores = {name: nothing.masked_scatter(rows.leaf, v.double()) for name, v in world.items()}
+    all_scores = nothing.masked_scatter(rows.leaf, leaf_scores)
     shuffle = config.train.shuffle_advantages
     arranged = arrange(run.objective, all_scores, rows, run.plan, epoch, shuffle)
     rank, device = run.ranks.rank, run.ranks.device
     mine, sampled.first_row = rows.rank == rank, int((rows.rank < rank).sum())
     rollout.advantages = arranged.advantages[mine].float().to(device)
     rollout.weights = arranged.weights[mine].float().to(device)
+    if arranged.uncertain is not None:
+        rollout.uncertain = arranged.uncertain[mine].float().to(device)
     group = rows.group[rows.leaf]
     metrics = {f"reward/{name}": values.nanmean().item() for name, values in world.items()}
     small = np.concatenate(run.ranks.gather_objects(diversity.thumbnails(sampled.images)))

@@ -36,6 +36,8 @@ from flow_grpo.report.output import read_metrics
 CONFIG = "config/testbed.py:shapes_sd3_grpo"
 KINDS = ("run", "control", "flipped")
 OFFLINE = {"sample.noise_level": 0.0, "train.batch_size": 96}
+FINAL = {"sample.noise_level": 0.0, "train.learning_rate": 1e-4, "forward.steps": (0, 1)}
+SHARED = FINAL | {"forward.noise_of": "image"}  # for losses that share noises otherwise
 RUNS: dict[str, dict] = {  # by name: the keys that differ
     "window": {},
     "all steps": {"sample.sde_window_size": 0},
@@ -81,6 +83,13 @@ RUNS: dict[str, dict] = {  # by name: the keys that differ
         "nft.kl_beta": 0.1,
         "train.learning_rate": 1e-4,
     },
+    # The same noisings, and as strong a pull to the reference beside A times the matching error.
+    "awm": FINAL | {"objective": "awm", "forward.kl_beta": 0.02},
+    "vgrpo": SHARED | {"objective": "vgrpo", "forward.kl_beta": 0.1},
+    "epg": FINAL | {"objective": "epg", "forward.kl_beta": 0.1},
+    "ram": FINAL | {"objective": "ram", "ram.scale": 10.0},
+    "crd": FINAL | {"objective": "crd", "forward.kl_beta": 0.2, "forward.decay": "on_policy"},
+    "dgpo": SHARED | {"objective": "dgpo", "dgpo.beta": 10.0, "forward.kl_beta": 0.05},
 }
 
 

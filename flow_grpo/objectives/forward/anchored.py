@@ -9,10 +9,12 @@ from torch.nn.functional import relu
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
 from flow_grpo.objectives.forward import noising
+from flow_grpo.objectives.forward.guards import overrated
+from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio, rms, squared
 from flow_grpo.objectives.preference.reference import refresh
-from flow_grpo.plan import Passes
+from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Loss, Point, Rollout
+from flow_grpo.records import Arranged, Loss, Point, Rollout, RowTable
 
 DECAYS = {  # of the old policy: at first, more with each update, from this one on, at most
     "on_policy": (0.0, 0.0, 0, 0.0),
@@ -33,11 +35,18 @@ ANCHORS = {
         least=0,
         most=10**6,
     ),
+    "forward.uncertain": Key(
+        1.0,
+        "share of an epoch's images that the KL to the reference holds: those whose place in their "
+        "group most exceeds that by the rewards of weight 0 (GARDO)",
+        least=0,
+        most=1,
+    ),
 }
 STATISTICS = {
     "kl": Statistic("KL to the reference", "mean squared difference of the velocities"),
-    "norm_ratio": Statistic("Norm ratio − 1", "of the velocity to the reference's", origin=1.0),
     "ema_kl": Statistic("KL to the fast average", "mean squared difference of the velocities"),
+    **NORM_RATIO,
 }
 
 
@@ -80,6 +89,15 @@ class Forward(Objective):
     @classmethod
     def check(cls, config, family) -> None:
         noising.check(config, cls.section)
+        asked = config.sample.source == "model"
+        if config.forward.uncertain < 1 and (all(config.reward_fn.values()) or not asked):
+            raise ValueError(
+                f"config.forward.uncertain={config.forward.uncertain} compares the trained reward "
+                f"with others, and config.reward_fn={dict(config.reward_fn)} has none of weight 0, "
+                f"or config.sample.source={config.sample.source!r} asks none. Add one, such as "
+                f"'pickscore': 0.0, with images that the model draws, or set "
+                f"config.forward.uncertain=1."
+            )
 
     def __init__(self, config, schedule):
         super().__init__(config, schedule)
@@ -87,17 +105,25 @@ class Forward(Objective):
         self.noising = noising.Noising.of(config, self.section)
         self.kl_beta, self.decay = own.kl_beta, own.decay
         self.ema_beta, self.norm_beta = shared.ema_beta, shared.norm_beta
-        self.reset_every = shared.reset_every
+        self.reset_every, self.uncertain = shared.reset_every, shared.uncertain
+        self.others = [name for name, weight in config.reward_fn.items() if not weight]
         asked = {"fast": self.ema_beta, "reference": self.kl_beta or self.norm_beta}
         names = [n for n in ("old", "fast", "reference") if n in self.needs or asked.get(n)]
         self.compared = tuple(names)
-        held = "old" in names or self.decay == "on_policy"
-        self.snapshots = self.compared if held else ("old", *names)
-        self.fresh = False  # the old policy is the policy: known by a row's own forward
+        self.on_policy = self.decay == "on_policy"
+        lone = "old" not in names and not self.on_policy
+        self.snapshots = ("old", *names) if lone else self.compared
+        self.fresh = self.on_policy  # "old" is the policy, and known by a row's own forward
 
     def samples_with(self, epoch: int, num_updates: int) -> str:
-        self.fresh = old_decay(self.decay, num_updates) == 0
         return "old" if "old" in self.snapshots else "policy"
+
+    def arrange(self, scores: Tensor, rows: RowTable, plan: Plan, epoch: int) -> Arranged:
+        arranged = super().arrange(scores, rows, plan, epoch)
+        if self.uncertain < 1:
+            others = [rows.scores[name] for name in self.others]
+            arranged.uncertain = overrated(scores, others, rows.group, self.uncertain)
+        return arranged
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         return self.noising.points(rows, self.schedule, randomness)
@@ -111,14 +137,14 @@ class Forward(Objective):
             known = {"old": velocity.detach()} | known
         value, stats = self.matching(velocity, known, rows, point)
         if "reference" in known:
-            length, most = rms(velocity), rms(known["reference"])
-            stats["norm_ratio"] = (length / most).detach()
+            reference = known["reference"]
+            stats["norm_ratio"] = norm_ratio(velocity, reference)
             if self.kl_beta:
-                kl = squared(velocity - known["reference"])
+                kl = squared(velocity - reference)
                 value = value + self.kl_beta * self.pull(kl, rows, point)
                 stats["kl"] = kl.detach()
             if self.norm_beta:
-                value = value + self.norm_beta * relu(length - most) ** 2
+                value = value + self.norm_beta * relu(rms(velocity) - rms(reference)) ** 2
         if self.ema_beta:
             kl = squared(velocity - known["fast"])
             value = value + self.ema_beta * kl
@@ -133,11 +159,11 @@ class Forward(Objective):
 
     def pull(self, kl: Tensor, rows: Rollout, point: Point) -> Tensor:
         """Weigh the KL (B,) to the reference row by row."""
-        return kl
+        return kl if rows.uncertain is None else rows.uncertain * kl
 
     def passes(self, num_kept: float) -> Passes:
         points, frozen = len(self.noising), len(self.compared) + self.replays
-        if "old" in self.compared and self.decay == "on_policy":  # known in an epoch's first update
+        if "old" in self.compared and self.on_policy:  # known in an epoch's first update
             sample, train = self.sample, self.train
             micro = train.batch_size or sample.train_batch_size
             micros = sample.train_batch_size * sample.num_batches_per_epoch // micro
@@ -153,6 +179,7 @@ class Forward(Objective):
             refresh(snapshots, "reference", self.reset_every, num_updates)
 
     def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
+        self.fresh = self.on_policy
         if "old" in self.snapshots:
             snapshots.update("old", old_decay(self.decay, num_updates))
 
@@ -161,12 +188,3 @@ def old_decay(kind: str, num_updates: int) -> float:
     """How much of the old policy stays after an epoch."""
     start, rate, first, most = DECAYS[kind]
     return min(start + rate * max(num_updates - first, 0), most)
-
-
-def squared(values: Tensor) -> Tensor:
-    return (values**2).flatten(1).mean(1)
-
-
-def rms(values: Tensor) -> Tensor:
-    """Return the root mean square of each row, (B,): its norm, whatever its size."""
-    return squared(values).sqrt()

@@ -17,7 +17,7 @@ class CRD(Grouped):
 
     r = l_old - l with l = mean (v - y)^2 / w, w = mean |v - y| without a gradient, y = x1 - x0. r'
     and R' are means over the group's rows at a noising, without a gradient, by equal weights, or
-    once by those of softmax(A / T) and once of softmax(-A / T), the loss being the mean of both.
+    once by those of softmax(R / T) and once of softmax(-R / T), the loss being the mean of both.
     """
 
     needs = ("old",)
@@ -62,7 +62,8 @@ class CRD(Grouped):
                 each = zip(news[i], olds[i], micro.points, strict=True)
                 implicit = [self.implicit(new, old, rows, point) for new, old, point in each]
             for sign in self.signs:
-                weights = [(sign * rows.at("advantages", p.column)).exp() for p in micro.points]
+                pushed = [sign * (each.double() - 0.5) for each in rewards]
+                weights = [each.clamp(-300, 300).exp() for each in pushed]
                 for name, of in (("implicit", implicit), ("reward", rewards)):
                     each = zip(of, weights, strict=True)
                     values[f"{name}{sign}"].append([value * weight for value, weight in each])
@@ -76,8 +77,8 @@ class CRD(Grouped):
         reward, misfit = self.reward(rows, point), 0.0
         for sign in self.signs:
             total = known[f"weight{sign}"]
-            ours = self.beta * (implicit - known[f"implicit{sign}"] / total)
-            theirs = reward - known[f"reward{sign}"] / total
+            ours = self.beta * (implicit - (known[f"implicit{sign}"] / total).to(implicit))
+            theirs = reward - (known[f"reward{sign}"] / total).to(reward)
             if self.cross_entropy:
                 fit = binary_cross_entropy_with_logits(ours, theirs.sigmoid(), reduction="none")
             else:
@@ -87,4 +88,5 @@ class CRD(Grouped):
         return self.adv_clip_max / self.beta * misfit, stats
 
     def pull(self, kl: Tensor, rows: Rollout, point: Point) -> Tensor:
+        kl = super().pull(kl, rows, point)
         return (self.least_pull + self.reward(rows, point) * (1 - self.least_pull)) * kl

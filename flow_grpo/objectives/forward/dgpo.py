@@ -39,9 +39,10 @@ class DGPO(Grouped):
         own = config.dgpo
         self.beta, self.clip_range, self.fast_from = own.beta, own.clip_range, own.fast_from
         self.against = own.reference
-        fast = self.clip_range or self.fast_from >= 0
-        self.needs = (self.against, "fast") if fast else (self.against,)
+        self.needs = (self.against, "fast") if self.clip_range else (self.against,)
         super().__init__(config, schedule)
+        if self.fast_from >= 0 and "fast" not in self.snapshots:
+            self.snapshots = (*self.snapshots, "fast")
 
     def samples_with(self, epoch: int, num_updates: int) -> str:
         usual = super().samples_with(epoch, num_updates)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from flow_grpo.objectives.base import Micro, Predict, Statistic, Values
-from flow_grpo.objectives.forward.anchored import STATISTICS, Forward, squared
+from flow_grpo.objectives.forward.anchored import STATISTICS, Forward
+from flow_grpo.objectives.norms import squared
 from flow_grpo.objectives.ratio import terms
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sde import per_row
@@ -58,7 +59,7 @@ class Elbo(Forward):
 
     needs = ("old",)
     clip_range = old_beta = 0.0
-    statistics = STATISTICS | {name: terms.STATISTICS[name] for name in OF_RATIO} | OLD_KL
+    statistics = STATISTICS | {name: terms.STATISTICS[name] for name in OF_RATIO}
 
     def error(self, velocity: Tensor, rows: Rollout, point: Point) -> Tensor:
         raise NotImplementedError

@@ -6,6 +6,7 @@ from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Statistic
 from flow_grpo.objectives.forward import anchored
 from flow_grpo.objectives.forward.elbo import OLD_KL, WEIGHTINGS, weighted_error
+from flow_grpo.objectives.norms import squared
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sde import per_row
 
@@ -40,7 +41,7 @@ class EPG(anchored.Forward):
         error = weighted_error(self.weighting, velocity, rows, point).to(velocity.dtype)
         value, stats = rows.at("advantages", point.column) * error, {"error": error.detach()}
         if self.proximal:
-            kl = anchored.squared(per_row(point.sigma, velocity) * (velocity - known["old"]))
+            kl = squared(per_row(point.sigma, velocity) * (velocity - known["old"]))
             value = value + self.proximal * kl
             stats["old_kl"] = kl.detach()
         return value, stats

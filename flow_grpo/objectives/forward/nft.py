@@ -6,6 +6,7 @@ from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Statistic
 from flow_grpo.objectives.forward import anchored
 from flow_grpo.objectives.forward.elbo import adaptive
+from flow_grpo.objectives.norms import squared
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sde import per_row
 
@@ -44,5 +45,5 @@ class NFT(anchored.Forward):
         target, wide = point.noise - rows.final, per_row(point.sigma, rows.final)
         losses = [adaptive(wide * (target - implicit)) for implicit in (positive, negative)]
         value = most * (quality * losses[0] + (1 - quality) * losses[1]) / self.beta
-        drift = anchored.squared(velocity - old)
+        drift = squared(velocity - old)
         return value, {"drift": drift.detach(), "positive_loss": losses[0].detach()}

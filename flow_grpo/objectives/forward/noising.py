@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flow_grpo.keys import Key
+from flow_grpo.objectives.norms import squared
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule
@@ -156,4 +157,4 @@ def _names(rows: Rollout, of: str, k: int) -> list[tuple[int, ...]]:
 
 def error(velocity: Tensor, rows: Rollout, point: Point) -> Tensor:
     """Return mean((velocity - (x1 - x0))^2) of each row, (B,)."""
-    return ((velocity - (point.noise - rows.final)) ** 2).flatten(1).mean(1)
+    return squared(velocity - (point.noise - rows.final))

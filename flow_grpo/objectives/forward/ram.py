@@ -6,6 +6,7 @@ from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Statistic
 from flow_grpo.objectives.forward import anchored
 from flow_grpo.objectives.forward.noising import error
+from flow_grpo.objectives.norms import squared
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sde import per_row
 
@@ -36,4 +37,4 @@ class RAM(anchored.Forward):
         missing = point.noise - rows.final - velocity
         target = (known["reference"] + reward * missing).detach()
         stats = {"error": error(velocity.detach(), rows, point)}
-        return anchored.squared(velocity - target), stats
+        return squared(velocity - target), stats

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flow_grpo.keys import Key
 from flow_grpo.objectives.forward import anchored
-from flow_grpo.objectives.forward.elbo import Elbo, weighted_error
+from flow_grpo.objectives.forward.elbo import OLD_KL, Elbo, weighted_error
 from flow_grpo.records import Point, Rollout
 
 
@@ -17,6 +17,7 @@ class VGRPO(Elbo):
     """
 
     replays = 1
+    statistics = Elbo.statistics | OLD_KL
     keys = anchored.keys(levels="stratified", levels_of="group", noise_of="group") | {
         "vgrpo.clip_range": Key(0.03, "of the ratio; 0: none", least=0, most=100),
         "vgrpo.old_beta": Key(

@@ -8,6 +8,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
 from flow_grpo.objectives.forward.noising import Noising, drawn, error
+from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio
 from flow_grpo.objectives.preference.reference import REF_UPDATE_STEP, refresh
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
@@ -34,6 +35,7 @@ class DPO(Objective):
         "winner_error": Statistic("Error of winners", "less the reference's"),
         "loser_error": Statistic("Error of losers", "less the reference's"),
         "margin": Statistic("Margin", "−beta / 2 d"),
+        **NORM_RATIO,
     }
 
     @classmethod
@@ -91,6 +93,7 @@ class DPO(Objective):
             "margin": margin,
         }
         stats = {name: value.detach().repeat_interleave(2) for name, value in stats.items()}
+        stats["norm_ratio"] = norm_ratio(velocity, known["reference"])
         return Loss(-logsigmoid(margin).repeat_interleave(2), stats)
 
     def passes(self, num_kept: float) -> Passes:

@@ -7,6 +7,7 @@ from torch import Tensor
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
 from flow_grpo.objectives.forward.noising import Noising, drawn, error
+from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio, squared
 from flow_grpo.objectives.preference.reference import REF_UPDATE_STEP, refresh
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
@@ -32,6 +33,7 @@ class SFT(Objective):
     statistics = {
         "error": Statistic("Error", "mean squared error of the velocity"),
         "kl": Statistic("KL to the reference", "mean squared difference of the velocities"),
+        **NORM_RATIO,
     }
 
     def __init__(self, config, schedule):
@@ -69,9 +71,9 @@ class SFT(Objective):
         errors = error(velocity, rows, point)
         value, stats = rows.at("advantages", point.column) * errors, {"error": errors.detach()}
         if self.beta:
-            kl = ((velocity - known["reference"]) ** 2).flatten(1).mean(1)
+            kl = squared(velocity - known["reference"])
             value = value + self.beta * kl
-            stats["kl"] = kl.detach()
+            stats |= {"kl": kl.detach(), "norm_ratio": norm_ratio(velocity, known["reference"])}
         return Loss(value, stats)
 
     def passes(self, num_kept: float) -> Passes:

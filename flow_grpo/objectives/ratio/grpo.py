@@ -9,6 +9,7 @@ from flow_grpo import sde
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.base import Micro, Objective, Predict, Values
+from flow_grpo.objectives.norms import norm_ratio
 from flow_grpo.objectives.ratio import terms
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
@@ -121,7 +122,7 @@ class GRPO(Objective):
         if self.beta:
             kl = self._kl(rows, point, velocity, known["reference"], step)
             value = value + self.beta * kl
-            stats["kl"] = kl.detach()
+            stats |= {"kl": kl.detach(), "norm_ratio": norm_ratio(velocity, reference)}
         return Loss(value, stats)
 
     def _kl(
