@@ -2,19 +2,21 @@
 
 import json
 import math
+import pickle
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from fuzzing import Payload
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import an_update, make_run, plan_of, roll_out, take_step
 
-from flow_grpo.parallel import choose
+from flow_grpo.parallel import choose, state
 from flow_grpo.records import Loss
 from flow_grpo.training import loop
 from flow_grpo.training.snapshots import Snapshots
@@ -351,6 +353,26 @@ def forged(folder: Path, precision: str) -> None:
     torch.save(seen, folder / f"forged-{engine.ranks.rank}.pt")
 
 
+def planted(folder: Path, precision: str) -> None:
+    """Load what would execute if it were unpickled; writes what each rank was told."""
+    engine, said, mark = wrapped(precision, Net()), [], folder / "executed"
+    names = state.WEIGHTS, state.OPTIMIZER, state.INDEX
+    for number, name in enumerate(names):
+        copy = folder / f"planted-{number}"
+        if engine.ranks.is_main:
+            copy.mkdir()
+            for path in (path for path in folder.iterdir() if path.suffix in DATA):
+                shutil.copy(path, copy)
+            for part in range(engine.num_parts):
+                (copy / name.format(part)).write_bytes(pickle.dumps(Payload(mark)))
+        engine.ranks.barrier()
+        try:
+            engine.load(copy)
+        except ValueError as error:
+            said.append(str(error))
+    (folder / f"planted-{engine.ranks.rank}.json").write_text(json.dumps([said, mark.exists()]))
+
+
 def everything(folder: Path, precision: str) -> None:
     """Called on every rank of an engine."""
     if precision == "fp16":  # of which DeepSpeed says that a CPU lacks it
@@ -358,6 +380,7 @@ def everything(folder: Path, precision: str) -> None:
         overflowed(folder, precision)
     contract(folder, precision)
     forged(folder, precision)
+    planted(folder, precision)
     for lora in (False, True):
         anchored(folder, precision, lora)
     if precision == "no":

@@ -151,7 +151,7 @@ def test_a_saved_training_goes_on_bit_for_bit_in_an_engine_that_started_elsewher
 def test_a_saved_training_is_safetensors_and_json(name, seen):
     seen("contract")
     parts = range(ENGINES[name][0] if name not in ("plain", "ddp") else 1)
-    ours = {*seen.folder.glob("*.pt"), *seen.folder.glob("scales-*")}
+    ours = {*seen.folder.glob("*.pt"), *seen.folder.glob("scales-*"), *seen.folder.glob("planted*")}
     saved = {path.name for path in seen.folder.iterdir() if path.is_file() and path not in ours}
     files = {f"{kind}-{part}.safetensors" for kind in ("weights", "optimizer") for part in parts}
     assert saved == files | {"index.json"}
@@ -172,6 +172,15 @@ def test_a_forged_state_is_refused_on_every_rank_and_changes_no_weight(seen):
         for said, before, after in of_rank:
             assert "does not hold the state of this run" in said or "does not fit" in said, said
             assert equal(before, after)
+
+
+@on_every_engine
+def test_a_payload_in_any_file_is_refused_on_every_rank_and_never_runs(name, seen):
+    seen("forged")
+    for rank in range(ENGINES[name][0]):
+        said, executed = json.loads((seen.folder / f"planted-{rank}.json").read_text())
+        assert not executed and len(said) == 3
+        assert all("can't be read" in each or "is damaged" in each for each in said), said
 
 
 @pytest.mark.parametrize("name", ["plain"])
@@ -333,11 +342,19 @@ def test_an_optimizer_s_state_of_any_dtype_and_its_numbers_survive(tmp_path, mon
         assert equal(engines.take(again, number)["after"], engines.take(engine, number)["after"])
 
 
-@pytest.mark.parametrize("stage, message", [(0, "stage 0: 1, 2 or 3 is needed")])
-def test_a_stage_that_is_not_there_is_refused(tmp_path, stage, message):
-    on_ranks(2, zero(stage), refused, message)
+def test_a_stage_that_is_not_there_is_refused():
+    on_ranks(2, zero(0), refused, "stage 0: 1, 2 or 3 is needed")
 
 
 def refused(message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose.start("no")
+
+
+@pytest.mark.parametrize(
+    "name, value, needed", [("FSDP_VERSION", "1", "2"), ("FSDP_RESHARD_AFTER_FORWARD", "False", "")]
+)
+def test_an_fsdp_that_is_not_there_is_refused(monkeypatch, name, value, needed):
+    for key, given in (FSDP | {name: value}).items():
+        monkeypatch.setenv(key, given)
+    refused(f"{name}={value}: {needed}.*fsdp2.yaml")

@@ -100,6 +100,12 @@ BROKEN = {
 }
 
 
+def test_compiled_blocks_under_zero_3_are_refused(world):
+    world(ranks(1, 0, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3"))
+    with pytest.raises(ValueError, match="config.compile=True.*False, or.*fsdp2.yaml"):
+        choose.start("no", compiles=True)
+
+
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_promise_is_refused_with_what_was_promised_and_a_remedy(world, case):
     environment, made, gpus, told = BROKEN[case]

@@ -32,8 +32,8 @@ def runs(files: Path, logs: Path, lora: bool) -> None:
     honest = optimizer.build, collect.weigh
     start = build.choose.start
 
-    def started(precision):
-        engines.cut_small_weights(engine := start(precision))
+    def started(*arguments):
+        engines.cut_small_weights(engine := start(*arguments))
         engine.ranks.barrier()  # as where a process has one run, whose ranks meet here
         return engine
 

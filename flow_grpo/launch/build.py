@@ -158,7 +158,9 @@ def load(
     """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     quiet.say_once()
-    pipeline = encoders.load_pipeline(config, family, prompts, engine.ranks)
+    pipeline = encoders.load_pipeline(
+        config, family, prompts, engine.ranks, transformer_waits=engine.cuts_weights
+    )
     height, width = config.height or config.resolution, config.width or config.resolution
     size = Size(height, width, config.num_frames)
     pipeline.check_size(size)
@@ -218,4 +220,4 @@ def _start(config: ConfigDict) -> Engine:
             "config.train.use_8bit_adam=True needs the package bitsandbytes: "
             "pip install bitsandbytes, or set it to False."
         )
-    return choose.start(config.mixed_precision)
+    return choose.start(config.mixed_precision, config.compile)

@@ -17,32 +17,36 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pipeline(
-    config: ConfigDict, family: type[PatchedPipeline], prompts: list[Prompt], ranks: Ranks
+    config: ConfigDict,
+    family: type[PatchedPipeline],
+    prompts: list[Prompt],
+    ranks: Ranks,
+    transformer_waits: bool = False,
 ) -> PatchedPipeline:
     """Load the model onto the device; every rank must call it.
 
+    transformer_waits: on the host, from where the engine takes it in parts.
     config.encoders=precompute: if any prompt is not on disk yet, each rank encodes its share, on
     the device, while the transformer is on the CPU. A damaged file counts as none.
     Raises ValueError if a rank can't write there, or does not see what another one wrote.
     """
     if config.encoders != "precompute":
-        return _load(config, family, ranks.device)
+        return _load(config, family, ranks.device, transformer_waits)
     held, items = store(config, family), _items(config, family, prompts)
     mine = list(items)[ranks.rank :: ranks.num_ranks]
     missing = {item: items[item] for item in mine if not held.holds(item)}
     if not any(ranks.gather_objects(len(missing))):
-        return _load(config, family, ranks.device, encoders=False)
+        return _load(config, family, ranks.device, transformer_waits, encoders=False)
     make_writable(held.folder, "config.encoder_cache")
-    pipeline = _load(config, family, torch.device("cpu"))
-    pipeline.move_vae(ranks.device)
-    pipeline.move_encoders(ranks.device)
+    pipeline = _load(config, family, ranks.device, transformer_waits=True)
     for item in missing:
         damaged = held.path(item)
         if damaged.exists():
             print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
     _precompute(pipeline, held, missing, config.max_sequence_length, ranks.is_main)
     pipeline.drop_encoders()
-    pipeline.move(ranks.device)
+    if not transformer_waits:
+        pipeline.move(ranks.device)
     ranks.barrier()
     if not all(held.path(item).exists() for item in items):
         raise ValueError(
@@ -88,17 +92,23 @@ def reference_area(config: ConfigDict, family: type[PatchedPipeline]) -> int:
 
 
 def _load(
-    config: ConfigDict, family: type[PatchedPipeline], device: torch.device, encoders: bool = True
+    config: ConfigDict,
+    family: type[PatchedPipeline],
+    device: torch.device,
+    transformer_waits: bool,
+    encoders: bool = True,
 ) -> PatchedPipeline:
     dtype = DTYPES[config.mixed_precision]
     pipeline = family.from_pretrained(
         config.pretrained.model,
         dtype=dtype,
         transformer_dtype=dtype if config.use_lora else torch.float32,
-        device=device,
+        device=torch.device("cpu") if transformer_waits else device,
         revision=config.pretrained.revision,
         encoders=encoders,
     )
+    pipeline.move_vae(device)
+    pipeline.move_encoders(device)
     pipeline.reference_area = reference_area(config, family)
     return pipeline
 

@@ -54,10 +54,11 @@ def launcher(num_ranks: int) -> str:
     return f"{command} --num_processes {num_ranks}"
 
 
-def start(mixed_precision: str) -> Engine:
+def start(mixed_precision: str, compiles: bool = False) -> Engine:
     """Meet the other ranks, with nothing to train yet. mixed_precision: no | bf16 | fp16.
 
-    Raises ValueError where this is not what the launcher promised.
+    compiles: blocks will be compiled. Raises ValueError where an engine can't, or where this is not
+    what the launcher promised.
     """
     size, rank = promised()
     for name in FOREIGN:
@@ -67,6 +68,11 @@ def start(mixed_precision: str) -> Engine:
             )
     if _deepspeed() and _on_cpu():
         raise ValueError("DeepSpeed was asked for, and ACCELERATE_USE_CPU too: unset the latter.")
+    if compiles and _deepspeed() and _stage() == 3:
+        raise ValueError(
+            "config.compile=True: DeepSpeed ZeRO-3 gathers by layers, and so can't be compiled. "
+            f"Set it to False, or launch with --config_file {CONFIG.format('fsdp2')}."
+        )
     _check_gpus()
     engine = _kind()(mixed_precision)
     found = engine.ranks

@@ -14,6 +14,8 @@ from flow_grpo.parallel.engine import Parts
 from flow_grpo.parallel.plain import PATIENCE
 from flow_grpo.parallel.sharded import Sharded
 
+MOST = 500_000_000  # gradients' elements that it reduces at a time
+
 
 class DeepSpeed(Sharded):
     """The module's weights are whole on each rank and may be of 16 bits; their masters are cut.
@@ -47,17 +49,24 @@ class DeepSpeed(Sharded):
     ) -> None:
         self._config |= {
             "train_micro_batch_size_per_gpu": 1,  # it only counts samples by it
-            "train_batch_size": "auto",
+            "train_batch_size": self.ranks.num_ranks,
             "gradient_accumulation_steps": 1,  # accumulate() says where an update ends
             "gradient_clipping": max_grad_norm,
             "zero_force_ds_cpu_optimizer": False,  # torch's, which compiles nothing
         }
         self._take(module)
+        # It keeps a buffer of this size, however little trains.
+        trained = sum(shape.numel() for shape in self._shapes.values())
+        self._config["zero_optimization"].setdefault("reduce_bucket_size", min(MOST, trained))
+        self._place(module)
         self.model, _ = self._accelerator.prepare(module, optimizer)
         self._zero = self.model.optimizer
         self._zero.check_grad_overflow = False  # norm() told, before step() is called
         self.optimizer = self._zero.optimizer
         self.looks_for_scale = self._zero.dynamic_loss_scale
+
+    def _place(self, module: nn.Module) -> None:
+        """Bring what trains to the device, where DeepSpeed would not do so as it should."""
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

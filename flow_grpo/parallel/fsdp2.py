@@ -10,14 +10,12 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
-    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
 
-from flow_grpo.parallel.engine import Parts
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.parallel.sharded import Sharded
 from flow_grpo.parallel.speed import repeated_blocks
@@ -33,12 +31,13 @@ class FSDP2(Sharded, Plain):
     cuts_weights = True
 
     def __init__(self, mixed_precision: str):
-        """mixed_precision: no | bf16 | fp16. Raises ValueError for FSDP1."""
-        if (found := os.environ.get("FSDP_VERSION")) != "2":
-            raise ValueError(
-                f"FSDP_VERSION={found!r}: 2 is needed, as fsdp_version in accelerate's config. "
-                f"scripts/accelerate_configs/fsdp2.yaml has it."
-            )
+        """mixed_precision: no | bf16 | fp16. Raises ValueError for FSDP1, or what is not cut."""
+        for name, needed in (("FSDP_VERSION", "2"), ("FSDP_RESHARD_AFTER_FORWARD", "true")):
+            if (found := os.environ.get(name, needed)).lower() != needed:
+                raise ValueError(
+                    f"{name}={found}: {needed} is needed in accelerate's config, as "
+                    f"scripts/accelerate_configs/fsdp2.yaml has it."
+                )
         # With it transformers would leave encoders without their weights on all ranks but one.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         with patch_environment(ACCELERATE_USE_FSDP="false"):
@@ -74,16 +73,17 @@ class FSDP2(Sharded, Plain):
             self._accelerator.mixed_precision
         )
         mixed = any(param.dtype != torch.float32 for param in module.parameters())
+        pinned = torch.cuda.is_available()
         offload = parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
         return {
             "mesh": init_device_mesh(self.ranks.device.type, (self.ranks.num_ranks,)),
-            "reshard_after_forward": parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", True),
+            "reshard_after_forward": True,  # the root too: what stays whole would not follow put()
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=None if mixed else half,
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,
             ),
-            "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pinned) if offload else OffloadPolicy(),
         }
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:
@@ -91,7 +91,7 @@ class FSDP2(Sharded, Plain):
 
     def norm(self) -> Tensor:
         for name, row in self._rows.items():
-            gradient = self._trained[name].grad
+            row.data, gradient = self._master(name), self._trained[name].grad
             row.grad = None if gradient is None else gradient.to_local().flatten()
         own = super().norm().to(self.ranks.device)
         return self.ranks.total(own.double() ** 2).sqrt()
@@ -108,24 +108,13 @@ class FSDP2(Sharded, Plain):
         self.optimizer.zero_grad()
         self.model.zero_grad()
 
-    def put(self, parts: Parts) -> None:
-        self._cut()
-        super().put(parts)
-
     def whole(self) -> dict[str, Tensor]:
-        self._cut()
         found = self.module.state_dict()
         for name, value in found.items():
             if isinstance(value, DTensor):
                 gathered = value.to(self.ranks.device).full_tensor()
                 found[name] = gathered.to("cpu") if self.ranks.is_main else gathered[:0]
         return found
-
-    def _cut(self) -> None:
-        """Let nothing stay gathered, as it would not follow the rows."""
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
 
     def _held(self, name: str) -> tuple[int, int]:
         shape = self._shapes[name]

@@ -99,7 +99,7 @@ def read(
         raise ValueError(
             f"{str(folder)!r} holds the state of {len(parts[0]['layout'])} weights in {len(parts)} "
             f"part(s); this run trains {len(layout)} in {num_parts}, or others. Resume with as "
-            f"many ranks and the weights that it was written with."
+            f"many ranks, the engine and the weights that it was written with."
         )
     weights, tensors = (_read(folder / f.format(part), load_file) for f in (WEIGHTS, OPTIMIZER))
     described = parts[part]["moments"]

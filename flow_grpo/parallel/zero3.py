@@ -1,8 +1,7 @@
 """DeepSpeed's ZeRO stage 3: the module's own weights are cut too, and gathered layer by layer."""
 
 import torch
-from deepspeed.runtime.utils import combine_grad_norm_groups
-from deepspeed.runtime.zero import GatheredParameters
+from deepspeed.runtime.zero import GatheredParameters, Init
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -24,14 +23,22 @@ class Zero3(DeepSpeed):
         super().__init__(mixed_precision)
         unset_hf_deepspeed_config()  # transformers would cut every model that it loads
 
-    def wrap(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float
-    ) -> None:
+    def _place(self, module: nn.Module) -> None:
+        """Cut weight by weight: all at once they may not fit on the device."""
         self._config |= {"data_types": {"grad_accum_dtype": "fp32"}}
-        super().wrap(module, optimizer, max_grad_norm)
+        offload = self._config["zero_optimization"].get("offload_param", {})
+        offload.setdefault("pin_memory", torch.cuda.is_available())  # else each pass is slow
+        dtype = self._accelerator.mixed_precision
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype, torch.float32)
+        for param in module.parameters():
+            param.data = param.data.to(dtype)
+        for buffer in module.buffers():
+            buffer.data = buffer.data.to(self.ranks.device)
+        Init(module, config_dict_or_path=self._config, dtype=dtype)
 
     def _scaled_norm(self) -> Tensor:
-        return combine_grad_norm_groups(self._zero._get_norm_groups())
+        norms = torch.stack(self._zero._get_norm_groups())
+        return torch.where((norms < 0).any(), torch.inf, norms.norm())  # -1: not finite
 
     def _forget(self) -> None:
         self._zero._overflow_clean_up(None)

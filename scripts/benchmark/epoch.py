@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -164,7 +165,7 @@ def measure(
     pictures = run.plan.num_groups * run.plan.group_size
     epoch = [sum(each) for each in zip(*(meter.seconds[phase] for phase in PHASES), strict=True)]
     on_gpu = run.ranks.device.type == "cuda"
-    trained = sum(p.numel() for p in run.pipeline.transformer.parameters() if p.requires_grad)
+    trained = sum(math.prod(weight["shape"]) for weight in run.engine._layout().values())
     gate = run.folder / "gate.json"
     return {
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",

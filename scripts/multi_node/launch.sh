@@ -5,7 +5,7 @@
 # NUM_GPUS (default: all): of each machine, equal on all. MASTER_PORT (default: 29500).
 # ACCELERATE_CONFIG (default: multi_gpu): a name in scripts/accelerate_configs. DRY_RUN=1 only prints.
 # Every machine needs the code, the model and the data at the same paths, and one logs folder: rank 0
-# writes the run, and DeepSpeed's shards are written by all.
+# writes the run, and the shards of DeepSpeed and FSDP2 are written by all.
 set -euo pipefail
 usage="usage: MASTER_ADDR=HOST NUM_NODES=N bash scripts/multi_node/launch.sh RANK MODEL [ARGUMENT ...]"
 rank="${1:?$usage}" script="scripts/train_${2:?$usage}.py"
