@@ -122,7 +122,7 @@ class GRPO(Objective):
         if self.beta:
             kl = self._kl(rows, point, velocity, known["reference"], step)
             value = value + self.beta * kl
-            stats |= {"kl": kl.detach(), "norm_ratio": norm_ratio(velocity, reference)}
+            stats |= {"kl": kl.detach(), "norm_ratio": norm_ratio(velocity, known["reference"])}
         return Loss(value, stats)
 
     def _kl(
