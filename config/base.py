@@ -220,6 +220,12 @@ COMMON = {
     "train.max_nonfinite_updates": Key(
         5, "skipped updates in a row before the run stops", least=1, most=MANY
     ),
+    "train.stacked_points": Key(
+        1,
+        "trained steps or noise levels of a micro-batch in one forward and one backward",
+        least=1,
+        most=1000,
+    ),
     "train.num_inner_epochs": Key(1, "passes over an epoch's images", least=1, most=1000),
     "train.cfg": Key(True, "the trained velocity is guided as the rollout's; False: unguided"),
     "train.adv_clip_max": Key(5.0, "of an advantage, either way", above=0, most=1000),
@@ -229,6 +235,12 @@ COMMON = {
     "train.drop_equal_groups": Key(False, "groups whose scores are all equal cost no forward"),
     "train.best_and_worst": Key(
         0, "images of a group that train: so many of either end; 0: all", least=0, most=100_000
+    ),
+    "train.tree_depths": Key(
+        0, "depths of a tree that train, from the first on; 0: all", least=0, most=1000
+    ),
+    "train.tree_dwell": Key(
+        25, "epochs until these depths move on by one, to begin again", least=1, most=MANY
     ),
     "train.shuffle_advantages": Key(
         False, "a control: the reward is the same, its assignment random"

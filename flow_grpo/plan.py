@@ -119,17 +119,37 @@ class Plan:
         rank after rank, gives one to every update, which so does not depend on the ranks. rows: of
         each rank, of which the first, with weight 0, fills up what is short.
         """
+        owned = [[(rank, each)] for rank, mine in enumerate(sets) for each in mine]
+        return self._dealt(owned, rows, epoch)
+
+    def in_groups(
+        self, rows: list[np.ndarray], trained: np.ndarray, group: np.ndarray, epoch: int
+    ) -> Updates:
+        """Give each update whole groups; each of their trained rows stays on its rank.
+
+        rows: of each rank. trained: (N,) bool, group: (N,) int64, of all rows.
+        """
+        owned: dict[int, list] = {}
+        for rank, mine in enumerate(rows):
+            for n in mine[trained[mine]]:
+                owned.setdefault(int(group[n]), []).append((rank, np.array([n])))
+        return self._dealt([owned[each] for each in sorted(owned)], rows, epoch)
+
+    def _dealt(
+        self, owned: list[list[tuple[int, np.ndarray]]], rows: list[np.ndarray], epoch: int
+    ) -> Updates:
+        """Deal what is owned, each sets of rows with their ranks, to the updates in turn."""
         updates: Updates = []
-        owners = [(rank, each) for rank, mine in enumerate(sets) for each in mine]
         for inner in range(self.num_inner_epochs):
             dealt: list[list[list[np.ndarray]]] = [
-                [[] for _ in sets] for _ in range(self.num_updates)
+                [[] for _ in rows] for _ in range(self.num_updates)
             ]
-            for start in range(0, len(owners), self.num_updates):
+            for start in range(0, len(owned), self.num_updates):
                 order, run = list(range(self.num_updates)), start // self.num_updates
                 randomness.rng(self.seed, "updates", epoch, inner, run).shuffle(order)
-                for update, (rank, each) in zip(order, owners[start:], strict=False):
-                    dealt[update][rank].append(each)
+                for update, sets in zip(order, owned[start:], strict=False):
+                    for rank, each in sets:
+                        dealt[update][rank].append(each)
             updates.append([self._packed(of_ranks, rows) for of_ranks in dealt])
         return updates
 

@@ -100,6 +100,16 @@ class Conditioning:
     guidance: Guidance
     size: Size
 
+    def repeated(self, times: int) -> Conditioning:
+        """Put all rows behind each other so many times."""
+        if times == 1:
+            return self
+        branches = {
+            branch: {name: torch.cat([value] * times) for name, value in tensors.items()}
+            for branch, tensors in self.branches.items()
+        }
+        return replace(self, branches=branches)
+
     def __getitem__(self, branch: str) -> dict[str, Tensor]:
         assert branch in self.branches, (
             f"{self.guidance} needs the branch {branch!r}; this conditioning has "
@@ -129,6 +139,7 @@ class Rollout:
     velocities: Tensor | None = None  # (N, K, ...) fp32, that were predicted at `latents`
     advantages: Tensor | None = None  # (N,) or (N, K) fp32
     weights: Tensor | None = None  # (N,) or (N, K) fp32; 0: it is not trained
+    uncertain: Tensor | None = None  # (N,) fp32; 1: its reward is not to be trusted
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -172,6 +183,17 @@ class Point:
     def rows(self, rows: Rows) -> Point:
         return _rows(self, rows)
 
+    @staticmethod
+    def stacked(points: list[Point]) -> Point:
+        """Put points of the same B rows behind each other, (P x B, ...), for one prediction."""
+        if len(points) == 1:
+            return points[0]
+        latents, sigma, step = (
+            torch.cat([getattr(point, name) for point in points])
+            for name in ("latents", "sigma", "step")
+        )
+        return Point(latents, sigma, step)
+
 
 @dataclass
 class Loss:
@@ -192,6 +214,7 @@ class RowTable:
     parent: Tensor  # (N,) int64, row of this table; -1: none
     steps: Tensor  # (N, K) int64; -1 behind those of a row with fewer
     branch: Tensor  # (N,) int64, its number among those of its parent; -1: it is no branch
+    scores: dict[str, Tensor] | None = None  # each reward's, (N,) fp64, NaN where missing
 
     def __len__(self) -> int:
         return len(self.group)
@@ -209,6 +232,7 @@ class Arranged:
     updates: list[list[list[list[np.ndarray]]]]  # plan.Updates, equal calls on all ranks
     advantages: Tensor  # (N,) or (N, K) fp64
     weights: Tensor  # (N,) or (N, K) fp64; an update's loss is its mean weighted by these
+    uncertain: Tensor | None = None  # (N,) fp64; 1: a row's reward is not to be trusted
 
 
 def _rows(record: Rollout | Point, rows: Rows) -> Rollout | Point:

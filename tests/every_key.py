@@ -139,12 +139,48 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "train.drop_equal_groups",
     "branching.py::test_the_best_and_the_worst_of_a_group_train_with_the_advantages_of_all": ""
     "train.best_and_worst",
+    "stacking.py::test_stacked_points_give_the_same_update_in_fewer_calls[nft]": ""
+    "train.stacked_points",
+    "branching.py::test_of_a_tree_some_depths_train_that_move_on_with_the_epochs": ""
+    "train.tree_depths train.tree_dwell",
+    "collect.py::test_a_reward_is_less_by_its_paths_distance_from_the_reference": "train.reward_kl",
     "refill.py::test_as_many_groups_train_as_planned": "sample.max_refills",
     "offline.py::test_it_trains_without_drawing_or_asking_a_reward": "sample.source",
     "nft.py::test_the_fixture_has_these_losses": "nft.beta nft.kl_beta",
     "nft.py::test_an_epoch_moves_the_old_policy_towards_the_policy": "nft.decay",
     "nft.py::test_a_noising_depends_on_epoch_pass_group_member_and_time_alone": "nft.num_times",
     "nft.py::test_fixed_steps_give_every_picture_the_same_noise_levels": "nft.steps",
+    "noising.py::test_as_many_noisings_are_drawn_as_asked_for": "forward.num_times forward.steps",
+    "noising.py::test_strata_have_one_level_each_anywhere_in_it": "forward.levels",
+    "noising.py::test_a_shift_moves_every_level_by_the_same_formula": "forward.shift",
+    "noising.py::test_levels_may_be_a_groups_or_everyones": "forward.levels_of",
+    "noising.py::test_a_noise_may_be_a_groups": "forward.noise_of",
+    "noising.py::test_an_antithetic_pair_has_one_level_and_opposite_noises": "forward.antithetic",
+    "forward.py::test_what_a_loss_is_anchored_to_is_held_and_pulls": "forward.kl_beta "
+    "forward.ema_beta",
+    "forward.py::"
+    "test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy_with_epochs": ""
+    "forward.decay forward.reset_every",
+    "forward.py::test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs": ""
+    "forward.norm_beta",
+    "forward.py::"
+    "test_uncertain_images_are_those_of_the_run_that_a_reward_of_weight_0_sees_lower": ""
+    "forward.uncertain",
+    "forward.py::test_awm_has_this_loss": "awm.weighting awm.clip_range",
+    "forward.py::test_awm_takes_another_power_and_divides_its_advantages_by_their_bound": ""
+    "awm.power",
+    "forward.py::test_vgrpo_has_this_loss": "vgrpo.clip_range vgrpo.old_beta",
+    "forward.py::test_vgrpos_advantages_may_be_bounded_by_a_tanh": "vgrpo.squash",
+    "forward.py::test_epg_has_this_loss": "epg.weighting epg.proximal",
+    "forward.py::test_ram_has_this_loss_and_gradient": "ram.scale",
+    "forward.py::test_crd_has_this_loss": "crd.beta crd.loss crd.temperature",
+    "forward.py::test_crds_pull_to_the_reference_grows_with_the_reward": "crd.least_pull",
+    "forward.py::test_dgpos_exact_loss_of_a_pair_is_dpos_and_its_gradient_beta_times_ours": ""
+    "dgpo.beta",
+    "forward.py::test_dgpo_drops_the_gradient_of_rows_that_went_on_where_they_were_pushed": ""
+    "dgpo.clip_range",
+    "forward.py::test_a_fast_average_may_roll_out_and_be_compared_with": "dgpo.reference "
+    "dgpo.fast_from",
 }
 FOUND_BY = {
     key: "test_" + test.format(key=key) for test, keys in BY_TEST.items() for key in keys.split()

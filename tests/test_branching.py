@@ -188,6 +188,24 @@ def test_a_nodes_value_is_the_mean_of_its_leaves_compared_at_its_depth():
         assert arranged.weights[node] == 1
 
 
+def test_of_a_tree_some_depths_train_that_move_on_with_the_epochs():
+    rollout, _ = drawn("tree", 4, 4)
+    rows = table(rollout)
+    scores = torch.full((len(rows),), math.nan, dtype=F64)
+    scores[rows.leaf] = torch.rand(16, generator=torch.Generator().manual_seed(3), dtype=F64)
+    trained = zip(rows.group.tolist(), rows.steps[:, 0].tolist(), strict=True)
+    depth = torch.tensor([STEPS[g].index(step) if step >= 0 else -1 for g, step in trained])
+    plan, keys = plan_of(4, 4, 4), {"sample__branching": "tree", "train__tree_dwell": 2}
+    every = objective(**keys).arrange(scores, rows, plan, 0)
+    for epoch, wanted in enumerate([0, 0, 1, 1, 0]):
+        found = objective(**keys, train__tree_depths=1).arrange(scores, rows, plan, epoch)
+        assert torch.equal(found.weights > 0, depth == wanted)
+        assert torch.equal(found.advantages, every.advantages)
+        assert trained_numbers(found) == torch.nonzero(depth == wanted).flatten().tolist()
+    most = objective(**keys, train__tree_depths=2).arrange(scores, rows, plan, 3)
+    assert torch.equal(most.weights, every.weights)
+
+
 def test_an_objective_on_final_images_trains_the_leaves_of_a_tree():
     rollout, _ = drawn("tree", 4, 4)
     rows = table(rollout)

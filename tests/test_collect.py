@@ -30,8 +30,7 @@ def arguments(files, tmp_path):
             sample__train_batch_size=BATCH_SIZE,
             sample__num_batches_per_epoch=NUM_GROUPS * GROUP_SIZE // BATCH_SIZE,
             sample__num_image_per_prompt=GROUP_SIZE,
-            sample__global_std=True,
-            **overrides,
+            **{"sample__global_std": True} | overrides,
         )
 
     return make
@@ -119,3 +118,33 @@ def test_rewards_are_normalised_among_the_branches_of_a_step(arguments, monkeypa
     pairs = expected.unique(dim=0, return_inverse=True)[1]
     assert len(seen[0].unique()) == 2 * NUM_GROUPS == len(pairs.unique())
     assert (seen[0][:, None] == seen[0]).equal(pairs[:, None] == pairs)
+
+
+def test_a_reward_is_less_by_its_paths_distance_from_the_reference(arguments):
+    keys = {"train__kl_mode": "v", "sample__global_std": False}
+    run = running.prepare(arguments(train__reward_kl=1e4, **keys))
+    (at_start,) = epochs(run, 1)  # the policy is the reference
+    for _, param in running.trained_parameters(run):
+        param.data += 0.02 * torch.randn_like(param, generator=None)
+    sampled = collect.roll_out(run, 1)
+    velocities, rows = sampled.rollout.velocities, sampled.rollout
+    scores = collect.score(run, sampled)
+    assert sampled.rollout.velocities is None and rows.steps.shape[1] == 2
+    expected = torch.zeros(len(rows), dtype=torch.float64)
+    with torch.no_grad(), run.snapshots.using("reference"):
+        for part in torch.arange(len(rows)).split(BATCH_SIZE):
+            some = rows.rows(part)
+            for point in run.objective.points(some, None):
+                apart = run.predictor(some)(point) - velocities[part][:, point.column]
+                expected[part] += (apart.double() ** 2).flatten(1).mean(1) / 2
+    assert (expected > 0).all()
+    torch.testing.assert_close(torch.from_numpy(scores["reference_kl"]), expected)
+    shaped = grouped(torch.from_numpy(scores["avg"]) - 1e4 * expected)
+    collect.weigh(run, sampled, scores, 1)
+    centred = shaped - shaped.mean(1, keepdim=True)
+    normal = centred / (shaped.std(1, correction=0, keepdim=True) + 1e-4)
+    found = grouped(sampled.rollout.advantages).double()
+    torch.testing.assert_close(found, normal, atol=1e-4, rtol=1e-4)
+    plain = running.prepare(arguments(**keys))
+    (unshaped,) = epochs(plain, 1)
+    assert torch.equal(at_start.advantages, unshaped.advantages)

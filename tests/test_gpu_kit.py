@@ -165,9 +165,9 @@ def test_a_pipeline_that_refuses_a_precision_passes_and_one_that_fails_does_not(
     import tiny
 
     folder = tiny.save("flux", setting.scratch / "flux")
-    row = gpu_parts.verified("flux", folder, "fp16", "cpu")
+    row = gpu_parts.verified("flux", folder, "fp16", "cpu", gpu_parts.TINY)
     assert row.passed and "overflows in fp16" in row.figures
-    row = gpu_parts.verified("flux", setting.scratch / "nowhere", "fp32", "cpu")
+    row = gpu_parts.verified("flux", setting.scratch / "nowhere", "fp32", "cpu", gpu_parts.TINY)
     assert not row.passed and "there is no such folder" in row.figures
 
 

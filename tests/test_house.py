@@ -44,8 +44,9 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
     "the rest": (("rewards/remote", "reward_server", "report", "launch", "evaluation"), 4000),
 }
 SINCE = {  # of what came after: compiled passes, safe checkpoints, any LoRA, files of others,
-    # ranks that meet again, disks that fill; objectives, windows, branches; cut weights
-    "core": 2890,
+    # ranks that meet again, disks that fill; objectives, windows, branches; losses on final
+    # images; engines that cut weights
+    "core": 4000,
     "scorers": 160,
     "the rest": 880,
 }

@@ -163,7 +163,7 @@ def test_every_number_is_refused_beyond_either_bound_and_if_it_is_not_finite(nam
 
 @pytest.mark.parametrize("name", [n for n, key in DECLARED.items() if key.choices])
 def test_every_choice_is_refused_with_the_list_and_the_nearest(name):
-    key = DECLARED[name]
+    key = declared(name)
     needed = f"config.{name}='%s': one of {', '.join(key.choices)} is needed"
     assert needed % "zzz" in (said := refusal(name, "zzz"))
     assert f"The default is {key.default!r}." in said

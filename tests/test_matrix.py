@@ -14,6 +14,7 @@ OTHERS = [  # beyond SD3, a cover of model x objective x what trains
 ]
 
 QUICK = {"shared_prefix", "per_step", "tree", "dropped"}  # the others are slow
+LIKE_OTHERS = {"awm", "epg", "ram"}  # and so are these
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,13 @@ def test_every_objective_has_its_row():
     assert set(matrix.KEYS) == set(OBJECTIVES)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LIKE_OTHERS else name
+        for name in OBJECTIVES
+    ],
+)
 def test_an_objective_trains_a_lora_of_sd3_and_resumes_to_the_bit(folder, objective):
     matrix.check(folder, "sd3", objective, use_lora=True)
 

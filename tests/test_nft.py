@@ -7,7 +7,8 @@ from noised import SIGMA, TARGET, V_OLD, V_REF, V, noised, rollout
 
 from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.objectives.forward.nft import NFT, old_decay
+from flow_grpo.objectives.forward.anchored import old_decay
+from flow_grpo.objectives.forward.nft import NFT
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.randomness import Randomness
 from flow_grpo.sampling import Schedule

@@ -86,7 +86,9 @@ def test_passes_through_the_transformer_are_counted(config):
         {"sample__guidance_scale": 4.0, "train__cfg": True, "train__beta": 0.1},
         {"train__old_log_prob": "replay", "train__num_inner_epochs": 2},
         {"objective": "nft"},
-        {"objective": "nft", "nft__steps": (0, 2)},
+        {"objective": "nft", "nft__steps": (0, 2), "nft__decay": "on_policy"},
+        {"objective": "vgrpo"},
+        {"objective": "dgpo", "forward__num_times": 2, "forward__antithetic": True},
     ],
 )
 def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, changed):

@@ -15,14 +15,17 @@ MISSING = [1, 2, 3, 5, 20]  # rows without a score: the ranks' weights differ
 
 def one_update(folder):
     """Sample, score and update once with this rank's share of the rows; saves what came out."""
+    update_once(folder, sample__sde_window_size=2, train__learning_rate=1.0)
+
+
+def update_once(folder, num_updates=1, **keys):
     rank, num_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     run = make_run(
         folder,
-        plan_of(NUM_GROUPS, GROUP_SIZE, num_micro_batches=6 // num_ranks, world_size=num_ranks),
+        plan_of(NUM_GROUPS, GROUP_SIZE, 6 // num_ranks, num_updates, num_ranks),
         torch.optim.SGD,
-        sample__sde_window_size=2,
-        train__learning_rate=1.0,
         train__max_grad_norm=0.0,
+        **keys,
     )
     rollout = roll_out(run)  # of every row: its noise and window know no rank
     scores = -((rollout.final.double() - 1) ** 2).mean(1)
@@ -37,6 +40,39 @@ def one_update(folder):
     shift = run.snapshots.values("policy").popitem()[1]
     found = {name: getattr(rollout, name) for name in ("advantages", "weights", "steps")}
     torch.save({**found, "shift": shift, "metrics": metrics}, Path(folder) / f"{rank}.pt")
+
+
+FORWARD = {  # whose second update is off policy
+    "nft": {"nft__kl_beta": 0.1},
+    "awm": {"forward__ema_beta": 0.1},
+    "vgrpo": {},
+    "epg": {"epg__proximal": 0.1},
+    "ram": {"forward__reset_every": 1},
+    "crd": {"crd__temperature": 0.05},
+    "dgpo": {"forward__kl_beta": 0.1},
+}
+
+
+def forward_updates(folder):
+    """The same for each loss on final images, two updates each."""
+    for name, keys in FORWARD.items():
+        keys = keys | {"objective": name, "sample__noise_level": 0.0, "train__learning_rate": 0.1}
+        if name != "nft":
+            keys |= {"forward__num_times": 3, "forward__levels": "uniform"}
+        (folder / name).mkdir(exist_ok=True)
+        update_once(folder / name, num_updates=2, **keys)
+
+
+def test_two_ranks_train_on_final_images_as_one_does(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    forward_updates(tmp_path / "one")
+    on_ranks(2, ON_CPU, forward_updates, tmp_path / "two")
+    for name in FORWARD:
+        one = torch.load(tmp_path / "one" / name / "0.pt")
+        two = [torch.load(tmp_path / "two" / name / f"{rank}.pt") for rank in (0, 1)]
+        assert torch.equal(two[0]["shift"], two[1]["shift"]) and one["shift"].any(), name
+        torch.testing.assert_close(two[0]["shift"], one["shift"], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does(tmp_path):

@@ -83,3 +83,41 @@ def test_every_step_of_every_row_draws_its_own_standard_normal_noise(tmp_path):
         assert neighbours.mean((1, 2)).abs().max() < 4.5 / math.sqrt(count)
     assert (noises.std((1, 2)) - 1).abs().max() < 4.5 / math.sqrt(2 * count)
     assert noises.mean((1, 2)).abs().max() < 4.5 / math.sqrt(count)
+
+
+ON_IMAGES = {  # objectives at fresh noisings, and what the toy needs of them
+    "nft": {"nft__kl_beta": 0.0},
+    "awm": {},
+    "vgrpo": {"forward__levels": "uniform"},  # it has sigmas of the grid alone
+    "epg": {},
+    "ram": {},
+    "crd": {"forward__kl_beta": 0.0},
+    "dgpo": {},
+}
+
+
+def gain_on_images(folder, objective, shuffled):
+    """Return how far the mean reward of three epochs exceeds that of the first three."""
+    run = make_run(
+        folder,
+        plan_of(8, 16, num_micro_batches=2, num_updates=2),
+        torch.optim.Adam,
+        objective=objective,
+        sample__noise_level=0.0,
+        train__learning_rate=0.05,
+        train__shuffle_advantages=shuffled,
+        **ON_IMAGES[objective],
+    )
+    rewards = []
+    for epoch in range(8):
+        run.epoch = epoch
+        rewards.append(train_epoch(run)["reward/avg"])
+        run.objective.after_epoch(run.snapshots, run.updater.num_updates)
+    return np.mean(rewards[-3:]) - np.mean(rewards[:3])
+
+
+# Three seeds gained .40 to .57 (RAM .26 to .31, DGPO .10 to .29); dealt at random -.17 to .16.
+@pytest.mark.parametrize("objective", ON_IMAGES)
+def test_the_reward_rises_by_losses_on_images(tmp_path, objective):
+    assert gain_on_images(tmp_path, objective, shuffled=False) > 0.2
+    assert abs(gain_on_images(tmp_path, objective, shuffled=True)) < 0.15

@@ -16,7 +16,7 @@ from config.base import base
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro
-from flow_grpo.objectives.ratio.grpo import GRPO
+from flow_grpo.objectives.registry import find
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.plan import Plan
 from flow_grpo.randomness import Randomness
@@ -81,8 +81,17 @@ class Toy(PatchedPipeline):
         return latents.new_zeros(len(latents), 3, 1, 1)
 
 
-def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, engine=None, **keys):
-    config = base()
+def make_run(
+    folder,
+    plan,
+    optimizer_class,
+    sigmas=GRID,
+    objective_class=None,
+    engine=None,
+    objective="grpo",
+    **keys,
+):
+    config = base(objective)
     config.tracker = "none"
     config.update_from_flattened_dict({key.replace("__", "."): keys[key] for key in keys})
     train = config.train
@@ -94,7 +103,7 @@ def make_run(folder, plan, optimizer_class, sigmas=GRID, objective_class=GRPO, e
         noise_level=config.sample.noise_level,
         same_latent=config.sample.same_latent,
     )
-    objective = objective_class(config, schedule)
+    objective = (objective_class or find(objective))(config, schedule)
     engine.wrap(
         pipeline.transformer,
         optimizer_class(pipeline.transformer.parameters()),

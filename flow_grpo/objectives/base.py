@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import ml_collections
 import numpy as np
@@ -58,6 +58,8 @@ class Objective:
     keeps: ClassVar[Collection[str]] = ()  # of sampling.KEPT, for each stochastic step
     draws_points: ClassVar[bool] = False  # points() gives others in each inner epoch
     selects: bool = False  # arrange() chooses rows by their scores
+    reward_kl: float = 0.0  # times reference_kl(), it is taken from the scores
+    gather: Callable[[Any], list] = staticmethod(lambda value: [value])  # of all ranks; set by Run
     snapshots: tuple[str, ...] = ()  # names of the copies of the weights to hold
     # For the report, by their names in metrics; one that is not here is drawn under its name.
     statistics: ClassVar[dict[str, Statistic]] = {}
@@ -88,6 +90,10 @@ class Objective:
         size = self.sample.num_image_per_prompt
         return branching(calls, steps_of, self.schedule.num_steps, size)
 
+    def reference_kl(self, micros: list[Micro], predict: Predict) -> list[Tensor]:
+        """Measure how far each leaf was drawn from where the reference would have, (M,) each."""
+        raise NotImplementedError
+
     def arrange(self, scores: Tensor, rows: RowTable, plan: Plan, epoch: int) -> Arranged:
         """Say which rows train in which update, with which advantages and weights.
 
@@ -109,6 +115,8 @@ class Objective:
             of_ranks = [rows.of_rank(rank) for rank in range(plan.world_size)]
             return Arranged(plan.in_order(of_ranks, epoch), advantages, weights)
         weights[~credit.chosen(self.train, values, advantages, cells)] = 0
+        if self.train.tree_depths:
+            weights[~credit.depth_window(self.train, rows, epoch)] = 0
         of_ranks = [rows.of_rank(rank, trained) for rank in range(plan.world_size)]
         alone = [[np.array([n]) for n in mine if weights[n] > 0] for mine in of_ranks]
         return Arranged(plan.in_sets(alone, of_ranks, epoch), advantages, weights)

@@ -43,6 +43,21 @@ def mean_below(scores: Tensor, rows: RowTable) -> Tensor:
     return total / count
 
 
+def depth_window(train: ml_collections.ConfigDict, rows: RowTable, epoch: int) -> Tensor:
+    """Tell which rows of a tree train in an epoch by their depth, (N,) bool (arXiv:2509.06040).
+
+    train.tree_depths consecutive depths, that move on by one every train.tree_dwell epochs.
+    """
+    has_step = (rows.steps >= 0).any(1)
+    depth, above = torch.full_like(rows.group, -1), torch.arange(len(rows))
+    while (there := above >= 0).any():
+        depth[there] += has_step[above[there]]
+        above = torch.where(there, rows.parent[above], -1)
+    num_depths = int(depth.max()) + 1
+    first = epoch // train.tree_dwell % max(num_depths - train.tree_depths + 1, 1)
+    return (depth >= first) & (depth < first + train.tree_depths)
+
+
 def chosen(
     train: ml_collections.ConfigDict, values: Tensor, advantages: Tensor, peers: Tensor
 ) -> Tensor:

@@ -5,7 +5,13 @@ import re
 from flow_grpo.cli import did_you_mean, load_named
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Objective
+from flow_grpo.objectives.forward.awm import AWM
+from flow_grpo.objectives.forward.crd import CRD
+from flow_grpo.objectives.forward.dgpo import DGPO
+from flow_grpo.objectives.forward.epg import EPG
 from flow_grpo.objectives.forward.nft import NFT
+from flow_grpo.objectives.forward.ram import RAM
+from flow_grpo.objectives.forward.vgrpo import VGRPO
 from flow_grpo.objectives.preference.dpo import DPO
 from flow_grpo.objectives.preference.sft import SFT
 from flow_grpo.objectives.ratio.dppo import FlowDPPO
@@ -17,6 +23,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "grpo_guard": GRPOGuard,
     "flow_dppo": FlowDPPO,
     "nft": NFT,
+    "awm": AWM,
+    "vgrpo": VGRPO,
+    "epg": EPG,
+    "ram": RAM,
+    "crd": CRD,
+    "dgpo": DGPO,
     "dpo": DPO,
     "sft": SFT,
 }

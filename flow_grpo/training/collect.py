@@ -15,6 +15,7 @@ from flow_grpo import advantages
 from flow_grpo.cli import progress
 from flow_grpo.evaluation import diversity
 from flow_grpo.objectives import credit
+from flow_grpo.objectives.base import Micro
 from flow_grpo.plan import Part
 from flow_grpo.prompts import Prompt, epoch_prompts
 from flow_grpo.randomness import Randomness, rng
@@ -150,7 +151,8 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
             if number < len(calls):
                 call, keep = calls[number], list(objective.keeps)
                 checked = for_gate and keep and sum(map(len, gated)) < plan.micro_batch_size
-                if checked and call.segment.stochastic.any():
+                checked = checked and call.segment.stochastic.any()
+                if checked and "velocities" not in keep:
                     keep.append("velocities")
                 prompts = [asked[row.group] for row in call.rows]
                 batch = run.evaluator.prompt_batch(prompts, call.rows, run.guidance)
@@ -167,8 +169,9 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
                     save=save[number],
                     on_step=bar.update,
                 )
-                if "velocities" in keep:
+                if checked:
                     gated.append(drawn.rollout)
+                if "velocities" not in objective.keeps:
                     drawn.rollout = replace(drawn.rollout, velocities=None)
                 done.append(drawn)
                 if call.leaf:
@@ -192,7 +195,23 @@ def score(run: Run, sampled: Sampled) -> dict[str, np.ndarray]:
     with run.timer("reward"):
         scores = run.evaluator.scores(sampled.scoring)
     run.evaluator.check_masked(scores["avg"])
+    if run.objective.reward_kl:
+        with run.timer("reward"):
+            scores["reference_kl"] = reference_kl(run, sampled.rollout)
+        sampled.rollout.velocities = None
     return scores
+
+
+def reference_kl(run: Run, rollout: Rollout) -> np.ndarray:
+    """Let the objective measure how far this rank's leaves are from the reference, (L,)."""
+    micros = []
+    for numbers in torch.nonzero(rollout.leaf).flatten().split(run.plan.micro_batch_size):
+        rows = rollout.rows(numbers)
+        points = run.objective.points(rows, Randomness(run.config.seed, (run.epoch,)))
+        micros.append(Micro(rows, points, run.predictor(rows), [None] * len(points)))
+    with torch.no_grad():
+        found = run.objective.reference_kl(micros, run.predict)
+    return torch.cat(found).double().cpu().numpy()
 
 
 def weigh(
@@ -203,14 +222,19 @@ def weigh(
     rows, ranks = table_of(run, rollout), run.ranks.gather_objects(scores)
     world = {n: torch.from_numpy(np.concatenate([each[n] for each in ranks])) for n in scores}
     leaf_scores = combine(config, world, credit.peers(rows)[rows.leaf])
-    all_scores = torch.full((len(rows),), torch.nan, dtype=torch.float64)
-    all_scores[rows.leaf] = leaf_scores
+    if weight := run.objective.reward_kl:
+        leaf_scores = leaf_scores - weight * world["reference_kl"]
+    nothing = torch.full((len(rows),), torch.nan, dtype=torch.float64)
+    rows.scores = {name: nothing.masked_scatter(rows.leaf, v.double()) for name, v in world.items()}
+    all_scores = nothing.masked_scatter(rows.leaf, leaf_scores)
     shuffle = config.train.shuffle_advantages
     arranged = arrange(run.objective, all_scores, rows, run.plan, epoch, shuffle)
     rank, device = run.ranks.rank, run.ranks.device
     mine, sampled.first_row = rows.rank == rank, int((rows.rank < rank).sum())
     rollout.advantages = arranged.advantages[mine].float().to(device)
     rollout.weights = arranged.weights[mine].float().to(device)
+    if arranged.uncertain is not None:
+        rollout.uncertain = arranged.uncertain[mine].float().to(device)
     group = rows.group[rows.leaf]
     metrics = {f"reward/{name}": values.nanmean().item() for name, values in world.items()}
     small = np.concatenate(run.ranks.gather_objects(diversity.thumbnails(sampled.images)))

@@ -4,13 +4,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flow_grpo.cli import progress
 from flow_grpo.objectives.base import Micro, Objective
 from flow_grpo.parallel.stop import Stopped
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Arranged
+from flow_grpo.records import Arranged, Point
 from flow_grpo.report.output import redraw
 from flow_grpo.training import arrange, collect
 from flow_grpo.training.checkpoint import save
@@ -197,22 +198,23 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> bool:
     total = torch.full((), total_weight, device=ranks.device)
     loss_sum = torch.zeros((), device=ranks.device)
     for i, micro in enumerate(micros):
-        for k, point in enumerate(micro.points):
+        known = [
+            (micro.known[k] if micro.known else {}) | {n: of[i][k] for n, of in frozen.items()}
+            for k in range(len(micro.points))
+        ]
+        for ks in run.stacks(len(micro.points)):
             run.evaluator.stop.poll()
-            known = micro.known[k] if micro.known else {}
-            known = known | {name: values[i][k] for name, values in frozen.items()}
-            last = i == len(micros) - 1 and k == len(micro.points) - 1
+            last = i == len(micros) - 1 and ks[-1] == len(micro.points) - 1
             with engine.accumulate(last):
-                velocity, rows = micro.velocity(point), micro.rows
-                if (trained := micro.trained[k]) is not None:
-                    velocity, rows = velocity[trained], rows.rows(trained)
-                    point, known = point.rows(trained), {n: v[trained] for n, v in known.items()}
-                loss = objective.loss(velocity, known, rows, point)
-                weights = rows.at("weights", point.column)
-                share = (loss.value * weights).sum() / total
+                stacked = Point.stacked([micro.points[k] for k in ks])
+                velocities = micro.velocity(stacked).chunk(len(ks))
+                shares = [
+                    _share(objective, velocity, known[k], micro, k, statistics) / total
+                    for velocity, k in zip(velocities, ks, strict=True)
+                ]
+                share = sum(shares[1:], shares[0])
                 engine.backward(share)
             loss_sum += share.detach()
-            statistics.add(loss.stats, point.step, weights)
     asked = torch.tensor([float(run.evaluator.stop.asked)], device=ranks.device)
     sums = ranks.total(torch.cat([loss_sum.double()[None], asked.double(), statistics.sums()]))
     mean, asked, *moments, norm = torch.cat([sums, engine.norm().double()[None]]).tolist()
@@ -221,6 +223,25 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> bool:
         metrics = {"loss": mean, "grad_norm": norm, "learning_rate": run.updater.rate}
         run.log("update", metrics | statistics.metrics(moments))
     return asked > 0
+
+
+def _share(
+    objective: Objective,
+    velocity: Tensor,
+    known: dict[str, Tensor],
+    micro: Micro,
+    k: int,
+    statistics: Statistics,
+) -> Tensor:
+    """Return the weighted sum of the losses at one point, of the rows that train there."""
+    rows, point = micro.rows, micro.points[k]
+    if (trained := micro.trained[k]) is not None:
+        velocity, rows, point = velocity[trained], rows.rows(trained), point.rows(trained)
+        known = {name: value[trained] for name, value in known.items()}
+    loss = objective.loss(velocity, known, rows, point)
+    weights = rows.at("weights", point.column)
+    statistics.add(loss.stats, point.step, weights)
+    return (loss.value * weights).sum()
 
 
 def _evaluate(run: Run) -> None:

@@ -50,6 +50,9 @@ class Run:
     claim: Claim | None = None  # of the folder
     again: str = ""  # the command that continues the run
 
+    def __post_init__(self):
+        self.objective.gather = self.ranks.gather_objects
+
     @property
     def ranks(self) -> Ranks:
         return self.engine.ranks
@@ -64,11 +67,12 @@ class Run:
         return self.evaluator.model
 
     def predictor(self, rows: Rollout) -> Velocity:
-        """Return the velocity of these rows at any point; the conditioning is collated once."""
+        """Return the velocity of these rows at any point, or at stacked ones; collates once."""
 
-        conditioning = collate(self.pipeline, rows.batch, self.schedule.pad_to)
+        once = collate(self.pipeline, rows.batch, self.schedule.pad_to)
 
         def velocity(point: Point, guidance: Guidance | None = None) -> Tensor:
+            conditioning = once.repeated(len(point.latents) // len(rows))
             guided = replace(conditioning, guidance=guidance or self.trained_guidance)
             return self.pipeline.velocity(self.model, point.latents, point.sigma, guided)
 
@@ -89,10 +93,16 @@ class Run:
         with self.snapshots.using(weights):
             for micro in micros:
                 found.append([])
-                for point in micro.points:
+                for ks in self.stacks(len(micro.points)):
                     self.evaluator.stop.poll()
-                    found[-1].append(micro.velocity(point, guidance))
+                    stacked = Point.stacked([micro.points[k] for k in ks])
+                    found[-1] += micro.velocity(stacked, guidance).chunk(len(ks))
         return found
+
+    def stacks(self, num_points: int) -> list[range]:
+        """Cut a micro-batch's points into those that share a forward, and a backward."""
+        most = self.config.train.stacked_points
+        return [range(i, min(i + most, num_points)) for i in range(0, num_points, most)]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
         config = self.config

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from scripts.benchmark import gpu_speed
@@ -139,6 +139,10 @@ def figures(folder: Path) -> dict[str, float]:
     return values | {f"gate {name}": max(found.values()) for name, found in steps.items()}
 
 
+TINY = ("--size", "32x64", "--steps", "3", "--max_sequence_length", "64")
+TRUE_SIZE = ("--size", "512", "--steps", "4")
+
+
 def verify(precision: str) -> Callable[[Setting, set[str]], Iterator[Row]]:
     """Run scripts/verify_model.py on the tiny pipelines of tests/tiny, which builds them."""
 
@@ -149,21 +153,32 @@ def verify(precision: str) -> Callable[[Setting, set[str]], Iterator[Row]]:
         for name in ("sd3",) if setting.small else reversed(distinct.values()):
             if name not in known:
                 folder = tiny.save(name, setting.scratch / "tiny" / name)
-                yield verified(name, folder, precision, setting.device)
+                options = [*TINY, *["--num_frames", "5"] * name.startswith("wan")]
+                with small_references(name):
+                    yield verified(name, folder, precision, setting.device, options)
 
     return rows
 
 
-def verified(name: str, folder: Path, precision: str, device: str) -> Row:
+def verify_true_size(setting: Setting, known: set[str]) -> Iterator[Row]:
+    """Run it in bf16 on models of the released sizes with random weights."""
+    from scripts.benchmark import true_size
+
+    for name in ("sd3_5_medium", "flux1_dev"):
+        if name not in known:
+            folder = setting.scratch / name
+            true_size.save(name, folder)
+            yield verified(name, folder, "bf16", setting.device, TRUE_SIZE)
+
+
+def verified(name: str, folder: Path, precision: str, device: str, options: Iterable[str]) -> Row:
     """Check one pipeline; one that a model refuses to run in this precision passes."""
     from scripts import verify_model
 
-    options = ["--model", str(folder), "--dtype", precision, "--device", device]
-    options += ["--size", "32x64", "--steps", "3", "--max_sequence_length", "64"]
-    options += ["--num_frames", "5"] if name.startswith("wan") else []
+    options = ["--model", str(folder), "--dtype", precision, "--device", device, *options]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), small_references(name):
+        with contextlib.redirect_stdout(said):
             verify_model.main(["verify_model.py", *options])
     except SystemExit as refusal:
         return Row(name, f"={precision}: " in str(refusal), f"refused: {refusal}")
@@ -191,6 +206,24 @@ def small_references(name: str) -> Iterator[None]:
         family.reference_area = usual
 
 
+def matrix(precision: str) -> Callable[[Setting, set[str]], Iterator[Row]]:
+    """Train every objective, rollout and kernel on tiny pipelines by tests/matrix.py."""
+
+    def rows(setting: Setting, known: set[str]) -> Iterator[Row]:
+        command = [sys.executable, "tests/matrix.py", "--mixed_precision", PRECISION[precision]]
+        command += ["--models", "sd3", "--objectives", "grpo"] if setting.small else ["--rollouts"]
+        done = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        for text in done.stdout:
+            if text.startswith("| ") and not text.startswith("| model"):
+                cells = [cell.strip() for cell in text.strip("| \n").split("|")]
+                yield Row(" ".join(cells[:5]), "failed" not in text, "; ".join(cells[5:]))
+        done.wait()
+
+    return rows
+
+
 PARTS = (
     Part("machine", machine, 120),
     Part("testbed-grpo", testbed("shapes_sd3_grpo"), 420),
@@ -199,6 +232,8 @@ PARTS = (
     Part("verify-bf16", verify("bf16"), 240),
     Part("verify-fp16", verify("fp16"), 240, ("cuda",)),
     Part("attention", gpu_speed.attention, 60),
+    Part("matrix-bf16", matrix("bf16"), 540),
+    Part("verify-true-size", verify_true_size, 540, ("cuda",)),
     Part("epoch-sd3", gpu_speed.epoch("sd3_5_medium", "fast64"), 540),
     Part("epoch-flux", gpu_speed.epoch("flux1_dev", "flux_fast24"), 540, ("cuda",)),
 )

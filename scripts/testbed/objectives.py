@@ -35,52 +35,61 @@ from flow_grpo.report.output import read_metrics
 
 CONFIG = "config/testbed.py:shapes_sd3_grpo"
 KINDS = ("run", "control", "flipped")
-OFFLINE = {"sample.noise_level": 0.0, "train.batch_size": 96}
+# Chosen on dev (docs/log.md): one optimizer step an epoch, which is steadier.
+RATIO = {"train.gradient_accumulation_steps": 4, "train.learning_rate": 5e-4}
+IMAGES = {"sample.noise_level": 0.0, "train.learning_rate": 1.5e-4, "train.ema_decay": 0.95}
+LEVELS = {"forward.steps": (0, 1), "forward.kl_beta": 0.1, "forward.decay": "on_policy"}
+OFFLINE = IMAGES | {"train.batch_size": 96, "train.ref_update_step": 2}
 RUNS: dict[str, dict] = {  # by name: the keys that differ
-    "window": {},
-    "all steps": {"sample.sde_window_size": 0},
-    "subset": {"sample.sde_window": "subset"},
-    "progressive": {"sample.sde_window": "progressive", "sample.window_dwell": 8},
-    "stratified": {
+    "window": RATIO,
+    "all steps": RATIO | {"sample.sde_window_size": 0},
+    "subset": RATIO | {"sample.sde_window": "subset"},
+    "progressive": RATIO | {"sample.sde_window": "progressive", "sample.window_dwell": 8},
+    "stratified": RATIO
+    | {
         "sample.sde_window": "stratified",
         "sample.sde_window_size": 1,
         "train.step_weight": "slope",
     },
-    "cps": {"sample.sde_type": "cps", "sample.noise_level": 0.8, "train.step_weight": "none"},
-    "shared_prefix": {"sample.branching": "shared_prefix", "sample.same_latent": True},
-    "trunk": {"sample.branching": "trunk"},
-    "per_step": {"sample.branching": "per_step"},
-    "strides": {
+    "cps": RATIO
+    | {"sample.sde_type": "cps", "sample.noise_level": 0.8, "train.step_weight": "none"},
+    "shared_prefix": RATIO | {"sample.branching": "shared_prefix", "sample.same_latent": True},
+    "trunk": RATIO | {"sample.branching": "trunk"},
+    "per_step": RATIO | {"sample.branching": "per_step"},
+    "strides": RATIO
+    | {
         "sample.branching": "strides",
         "sample.sde_window_size": 2,
         "sample.num_batches_per_epoch": 8,
         "sample.num_image_per_prompt": 24,
     },
-    "tree": {
+    "tree": RATIO
+    | {
         "sample.branching": "tree",
         "sample.sde_window_size": 2,
         "sample.num_image_per_prompt": 16,
         "sample.train_batch_size": 96,
     },
-    "best and worst 3": {"train.best_and_worst": 3},
-    "guard": {
+    "best and worst 3": RATIO | {"train.best_and_worst": 3},
+    "reward kl": RATIO | {"train.reward_kl": 10.0, "train.kl_mode": "v"},
+    "guard": RATIO
+    | {
         "objective": "grpo_guard",
         "train.clip_range": 1e-3,
         "train.step_weight": "none",
     },
-    "dppo": {"objective": "flow_dppo", "dppo.threshold": 1e-4},
-    "dpo online": OFFLINE | {"objective": "dpo", "train.ref_update_step": 2, "train.beta": 100.0},
-    "sft online": OFFLINE | {"objective": "sft", "train.ref_update_step": 2},
-    "rwr online": OFFLINE
-    | {"objective": "sft", "train.ref_update_step": 2, "sft.weights": "reward"},
-    "nft": {
-        "objective": "nft",
-        "sample.noise_level": 0.0,
-        "nft.steps": (0, 1),
-        "nft.decay": "on_policy",
-        "nft.kl_beta": 0.1,
-        "train.learning_rate": 1e-4,
-    },
+    "dppo": RATIO | {"objective": "flow_dppo", "dppo.threshold": 1e-4},
+    "dpo online": OFFLINE | {"objective": "dpo", "train.beta": 100.0},
+    "sft online": OFFLINE | {"objective": "sft"},
+    "rwr online": OFFLINE | {"objective": "sft", "sft.weights": "reward"},
+    "nft": IMAGES
+    | {"objective": "nft", "nft.steps": (0, 1), "nft.decay": "on_policy", "nft.kl_beta": 0.1},
+    "awm": IMAGES | LEVELS | {"objective": "awm"},
+    "vgrpo": IMAGES | LEVELS | {"objective": "vgrpo"},
+    "epg": IMAGES | LEVELS | {"objective": "epg"},
+    "ram": IMAGES | LEVELS | {"objective": "ram", "forward.kl_beta": 0.0},
+    "crd": IMAGES | LEVELS | {"objective": "crd"},
+    "dgpo": IMAGES | LEVELS | {"objective": "dgpo"},
 }
 
 

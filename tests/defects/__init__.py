@@ -3,6 +3,7 @@
 from defects import (
     brought,
     files,
+    forward,
     losses,
     preference,
     ratio,
@@ -13,5 +14,17 @@ from defects import (
     updates,
 )
 
-FILES = (steps, rollouts, losses, ratio, preference, updates, state, brought, strangers, files)
+FILES = (
+    steps,
+    rollouts,
+    losses,
+    ratio,
+    preference,
+    forward,
+    updates,
+    state,
+    brought,
+    strangers,
+    files,
+)
 DEFECTS = [defect for file in FILES for defect in file.DEFECTS]

@@ -51,8 +51,8 @@ DEFECTS = [
         "pair-of-two-noises",
         SLIP,
         NOISING,
-        "names = [(row.group, k) for row",
-        "names = [(row.group, row.member, k) for row",
+        'return [(row.group, k) if of == "group"',
+        'return [(row.group, row.member, k) if of == "group"',
         "test_preference.py::test_a_pair_is_noised_alike_and_pairs_differ",
     ),
     Defect(
@@ -83,8 +83,8 @@ DEFECTS = [
         "density-uniform",
         SLIP,
         NOISING,
-        'if self.density == "uniform":',
-        "if self.density:",
+        'if self.levels != "logit_normal":',
+        "if self.levels:",
         "test_preference.py::test_logit_normal_levels_lie_about_the_middle_of_the_grid",
     ),
 ]

@@ -8,6 +8,7 @@ TERMS = "flow_grpo/objectives/ratio/terms.py"
 CREDIT = "flow_grpo/objectives/credit.py"
 SDE = "flow_grpo/sde.py"
 BASE = "flow_grpo/objectives/base.py"
+COLLECT = "flow_grpo/training/collect.py"
 
 DEFECTS = [
     Defect(
@@ -129,5 +130,29 @@ DEFECTS = [
         "torch.sqrt(count / (count - 1).clamp(min=1))",
         "torch.sqrt((count - 1).clamp(min=1) / count)",
         "test_advantages.py::test_an_unbiased_std_divides_by_one_less",
+    ),
+    Defect(
+        "reward-kl-paid",
+        "the sign of the KL in the reward",
+        COLLECT,
+        "leaf_scores - weight",
+        "leaf_scores + weight",
+        "test_collect.py::test_a_reward_is_less_by_its_paths_distance_from_the_reference",
+    ),
+    Defect(
+        "reward-kl-of-the-first-step",
+        SLIP,
+        "flow_grpo/objectives/ratio/grpo.py",
+        "torch.stack(of_points).mean(0)",
+        "of_points[0]",
+        "test_collect.py::test_a_reward_is_less_by_its_paths_distance_from_the_reference",
+    ),
+    Defect(
+        "tree-depths-stay",
+        SLIP,
+        CREDIT,
+        "first = epoch // train.tree_dwell % max(num_depths - train.tree_depths + 1, 1)",
+        "first = 0",
+        "test_branching.py::test_of_a_tree_some_depths_train_that_move_on_with_the_epochs",
     ),
 ]

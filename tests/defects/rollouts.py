@@ -3,7 +3,7 @@
 from defects.defect import SLIP, Defect
 
 SAMPLING = "flow_grpo/sampling.py"
-NFT = "flow_grpo/objectives/forward/nft.py"
+ANCHORED = "flow_grpo/objectives/forward/anchored.py"
 COLLECT = "flow_grpo/training/collect.py"
 COMBINE = "flow_grpo/rewards/combine.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
@@ -89,8 +89,8 @@ DEFECTS = [
     Defect(
         "nft-samples-with-the-policy",
         SLIP,
-        NFT,
-        'return "old"',
+        ANCHORED,
+        'return "old" if "old" in self.snapshots else "policy"',
         'return "policy"',
         "test_collect.py::test_nft_samples_with_its_old_policy",
     ),

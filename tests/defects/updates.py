@@ -186,4 +186,12 @@ DEFECTS = [
         '"policy")',
         "test_run.py::test_the_exported_lora_gives_our_evaluation_in_a_stock_pipeline",
     ),
+    Defect(
+        "stacked-rows-with-anothers-prompt",
+        SLIP,
+        "flow_grpo/records.py",
+        "torch.cat([value] * times)",
+        "value.repeat_interleave(times, 0)",
+        "test_stacking.py::test_stacked_points_give_the_same_update_in_fewer_calls[nft]",
+    ),
 ]

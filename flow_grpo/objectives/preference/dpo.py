@@ -7,7 +7,8 @@ from torch.nn.functional import logsigmoid
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
-from flow_grpo.objectives.forward.noising import Noising, error
+from flow_grpo.objectives.forward.noising import Noising, drawn, error
+from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio
 from flow_grpo.objectives.preference.reference import REF_UPDATE_STEP, refresh
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
@@ -27,16 +28,14 @@ class DPO(Objective):
     keys = {
         "train.beta": Key(100.0, "how much a pair's errors count", above=0, most=10**6),
         "train.ref_update_step": REF_UPDATE_STEP,
-        "dpo.num_times": Key(1, "noise levels drawn for each pair", least=1, most=1000),
-        "dpo.density": Key(
-            "logit_normal", "of the noise levels", choices=("uniform", "logit_normal")
-        ),
+        **drawn("dpo", "pair"),
     }
     statistics = {
         "accuracy": Statistic("Pairs told apart", "share with d < 0"),
         "winner_error": Statistic("Error of winners", "less the reference's"),
         "loser_error": Statistic("Error of losers", "less the reference's"),
         "margin": Statistic("Margin", "−beta / 2 d"),
+        **NORM_RATIO,
     }
 
     @classmethod
@@ -61,7 +60,8 @@ class DPO(Objective):
     def __init__(self, config, schedule):
         super().__init__(config, schedule)
         self.beta, self.ref_update_step = config.train.beta, config.train.ref_update_step
-        self.noising = Noising(config.dpo.num_times, density=config.dpo.density, shared=True)
+        times, density = config.dpo.num_times, config.dpo.density
+        self.noising = Noising(times, levels=density, levels_of="group", noise_of="group")
         self.share = 2 / config.sample.num_image_per_prompt
 
     def samples_with(self, epoch: int, num_updates: int) -> str:
@@ -93,6 +93,7 @@ class DPO(Objective):
             "margin": margin,
         }
         stats = {name: value.detach().repeat_interleave(2) for name, value in stats.items()}
+        stats["norm_ratio"] = norm_ratio(velocity, known["reference"])
         return Loss(-logsigmoid(margin).repeat_interleave(2), stats)
 
     def passes(self, num_kept: float) -> Passes:

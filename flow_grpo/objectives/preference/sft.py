@@ -6,7 +6,8 @@ from torch import Tensor
 
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
-from flow_grpo.objectives.forward.noising import Noising, error
+from flow_grpo.objectives.forward.noising import Noising, drawn, error
+from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio, squared
 from flow_grpo.objectives.preference.reference import REF_UPDATE_STEP, refresh
 from flow_grpo.plan import Passes, Plan
 from flow_grpo.randomness import Randomness
@@ -27,20 +28,18 @@ class SFT(Objective):
         "train.beta": Key(0.0, "velocity-space KL to the reference", least=0, most=10**6),
         "train.ref_update_step": REF_UPDATE_STEP,
         "sft.weights": Key("best", "which images train, and how much", choices=("best", "reward")),
-        "sft.num_times": Key(1, "noise levels drawn for each image", least=1, most=1000),
-        "sft.density": Key(
-            "logit_normal", "of the noise levels", choices=("uniform", "logit_normal")
-        ),
+        **drawn("sft", "image"),
     }
     statistics = {
         "error": Statistic("Error", "mean squared error of the velocity"),
         "kl": Statistic("KL to the reference", "mean squared difference of the velocities"),
+        **NORM_RATIO,
     }
 
     def __init__(self, config, schedule):
         super().__init__(config, schedule)
         self.beta, self.ref_update_step = config.train.beta, config.train.ref_update_step
-        self.noising = Noising(config.sft.num_times, density=config.sft.density)
+        self.noising = Noising(config.sft.num_times, levels=config.sft.density)
         self.best = config.sft.weights == "best"
         self.share = 1 / config.sample.num_image_per_prompt if self.best else 1.0
         self.snapshots = ("sampling", "reference") if self.beta else ("sampling",)
@@ -72,9 +71,9 @@ class SFT(Objective):
         errors = error(velocity, rows, point)
         value, stats = rows.at("advantages", point.column) * errors, {"error": errors.detach()}
         if self.beta:
-            kl = ((velocity - known["reference"]) ** 2).flatten(1).mean(1)
+            kl = squared(velocity - known["reference"])
             value = value + self.beta * kl
-            stats["kl"] = kl.detach()
+            stats |= {"kl": kl.detach(), "norm_ratio": norm_ratio(velocity, known["reference"])}
         return Loss(value, stats)
 
     def passes(self, num_kept: float) -> Passes:

@@ -2,12 +2,14 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flow_grpo import sde
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.objectives.base import Micro, Objective, Predict, Values
+from flow_grpo.objectives.norms import norm_ratio
 from flow_grpo.objectives.ratio import terms
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
@@ -42,6 +44,12 @@ class GRPO(Objective):
                 f"train_batch_size={sample.train_batch_size}: the same rows then give other bits. "
                 f"Set config.train.old_log_prob=replay, or make the two equal."
             )
+        if train.old_log_prob == "rollout" and train.stacked_points > 1:
+            raise ValueError(
+                f"config.train.stacked_points={train.stacked_points} predicts in larger calls than "
+                f"those that sampled, which gives other bits. Set config.train.old_log_prob=replay,"
+                f" or config.train.stacked_points=1."
+            )
         guidance, _ = guidances(config)
         if family.may_need_negative(guidance) and not train.cfg:
             raise ValueError(
@@ -56,15 +64,34 @@ class GRPO(Objective):
                 f"in (0, {most:g}], as a step without noise has no log-probability. A positive "
                 f"number is needed, 0.7 for example; or change config.sample.sde_type."
             )
+        if train.reward_kl and sample.branching in ("strides", "tree"):
+            raise ValueError(
+                f"config.train.reward_kl={train.reward_kl} with config.sample.branching="
+                f"{sample.branching}, where images share steps and none has a KL of its own. Set "
+                f"config.train.beta instead, or another config.sample.branching."
+            )
 
     def __init__(self, config, schedule: Schedule):
         super().__init__(config, schedule)
         train = config.train
         self.beta = train.beta
         self.replays = train.old_log_prob == "replay"
-        if self.beta:
+        self.reward_kl = train.reward_kl
+        if self.reward_kl:
+            self.keeps = (*self.keeps, "velocities")
+        if self.beta or self.reward_kl:
             self.snapshots = ("reference",)
         self.step_weight = terms.step_weights(train.step_weight, schedule)
+
+    def reference_kl(self, micros: list[Micro], predict: Predict) -> list[Tensor]:
+        found = []
+        for micro, references in zip(micros, predict(micros, "reference"), strict=True):
+            of_points = []
+            for point, reference in zip(micro.points, references, strict=True):
+                sampled = micro.rows.velocities[:, point.column]
+                of_points.append(self._kl(micro.rows, point, sampled, reference))
+            found.append(torch.stack(of_points).mean(0))
+        return found
 
     def points(self, rows: Rollout, randomness: Randomness) -> list[Point]:
         return terms.kept_points(rows, self.schedule)
@@ -93,11 +120,22 @@ class GRPO(Objective):
         if self.step_weight is not None:
             value = value * self.step_weight[point.step]
         if self.beta:
-            reference = known["reference"]
-            kl = terms.kl(self.train.kl_mode, self.schedule, rows, point, step, velocity, reference)
+            kl = self._kl(rows, point, velocity, known["reference"], step)
             value = value + self.beta * kl
-            stats["kl"] = kl.detach()
+            stats |= {"kl": kl.detach(), "norm_ratio": norm_ratio(velocity, known["reference"])}
         return Loss(value, stats)
+
+    def _kl(
+        self,
+        rows: Rollout,
+        point: Point,
+        velocity: Tensor,
+        reference: Tensor,
+        step: sde.Step | None = None,
+    ) -> Tensor:
+        step = step or replay(self.schedule, rows, point.column, velocity)
+        mode = self.train.kl_mode
+        return terms.kl(mode, self.schedule, rows, point, step, velocity, reference)
 
     def surrogate(
         self, step: sde.Step, old: OldStep, rows: Rollout, point: Point
@@ -117,7 +155,8 @@ class GRPO(Objective):
         return OldStep(rows.log_probs[:, point.column], mean)
 
     def passes(self, num_kept: float) -> Passes:
-        return Passes(num_kept, num_kept * bool(self.beta), num_kept * self.replays)
+        before = num_kept * (self.replays + bool(self.reward_kl))
+        return Passes(num_kept, num_kept * bool(self.beta), before)
 
     def gate_limits(self) -> dict[str, float]:
         if self.replays:

@@ -7,6 +7,7 @@ from torch import Tensor
 from flow_grpo import sde
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Statistic
+from flow_grpo.objectives.norms import NORM_RATIO, squared
 from flow_grpo.records import Point, Rollout
 from flow_grpo.sampling import Schedule, replay
 
@@ -35,6 +36,12 @@ KEYS = {
         choices=("none", "std", "slope"),
     ),
     "train.beta": Key(0.0, "KL coefficient", least=0, most=10**6),
+    "train.reward_kl": Key(
+        0.0,
+        "taken from each image's reward: times its trained steps' mean KL to the reference",
+        least=0,
+        most=10**6,
+    ),
     "train.kl_mode": Key("kl_dt", choices=("kl_dt", "kl_true", "x", "v")),
 }
 STATISTICS = {
@@ -45,6 +52,7 @@ STATISTICS = {
     "approx_kl": Statistic("Approximate KL", "mean of (log-ratio)² / 2"),
     "kl": Statistic("KL to the reference", "in the unit of train.kl_mode"),
     "policy_loss": Statistic("Policy loss", "the clipped surrogate, without the KL"),
+    **NORM_RATIO,
 }
 
 
@@ -105,10 +113,10 @@ def kl(
     of `velocity`, which alone has a gradient.
     """
     if mode == "v":
-        return ((velocity - reference) ** 2).flatten(1).mean(1)
+        return squared(velocity - reference)
     mean = replay(schedule, rows, point.column, reference).mean
     if mode == "x":
-        return ((step.mean - mean) ** 2).flatten(1).mean(1)
+        return squared(step.mean - mean)
     divergence = sde.mean_kl(step.mean, mean, step.std)
     if mode == "kl_dt" and sde.KERNELS[schedule.kind].has_variance:
         divergence = divergence * (point.sigma - schedule.sigmas[rows.next_steps[:, point.column]])
