@@ -16,8 +16,8 @@ DEFECTS = [
         "mean-of-means",
         "each micro-batch divided by its own rows",
         LOOP,
-        "(loss.value * weights).sum() / total",
-        "(loss.value * weights).mean() / len(micros) / len(micro.points)",
+        "micro, k, statistics) / total",
+        "micro, k, statistics) / len(velocity) / len(micros) / len(micro.points)",
         "test_accumulation.py::test_the_update_is_the_weighted_mean_of_unequal_micro_batches",
     ),
     Defect(
