@@ -87,9 +87,9 @@ RUNS: dict[str, dict] = {  # by name: the keys that differ
     "awm": IMAGES | LEVELS | {"objective": "awm"},
     "vgrpo": IMAGES | LEVELS | {"objective": "vgrpo"},
     "epg": IMAGES | LEVELS | {"objective": "epg"},
-    "ram": IMAGES | LEVELS | {"objective": "ram", "forward.kl_beta": 0.0},
+    "ram": IMAGES | LEVELS | {"objective": "ram", "ram.scale": 10.0, "forward.kl_beta": 0.0},
     "crd": IMAGES | LEVELS | {"objective": "crd"},
-    "dgpo": IMAGES | LEVELS | {"objective": "dgpo"},
+    "dgpo": IMAGES | LEVELS | {"objective": "dgpo", "dgpo.beta": 10.0},
 }
 
 
