@@ -27,12 +27,13 @@ ENGINES = {  # ranks, environment, precision
     "zero3-fp16": (2, zero(3), "fp16"),
 }
 CUTS_WEIGHTS = ("fsdp2", "fsdp2-bf16", "zero3", "zero3-bf16", "zero3-fp16")
+SLOW = {"zero1", "zero2-bf16", *CUTS_WEIGHTS[1:]}
 FP32 = [name for name, (*_, precision) in ENGINES.items() if precision == "no"]
 
 
 def params(names) -> list:
     slow = pytest.mark.slow
-    return [pytest.param(n, marks=slow) if n in CUTS_WEIGHTS[1:] else n for n in names]
+    return [pytest.param(n, marks=slow) if n in SLOW else n for n in names]
 
 
 on_every_engine = pytest.mark.parametrize("name", params(ENGINES))

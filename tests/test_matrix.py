@@ -14,7 +14,7 @@ OTHERS = [  # beyond SD3, a cover of model x objective x what trains
 ]
 
 QUICK = {"shared_prefix", "per_step", "tree", "dropped"}  # the others are slow
-LIKE_OTHERS = {"awm", "epg", "ram"}  # and so are these
+LIKE_OTHERS = {"awm", "epg", "ram", "vgrpo", "dgpo"}  # and so are these
 
 
 @pytest.fixture(scope="module")
