@@ -6,4 +6,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" dev
 export HF_HUB_OFFLINE=1
 threads="$(python -c 'import os; print(os.cpu_count())')" # accelerate's own choice is 1
 exec accelerate launch --config_file scripts/accelerate_configs/single.yaml \
-    --num_cpu_threads_per_process "$threads" scripts/train_sd3.py --config config/testbed.py:shapes_sd3 "$@"
+    --num_cpu_threads_per_process "$threads" scripts/train_sd3.py --config config/testbed.py:shapes_sd3_quick "$@"

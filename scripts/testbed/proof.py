@@ -137,7 +137,8 @@ def plot(path: Path, curves: list[dict], changes: list[dict]) -> None:
     last = max(row["epoch"] for row in curves)
     ends = [row["after"] for row in changes if row["kind"] == "supervised"]
     label = "pretraining continued for the same CPU time"
-    axes.plot([last] * len(ends), ends, "D", color=COLORS["supervised"], label=label)
+    if ends:
+        axes.plot([last] * len(ends), ends, "D", color=COLORS["supervised"], label=label)
     axes.set(xlabel="epoch", ylabel="strict accuracy on 400 test rows", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower left")

@@ -1,6 +1,6 @@
 """Lay some prompts of a run out, each before (above) and after (below) training, with a score.
 
-    python scripts/testbed/strip.py logs/NAME --out docs/results/testbed_strip.png
+    python scripts/testbed/strip.py logs/NAME --out docs/results/quick_strip.png
 
 The prompts are spread evenly over those of the evaluation's sheets; none is chosen.
 """
