@@ -148,3 +148,21 @@ def test_a_reward_is_less_by_its_paths_distance_from_the_reference(arguments):
     plain = running.prepare(arguments(**keys))
     (unshaped,) = epochs(plain, 1)
     assert torch.equal(at_start.advantages, unshaped.advantages)
+
+
+TREE = {"sample__branching": "tree"}  # of two depths
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [
+        ({"train__tree_depths": 1}, "train.tree_depths=0"),
+        (TREE | {"train__tree_depths": 3}, "train.tree_depths=0"),
+        (TREE | {"train__tree_depths": 1, "objective": "nft"}, "train.tree_depths=0"),
+        (TREE | {"train__reward_kl": 0.1}, "config.train.beta"),
+    ],
+)
+def test_depths_and_paths_that_are_not_there_are_refused(files, keys, remedy):
+    with pytest.raises(ValueError, match=remedy):
+        running.prepare(running.arguments(files, **keys))
+    running.prepare(running.arguments(files, **TREE, train__tree_depths=2))

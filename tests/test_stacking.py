@@ -1,7 +1,9 @@
 """Several trained steps or noise levels of a micro-batch in one forward and one backward."""
 
+import matrix
 import pytest
 import running
+import tiny
 import torch
 
 from flow_grpo.diffusers_patch.sd3 import SD3
@@ -49,3 +51,22 @@ def test_stacked_points_give_the_same_update_in_fewer_calls(files, monkeypatch, 
 def test_what_was_sampled_one_step_at_a_time_is_not_scored_in_stacks(files):
     with pytest.raises(ValueError, match="config.train.old_log_prob=replay"):
         running.prepare(running.arguments(files, train__stacked_points=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["flux", "qwenimage", "flux2_klein", "zimage", "wan"])
+def test_every_family_s_conditioning_stands_beside_its_rows(tmp_path, model):
+    folder = running.make_files(tmp_path)
+    tiny.save(model, folder / model)
+    keys = matrix.overrides("nft", True, "window", "sde") | {"nft__num_times": 2, "num_epochs": 1}
+    keys |= {"pretrained__model": folder / model, "sample__num_image_per_prompt": 2}
+    keys |= {"num_frames": 5} if model == "wan" else {}
+    norms = []
+    for stacked in (1, 2):
+        line = running.arguments(
+            folder, run_name=f"{stacked}", train__stacked_points=stacked, **keys
+        )
+        run = running.train(line, tiny.MODELS[model][0])
+        rows = running.metrics(run.folder)
+        norms.append([row["grad_norm"] for row in rows if row["kind"] == "update"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)

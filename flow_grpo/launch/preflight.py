@@ -127,13 +127,14 @@ def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
             f"config.train.drop_equal_groups=True, or config.sample.max_refills=0."
         )
     depths, most = config.train.tree_depths, 0
-    if config.sample.branching == "tree":
+    if config.sample.branching == "tree" and find(config.objective).keeps:
         most = windows.trained_steps(config.sample, [0], config.seed, 0).shape[1]
     if depths > most:
         raise ValueError(
             f"config.train.tree_depths={depths} with config.sample.branching="
-            f"{config.sample.branching!r} has {most} depth(s) to choose from. Set config.train."
-            f"tree_depths=0, or config.sample.branching=tree with more trained steps."
+            f"{config.sample.branching!r} and config.objective={config.objective!r}, which train "
+            f"the steps of {most} depth(s). Set config.train.tree_depths=0, or train a policy "
+            f"gradient with config.sample.branching=tree and more trained steps."
         )
     for key in (key for key, is_on in mixes.items() if is_on and sizes > 1):
         raise ValueError(

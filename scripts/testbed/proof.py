@@ -1,4 +1,4 @@
-"""Prove the testbed: several seeds of the quickstart's run, of its control, and more pretraining.
+"""Prove the testbed: several seeds of a run, of its control, and more pretraining.
 
     python scripts/testbed/proof.py --out logs/proof --seeds 0 1 2 --jobs 2
 
