@@ -9,18 +9,21 @@ name's jobs have as many. Of each there are three:
 
 run      as it is
 control  the same with each epoch's advantages, or scores, dealt to random rows
-flipped  the reward's weight is -1: what raises it must then lower it
+flipped  the reward's weight is -1: what raises it must then lower it; a quarter as long
 
-Then the rows of --split are drawn with every result and with the base, from the same noise.
-Writes objectives.csv, objectives.png and objectives.md to --out. A finished job is not repeated.
+Then the rows of --split are drawn with every result and with the base, from the same noise; of a
+run that gains, also with its checkpoints at a quarter, half and three quarters of the epochs.
+Writes objectives.csv, objectives.png and objectives.md to --out after each job, with what there
+is so far. A finished job is not repeated. Checkpoints are deleted as soon as they are scored.
 """
 
 import argparse
 import csv
 import json
 import platform
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import matplotlib
@@ -35,6 +38,7 @@ from flow_grpo.report.output import read_metrics
 
 CONFIG = "config/testbed.py:shapes_sd3_grpo"
 KINDS = ("run", "control", "flipped")
+GAIN = 0.1  # of strict accuracy; how many images it takes is told
 # Chosen on dev (docs/log.md): one optimizer step an epoch, which is steadier.
 RATIO = {"train.gradient_accumulation_steps": 4, "train.learning_rate": 5e-4}
 IMAGES = {"sample.noise_level": 0.0, "train.learning_rate": 1.5e-4, "train.ema_decay": 0.95}
@@ -96,7 +100,7 @@ RUNS: dict[str, dict] = {  # by name: the keys that differ
 def command(out: Path, name: str, kind: str, seed: int, num_epochs: int, more: list[str]) -> list:
     """Return the command that trains a job for so many epochs."""
     keys = {"logdir": out, "run_name": folder_name(name, kind, seed), "seed": seed}
-    keys |= {"num_epochs": num_epochs, "save_freq": 10_000, "eval_freq": 10_000}
+    keys |= {"num_epochs": num_epochs, "save_freq": max(1, num_epochs // 4), "eval_freq": 10_000}
     keys |= {"eval_max_samples": 1, "eval_split": "dev", "resume_from": "auto"} | RUNS[name]
     keys |= {"train.shuffle_advantages": True} if kind == "control" else {}
     keys |= {"reward_fn": {"shapes": -1.0}} if kind == "flipped" else {}
@@ -104,19 +108,25 @@ def command(out: Path, name: str, kind: str, seed: int, num_epochs: int, more: l
     return [sys.executable, str(ROOT / "scripts/train_sd3.py"), "--config", CONFIG, *given, *more]
 
 
+def turn(job: tuple[str, str, int]) -> int:
+    """Return a job's place: objectives first, other rollouts of Flow-GRPO next, their doubles last."""
+    name, kind, _ = job
+    return 0 if "objective" in RUNS[name] or name == "window" else 1 if kind == "run" else 2
+
+
 def folder_name(name: str, kind: str, seed: int) -> str:
     return f"{name.replace(' ', '-')}-{kind}-{seed}"
 
 
 def epochs_of(out: Path, name: str, seconds: float, more: list[str]) -> int:
-    """Return how many epochs of a run take so many CPU seconds; measured once, by two of them."""
+    """Return how many epochs of a run take so many CPU seconds; measured once, by two runs."""
     note = out / f"{name.replace(' ', '-')}.json"
     if not note.exists():
         few, many = (
-            execute(command(out / f"{n}", name, "run", 99, n, more), out / "epochs.log")
-            for n in (2, 8)
+            execute(command(out / f"{n}", name, "run", 99, n, more), out / f"epochs-{n}.log")
+            for n in (1, 5)
         )
-        per_epoch = (many["cpu_seconds"] - few["cpu_seconds"]) / 6
+        per_epoch = (many["cpu_seconds"] - few["cpu_seconds"]) / 4
         note.write_text(json.dumps({"per_epoch": per_epoch}))
     return max(2, round(seconds / json.loads(note.read_text())["per_epoch"]))
 
@@ -131,34 +141,53 @@ def train(out: Path, name: str, kind: str, seed: int, num_epochs: int, more: lis
     return json.loads(note.read_text())
 
 
-def scores(out: Path, split: str, job: str, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Return the strict score of each row of a split, by a job's result or "base"; its prompts."""
-    folder = out / split / (job if job != "base" else f"base-{seed}")
+def scores(folder: Path, split: str, seed: int, checkpoint: Path | None) -> list[dict[str, str]]:
+    """Return the rows of scores.csv of a split drawn with a checkpoint, or with the base."""
     if not (folder / "scores.csv").exists():
         order = [sys.executable, str(ROOT / "scripts/evaluate.py"), "--config", CONFIG]
         order += [f"--config.seed={seed}", f"--config.eval_split={split}", "--out", str(folder)]
-        if job != "base":
-            checkpoints = (out / job / "checkpoints").iterdir()
-            last = max(checkpoints, key=lambda path: int(path.name.split("-")[-1]))
-            order += ["--checkpoint", str(last)]
+        order += ["--checkpoint", str(checkpoint)] if checkpoint else []
         folder.mkdir(parents=True, exist_ok=True)
-        execute(order, out / f"{split}-{job}.log")
+        execute(order, folder.with_suffix(".log"))
     with (folder / "scores.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return np.array([float(row["shapes_strict"]) for row in rows]), [r["prompt"] for r in rows]
+        return list(csv.DictReader(file))
+
+
+def strict(rows: list[dict[str, str]]) -> np.ndarray:
+    return np.array([float(row["shapes_strict"]) for row in rows])
 
 
 def row_of(out: Path, split: str, name: str, kind: str, seed: int, spent: dict) -> dict:
-    """Compare a job's result with the base, row by row on the same noise."""
+    """Compare a job's result with the base, row by row on the same noise; kept in a file."""
     job = folder_name(name, kind, seed)
-    (before, prompts), (after, _) = (scores(out, split, each, seed) for each in ("base", job))
-    low, high = paired_interval(before, after, prompts)
-    rewards = [row["reward/avg"] for row in read_metrics(out / job, "epoch")]
-    found = {"before": before.mean(), "after": after.mean(), "change": (after - before).mean()}
+    note = out / split / f"{job}.json"
+    if note.exists():
+        return json.loads(note.read_text())
+    base = scores(out / split / f"base-{seed}", split, seed, None)
+    before, prompts = strict(base), [row["prompt"] for row in base]
+    checkpoints = list((out / job / "checkpoints").iterdir())
+    saved = {int(path.name.removeprefix("checkpoint-")): path for path in checkpoints}
+
+    def after(step: int) -> np.ndarray:
+        folder = out / split / f"{job}-{step}"
+        return strict(scores(folder, split, seed, saved[step]))
+
+    last = after(max(saved))
+    low, high = paired_interval(before, last, prompts)
+    epochs = read_metrics(out / job, "epoch")
+    rewards = [row["reward/avg"] for row in epochs]
+    found = {"before": before.mean(), "after": last.mean(), "change": (last - before).mean()}
     found |= {"change_low": low, "change_high": high, "cpu_seconds": spent["cpu_seconds"]}
     found |= {"reward_first": np.mean(rewards[:5]), "reward_last": np.mean(rewards[-5:])}
-    rounded = {key: round(float(value), 4) for key, value in found.items()}
-    return {"name": name, "kind": kind, "seed": seed, "epochs": spent["epochs"]} | rounded
+    found = {key: round(float(value), 4) for key, value in found.items()}
+    row = {"name": name, "kind": kind, "seed": seed, "epochs": spent["epochs"]} | found
+    row["images_to_gain"] = None
+    if kind == "run" and row["change"] >= GAIN:
+        first = next(step for step in sorted(saved) if (after(step) - before).mean() >= GAIN)
+        row["images_to_gain"] = int(sum(e["images"] for e in epochs if e["step"] <= first))
+    note.write_text(json.dumps(row))
+    shutil.rmtree(out / job / "checkpoints")
+    return row
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -178,11 +207,19 @@ def table(rows: list[dict]) -> list[str]:
         runs = [row["change"] for row in of[name] if row["kind"] == "run"]
         return float(np.mean(runs)) if runs else -np.inf
 
-    lines = ["| | epochs | CPU s | run | control | flipped |", "|---|---|---|---|---|---|"]
+    def images(name: str) -> str:
+        runs = [row for row in of[name] if row["kind"] == "run"]
+        return ", ".join(str(row["images_to_gain"] or "-") for row in runs)
+
+    lines = [
+        f"| | epochs | CPU s | run | control | flipped | images to {100 * GAIN:+.0f} |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name in sorted(of, key=gain, reverse=True):
-        spent = np.mean([row["cpu_seconds"] for row in of[name]])
-        cells = [f"`{name}`", of[name][0]["epochs"], f"{spent:.0f}"]
-        cells += [points(name, kind) for kind in KINDS]
+        whole = [row for row in of[name] if row["kind"] != "flipped"] or of[name]
+        spent = np.mean([row["cpu_seconds"] for row in whole])
+        cells = [f"`{name}`", whole[0]["epochs"], f"{spent:.0f}"]
+        cells += [*(points(name, kind) for kind in KINDS), images(name)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -222,26 +259,36 @@ def main() -> None:
     args, more = parser.parse_known_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    epochs = {name: epochs_of(out, name, args.seconds, more) for name in args.only}
-    jobs = [(n, kind, seed) for seed in args.seeds for kind in args.kinds for n in args.only]
-    rows = []
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(jobs), desc="jobs") as bar:
-
-        def whole(job: tuple[str, str, int]) -> dict:
-            name, kind, seed = job
-            spent = train(out, name, kind, seed, epochs[name], more)
-            found = row_of(out, args.split, name, kind, seed, spent)
-            bar.update()
-            return found
-
-        for row in pool.map(whole, jobs):
-            rows.append(row)
-            write_rows(out / "objectives.csv", rows)
-    plot(out / "objectives.png", rows)
     machine = f"Python {platform.python_version()}, torch {torch.__version__}"
-    said = [*table(rows), "", f"{args.split} rows; seeds {args.seeds}; {machine}."]
-    (out / "objectives.md").write_text("\n".join(said) + "\n")
-    print("\n".join(said))
+    jobs = [(n, kind, seed) for seed in args.seeds for kind in args.kinds for n in args.only]
+    jobs.sort(key=turn)
+    rows = {}
+    with ThreadPoolExecutor(args.jobs) as pool:
+
+        def measure(name: str) -> int:
+            return epochs_of(out, name, args.seconds, more)
+
+        found = tqdm(pool.map(measure, args.only), "epochs", len(args.only))
+        epochs = dict(zip(args.only, found, strict=True))
+
+        for seed in args.seeds:
+            scores(out / args.split / f"base-{seed}", args.split, seed, None)
+
+        def whole(job: tuple[str, str, int]) -> None:
+            num_epochs = epochs[job[0]] if job[1] != "flipped" else max(2, epochs[job[0]] // 4)
+            spent = train(out, *job, num_epochs, more)
+            rows[job] = row_of(out, args.split, *job, spent)
+
+        for done in tqdm(
+            as_completed([pool.submit(whole, job) for job in jobs]), "jobs", len(jobs)
+        ):
+            done.result()
+            so_far = [rows[job] for job in sorted(rows, key=jobs.index)]
+            write_rows(out / "objectives.csv", so_far)
+            plot(out / "objectives.png", so_far)
+            said = [*table(so_far), "", f"{args.split} rows; seeds {args.seeds}; {machine}."]
+            (out / "objectives.md").write_text("\n".join(said) + "\n")
+    print((out / "objectives.md").read_text())
 
 
 if __name__ == "__main__":
