@@ -109,7 +109,7 @@ def command(out: Path, name: str, kind: str, seed: int, num_epochs: int, more: l
 
 
 def turn(job: tuple[str, str, int]) -> int:
-    """Return a job's place: objectives first, other rollouts of Flow-GRPO next, their doubles last."""
+    """Return a job's place: objectives, then other rollouts of Flow-GRPO, then their doubles."""
     name, kind, _ = job
     return 0 if "objective" in RUNS[name] or name == "window" else 1 if kind == "run" else 2
 
