@@ -228,6 +228,14 @@ COMMON = {
     ),
     "train.num_inner_epochs": Key(1, "passes over an epoch's images", least=1, most=1000),
     "train.cfg": Key(True, "the trained velocity is guided as the rollout's; False: unguided"),
+    "train.reference_guidance": Key(
+        None,
+        "guidance of the velocity that a KL or a loss compares with, the reference's; None: the "
+        "trained one's",
+        of=float,
+        least=0,
+        most=100,
+    ),
     "train.adv_clip_max": Key(5.0, "of an advantage, either way", above=0, most=1000),
     "train.ema": Key(False),
     "train.ema_decay": Key(0.9, least=0, most=1),

@@ -90,6 +90,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "train.max_grad_norm",
     "overflow.py::test_updates_that_stay_non_finite_stop_the_run": "train.max_nonfinite_updates",
     "guidance.py::test_a_run_trains_the_guidance_of_its_model": "train.cfg",
+    "guidance.py::test_the_reference_may_be_guided_where_neither_images_nor_policy_are": ""
+    "train.reference_guidance",
     "state.py::test_the_ema_follows_every_update_by_its_schedule": "train.ema_update_every",
     "toy.py::test_the_reward_stays_where_advantages_are_dealt_at_random": ""
     "train.shuffle_advantages",
@@ -161,6 +163,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "forward.py::"
     "test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy_with_epochs": ""
     "forward.decay forward.reset_every",
+    "forward.py::test_the_reference_becomes_the_policy_where_it_is_too_far": "forward.reset_kl",
     "forward.py::test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs": ""
     "forward.norm_beta",
     "forward.py::"

@@ -77,7 +77,8 @@ def build(
         folder=claim.folder,
         evaluator=_evaluator(config, engine, engine.model, pipeline, size),
         schedule=schedule,
-        guidance=guidances(config)[0],
+        guidance=guidances(config).training,
+        reference_guidance=guidances(config).reference,
         objective=objective,
         engine=engine,
         updater=Updater(engine, config.train, total_updates),
@@ -124,7 +125,7 @@ def _evaluator(
         model=model,
         size=size,
         schedule=Schedule(sigmas, pad_to=config.max_sequence_length),
-        guidance=guidances(config)[1],
+        guidance=guidances(config).evaluation,
         conditioner=encoders.conditioner(config, pipeline),
         scorer=Scorer.of(config, str(engine.ranks.device)),
         stop=Stop(engine.ranks),
@@ -146,7 +147,7 @@ def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Promp
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     family.check_prompts(prompts)
     family.check_num_frames(config.num_frames)
-    for guidance in guidances(config):
+    for guidance in filter(None, guidances(config)):
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
     return _start(config)

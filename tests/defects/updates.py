@@ -125,8 +125,8 @@ DEFECTS = [
         "skipped-update-is-counted",
         "fp16's skipped steps moved the average, too",
         LOOP,
-        "    if run.updater.finish(mean, norm):\n        run.move_snapshots()\n",
-        "    run.updater.finish(mean, norm)\n    if True:\n        run.move_snapshots()\n",
+        "    if run.updater.finish(mean, norm):\n",
+        "    run.updater.finish(mean, norm)\n    if True:\n",
         "test_overflow.py::test_an_fp16_overflow_is_no_update_and_lowers_the_scale",
     ),
     Defect(
@@ -134,7 +134,7 @@ DEFECTS = [
         "its decay then depends on the accumulation",
         LOOP,
         "            loss_sum += share.detach()\n",
-        "            loss_sum += share.detach()\n            run.move_snapshots()\n",
+        "            loss_sum += share.detach()\n            run.move_snapshots({})\n",
         "test_accumulation.py::test_the_average_follows_every_second_update",
     ),
     Defect(
