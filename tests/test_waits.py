@@ -35,8 +35,6 @@ def test_denoising_reads_nothing_from_the_device(name):
         segment = whole(steps, NUM_STEPS)
         done = denoise(model, model.transformer, batch, there, DRAW, segment, keep=KEPT)
         assert done.rollout.final.device == done.rollout.log_probs.device == META
-    with pytest.raises(RuntimeError, match="meta tensors"):
-        done.rollout.final.sum().item()
 
 
 class Scale(nn.Module):

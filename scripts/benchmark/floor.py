@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python scripts/benchmark/floor.py --config config/testbed.py:shapes_sd3
 
-An epoch is run once to note every call of the transformer and of the VAE's decoder: arguments,
-order, whether a gradient was asked for. Then epochs and floors take turns. A floor calls the bare
+An epoch is run once to note every call of the transformer and of the VAE's parts: arguments, order,
+whether a gradient was asked for. Then epochs and floors take turns. A floor calls the bare
 modules again, each with a backward of its output's mean where there was a gradient, and steps
 AdamW as often as the run did; nothing else. What a run adds to that is noise, log-probs, losses,
 copies of weights, checks. Prints CPU seconds (on a GPU: seconds) of both and their ratio.
@@ -48,23 +48,33 @@ def held(value):
 
 @contextlib.contextmanager
 def noted(run: Run) -> Iterator[list[Call]]:
-    """Note the calls that are made meanwhile."""
+    """Note the calls of modules that no other one calls, and the optimizer's steps, meanwhile."""
     calls: list[Call] = []
+    inside = False
+    call_module, step = nn.Module.__call__, run.engine.step
 
-    def note(module: nn.Module, args: tuple, keywords: dict) -> None:
+    def call(module: nn.Module, *args, **keywords):
+        nonlocal inside
+        if inside:
+            return call_module(module, *args, **keywords)
         kept = {name: held(value) for name, value in keywords.items()}
         calls.append(Call(module, tuple(map(held, args)), kept, torch.is_grad_enabled()))
+        inside = True
+        try:
+            return call_module(module, *args, **keywords)
+        finally:
+            inside = False
 
-    honest = run.engine.step
-    run.engine.step = lambda norm: (calls.append(Call(None)), honest(norm))[-1]
-    modules = run.pipeline.transformer, run.pipeline.pipe.vae.decoder
-    hooks = [each.register_forward_pre_hook(note, with_kwargs=True) for each in modules]
+    def note_step(norm: float) -> None:
+        calls.append(Call(None))
+        step(norm)
+
+    nn.Module.__call__, run.engine.step = call, note_step
     try:
         yield calls
     finally:
+        nn.Module.__call__ = call_module
         del run.engine.step
-        for hook in hooks:
-            hook.remove()
 
 
 def replay(calls: list[Call], optimizer: torch.optim.Optimizer) -> None:
