@@ -105,3 +105,16 @@ def test_the_page_says_which_signs_a_run_shows():
     alarm, alike, colours, norm = facts.signs(replace(calm, **rows))
     assert "step 8" in alarm and "0.60 times" in alike and "2.00 times" in colours
     assert "1.12 times the reference's" in norm
+
+
+@pytest.mark.slow
+def test_the_run_that_is_hacked_on_purpose_is_caught(tmp_path, capsys):
+    argv = ["train", "--config=config/testbed.py:shapes_sd3_hacked", f"--config.logdir={tmp_path}"]
+    run = running.train(argv)
+    evaluations = read_metrics(run.folder, "eval")
+    reward = [row["avg"] for row in evaluations]
+    assert reward == sorted(reward)
+    assert any(row["hacking_alarm"] for row in evaluations)
+    assert "warning: reward hacking" in capsys.readouterr().out
+    alarm, *others = facts.signs(recorded.load(run.folder))
+    assert "Held-out rewards fell" in alarm and any("colourful" in each for each in others)
