@@ -1,5 +1,6 @@
 """The models: a stock pipeline's class name, as in model_index.json, and the family it is of."""
 
+from flow_grpo.diffusers_patch.bagel.bagel import Bagel
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.diffusers_patch.flux2_klein import Flux2Klein
@@ -11,6 +12,7 @@ from flow_grpo.diffusers_patch.wan import Wan
 from flow_grpo.diffusers_patch.zimage import ZImage
 
 FAMILIES: dict[str, type[PatchedPipeline]] = {
+    "BagelPipeline": Bagel,
     "Flux2KleinPipeline": Flux2Klein,
     "FluxKontextPipeline": FluxKontext,
     "FluxPipeline": Flux,
@@ -21,3 +23,4 @@ FAMILIES: dict[str, type[PatchedPipeline]] = {
     "WanPipeline": Wan,
     "ZImagePipeline": ZImage,
 }
+INDEX_FILES = {family.index_file: family for family in FAMILIES.values()}

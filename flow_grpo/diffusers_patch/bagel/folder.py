@@ -1,0 +1,194 @@
+"""The released folder: one file of the transformer, one of FLUX.1's VAE, no model_index.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Qwen2Tokenizer
+
+from flow_grpo.diffusers_patch.bagel.transformer import GENERATION, BagelTransformer
+from flow_grpo.diffusers_patch.disk import files
+from flow_grpo.inputs import json_object
+
+CONFIG, WEIGHTS, VAE = "llm_config.json", "ema.safetensors", "ae.safetensors"
+FILES = (CONFIG, WEIGHTS, VAE)
+TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
+SIZES = (  # of CONFIG. Norms of queries and keys, and untied embeddings, the authors' code adds.
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "rms_norm_eps", "rope_theta"),
+)
+TABLE, PATCH = "latent_pos_embed.pos_embed", "vae2llm.weight"  # whose shapes tell the rest
+TEXT_ONLY = ("language_model.lm_head.weight", "language_model.model.norm.weight")
+RELEASED_VAE = (  # what diffusers' names of its weights are in the file
+    (r"decoder\.up_blocks\.(\d)\.resnets", lambda m: f"decoder.up.{3 - int(m[1])}.block"),
+    (r"decoder\.up_blocks\.(\d)\.upsamplers\.0", lambda m: f"decoder.up.{3 - int(m[1])}.upsample"),
+    (r"encoder\.down_blocks\.(\d)\.resnets", r"encoder.down.\1.block"),
+    (r"encoder\.down_blocks\.(\d)\.downsamplers\.0", r"encoder.down.\1.downsample"),
+    (r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{1 + int(m[1])}"),
+    (r"mid_block\.attentions\.0\.group_norm", "mid.attn_1.norm"),
+    (r"mid_block\.attentions\.0\.to_([qkv])", r"mid.attn_1.\1"),
+    (r"mid_block\.attentions\.0\.to_out\.0", "mid.attn_1.proj_out"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+)
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def find(path: str, revision: str = "main") -> Path:
+    """Return the folder of a path or a hub id, downloaded if need be. Raises OSError."""
+    if Path(path).is_dir():
+        return Path(path)
+    wanted = [*FILES, *TOKENIZER]
+    return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
+
+
+def sizes(folder: Path) -> dict[str, float]:
+    """Return a BagelTransformer's arguments, but for the marks. Raises ValueError naming a file."""
+    stated, shapes = json_object(folder / CONFIG), _shapes(folder / WEIGHTS)
+    try:
+        found = {key: stated[key] for key in SIZES}
+        side, patch = math.isqrt(shapes[TABLE][0]), shapes[PATCH][1]
+    except KeyError as error:
+        file = CONFIG if error.args[0] in SIZES else WEIGHTS
+        raise ValueError(f"{folder / file} has no {error.args[0]}. Fetch it again.") from None
+    return found | {"max_latent_size": side, "patch_dim": patch}
+
+
+def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    return Qwen2Tokenizer.from_pretrained(folder)
+
+
+def mark_ids(tokenizer: Qwen2Tokenizer, kind: str) -> list[int]:
+    """Return the ids of <|kind_start|> and <|kind_end|>. Raises ValueError if they are unknown."""
+    marks = [f"<|{kind}_{end}|>" for end in ("start", "end")]
+    known = tokenizer.get_vocab()
+    if missing := [mark for mark in marks if mark not in known]:
+        raise ValueError(f"the tokenizer has no {missing[0]}. Fetch its files again.")
+    return [known[mark] for mark in marks]
+
+
+def read_transformer(
+    folder: Path,
+    tokenizer: Qwen2Tokenizer,
+    dtype: torch.dtype,
+    trained_dtype: torch.dtype,
+    device: str = "cpu",
+) -> BagelTransformer:
+    """Read what draws of the weights. trained_dtype: of the generation expert's.
+
+    Raises ValueError where a weight is missing or has another shape.
+    """
+    start, end = mark_ids(tokenizer, "vision")
+    with torch.device("meta"):
+        model = BagelTransformer(**sizes(folder), start_of_image=start, end_of_image=end)
+    state, file = model.state_dict(), folder / WEIGHTS
+    shapes = _shapes(file)
+    for name, empty in state.items():
+        if shapes.get(name) != list(empty.shape):
+            raise ValueError(
+                f"{file}: {name} is of shape {shapes.get(name)}, not {list(empty.shape)} as "
+                f"{CONFIG} says. A folder whose files belong together is needed."
+            )
+    with safe_open(file, "pt") as held:
+        for name in state:
+            kind = trained_dtype if GENERATION in name else dtype
+            # Copied: what lies in the file's map is not aligned, and rounds otherwise.
+            state[name] = held.get_tensor(name).to(device, kind, copy=True)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def read_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
+    """Read FLUX.1's VAE from its authors' file, whose shapes say how wide it is."""
+    held = load_file(folder / VAE)
+    first = "encoder.down.{}.block.{}.conv1.weight".format
+    widths = [len(held[first(i, 0)]) for i in range(4)]
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            sample_size=1024,
+            block_out_channels=widths,
+            layers_per_block=sum(first(0, j) in held for j in range(9)),
+            latent_channels=held["decoder.conv_in.weight"].shape[1],
+            norm_num_groups=min(32, widths[0]),
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+        )
+    state = {
+        name: held.pop(released_vae_name(name)).reshape(empty.shape).to(dtype, copy=True)
+        for name, empty in vae.state_dict().items()
+    }
+    assert not held, f"{folder / VAE} has {', '.join(held)} too"
+    vae.load_state_dict(state, assign=True)
+    return vae.eval()
+
+
+def released_vae_name(name: str) -> str:
+    """Return what a weight that diffusers calls so is called in the file."""
+    for pattern, replacement in RELEASED_VAE:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def write(
+    folder: Path, transformer: BagelTransformer, vae: AutoencoderKL, tokenizer: Qwen2Tokenizer
+) -> None:
+    """Write a folder that find() and the authors' text-to-image code read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stated = {key: transformer.config[key] for key in SIZES}
+    (folder / CONFIG).write_text(json.dumps(stated, indent=2) + "\n")
+    state = {name: value.contiguous() for name, value in transformer.state_dict().items()}
+    words = state["language_model.model.embed_tokens.weight"]
+    state |= {TEXT_ONLY[0]: torch.zeros_like(words), TEXT_ONLY[1]: torch.zeros_like(words[0])}
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    save_file(
+        {released_vae_name(name): _released(name, v) for name, v in vae.state_dict().items()},
+        folder / VAE,
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def _released(name: str, value: Tensor) -> Tensor:
+    """A projection of the VAE's attention is a convolution of 1 x 1 there."""
+    is_projection = ".attentions." in name and value.ndim == 2
+    return (value[:, :, None, None] if is_projection else value).contiguous()
+
+
+def export(base: Path, transformer: Path, out: Path) -> int:
+    """Copy the released file, its trained weights replaced; return how many these are.
+
+    base: a folder with WEIGHTS. transformer: a fine-tune's folder. Raises ValueError.
+    """
+    told, names = files.header(base / WEIGHTS), files.weights(transformer)[1]
+    shutil.copyfile(base / WEIGHTS, out)
+    replaced = 0
+    with out.open("r+b") as opened:
+        start = 8 + int.from_bytes(opened.read(8), "little")
+        for file in names:
+            with safe_open(transformer / file, "pt") as held:
+                for name in (name for name in held.keys() if GENERATION in name):
+                    value, place = held.get_tensor(name), told.get(name, {})
+                    if place.get("shape") != list(value.shape):
+                        raise ValueError(f"{transformer / file}: {name} is not {base}'s.")
+                    opened.seek(start + place["data_offsets"][0])
+                    value = value.to(DTYPES[place["dtype"]]).contiguous()
+                    opened.write(value.view(torch.uint8).numpy().tobytes())
+                    replaced += 1
+    return replaced
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    return {name: each["shape"] for name, each in files.header(file).items() if "shape" in each}
