@@ -6,8 +6,10 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
@@ -54,10 +56,10 @@ def find(path: str, revision: str = "main") -> Path:
 
 def sizes(folder: Path) -> dict[str, float]:
     """Return a BagelTransformer's arguments, but for the marks. Raises ValueError naming a file."""
-    stated, shapes = json_object(folder / CONFIG), _shapes(folder / WEIGHTS)
+    stated, told = json_object(folder / CONFIG), files.header(folder / WEIGHTS)
     try:
         found = {key: stated[key] for key in SIZES}
-        side, patch = math.isqrt(shapes[TABLE][0]), shapes[PATCH][1]
+        side, patch = math.isqrt(told[TABLE]["shape"][0]), told[PATCH]["shape"][1]
     except KeyError as error:
         file = CONFIG if error.args[0] in SIZES else WEIGHTS
         raise ValueError(f"{folder / file} has no {error.args[0]}. Fetch it again.") from None
@@ -92,18 +94,17 @@ def read_transformer(
     with torch.device("meta"):
         model = BagelTransformer(**sizes(folder), start_of_image=start, end_of_image=end)
     state, file = model.state_dict(), folder / WEIGHTS
-    shapes = _shapes(file)
+    told = files.header(file)
     for name, empty in state.items():
-        if shapes.get(name) != list(empty.shape):
+        place, shape = told.get(name, {}), list(empty.shape)
+        if place.get("shape") != shape or place.get("dtype") not in DTYPES:
             raise ValueError(
-                f"{file}: {name} is of shape {shapes.get(name)}, not {list(empty.shape)} as "
-                f"{CONFIG} says. A folder whose files belong together is needed."
+                f"{file} has as {name} {place or 'nothing'}, and floats of the shape {shape} are "
+                f"needed by {CONFIG}. Fetch both files again."
             )
-    with safe_open(file, "pt") as held:
-        for name in state:
-            kind = trained_dtype if GENERATION in name else dtype
-            # Copied: what lies in the file's map is not aligned, and rounds otherwise.
-            state[name] = held.get_tensor(name).to(device, kind, copy=True)
+    for name, value in _values(file, told, state):
+        kind = trained_dtype if GENERATION in name else dtype
+        state[name] = value.to(device, kind, copy=True)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -174,9 +175,8 @@ def export(base: Path, transformer: Path, out: Path) -> int:
     """
     told, names = files.header(base / WEIGHTS), files.weights(transformer)[1]
     shutil.copyfile(base / WEIGHTS, out)
-    replaced = 0
+    start, replaced = _start(out), 0
     with out.open("r+b") as opened:
-        start = 8 + int.from_bytes(opened.read(8), "little")
         for file in names:
             with safe_open(transformer / file, "pt") as held:
                 for name in (name for name in held.keys() if GENERATION in name):
@@ -190,5 +190,20 @@ def export(base: Path, transformer: Path, out: Path) -> int:
     return replaced
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    return {name: each["shape"] for name, each in files.header(file).items() if "shape" in each}
+def _values(file: Path, told: dict, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Give each weight as it lies in the file. told: its header.
+
+    Each by a map of its own: one of 27 GiB counts as so much memory asked for.
+    """
+    start = _start(file)
+    for name in list(names):
+        begin, end = told[name]["data_offsets"]
+        raw = np.memmap(file, np.uint8, "c", start + begin, (end - begin,))
+        value = torch.from_numpy(raw).view(DTYPES[told[name]["dtype"]])
+        yield name, value.view(told[name]["shape"])
+
+
+def _start(file: Path) -> int:
+    """Return where the weights begin in a .safetensors file."""
+    with file.open("rb") as opened:
+        return 8 + int.from_bytes(opened.read(8), "little")
