@@ -138,7 +138,9 @@ def collate(pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int) -> Condi
 def guidances(config: ml_collections.ConfigDict) -> tuple[Guidance, Guidance]:
     """Return how the images of training and those of evaluations are guided."""
     scale, eval_scale = config.sample.guidance_scale, config.sample.eval_guidance_scale
-    return Guidance(scale), Guidance(scale if eval_scale is None else eval_scale)
+    interval = tuple(config.sample.guidance_interval)
+    scales = scale, scale if eval_scale is None else eval_scale
+    return tuple(Guidance(each, interval) for each in scales)
 
 
 @lru_cache(maxsize=4096)

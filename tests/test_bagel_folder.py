@@ -13,6 +13,7 @@ import pytest
 import running
 import tiny
 import torch
+from diffusers import AutoencoderKL
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,8 @@ from flow_grpo.diffusers_patch.bagel import folder as disk
 from flow_grpo.diffusers_patch.bagel.bagel import Bagel
 from flow_grpo.diffusers_patch.bagel.pipeline import BagelPipeline
 from flow_grpo.launch import model_files, settings, weights
-from flow_grpo.parallel import choose, speed
+from flow_grpo.parallel import speed
+from flow_grpo.records import Guidance
 from scripts import export_bagel
 
 ATTENTION = (
@@ -99,6 +101,14 @@ def test_the_vae_s_names_are_those_of_diffusers_own_converter(folder):
     found = vae.state_dict()
     assert truth.keys() == found.keys()
     assert all(torch.equal(truth[name].reshape(v.shape), v) for name, v in found.items())
+
+
+def test_the_vae_has_the_released_number_of_weights_at_its_true_size():
+    with torch.device("meta"):
+        vae = AutoencoderKL(**disk.vae_config((128, 256, 512, 512), num_blocks=2, num_channels=16))
+    state = vae.state_dict()
+    assert len({disk.released_vae_name(name) for name in state}) == 244
+    assert sum(value.numel() for value in state.values()) == 83_819_683
 
 
 def test_only_the_expert_that_trains_is_in_fp32_for_a_full_fine_tune(folder):
@@ -231,17 +241,19 @@ def test_reference_pictures_are_refused_with_a_word_on_editing(folder, tmp_path)
         running.prepare(argv, Bagel)
 
 
-def test_an_engine_that_cuts_weights_is_refused(folder, tmp_path, monkeypatch):
-    honest = choose.start
+def test_the_interval_of_a_config_reaches_the_model(folder, tmp_path):
+    keys = {"sample__guidance_interval": (0.4, 0.9), "sample__eval_guidance_scale": 3.0}
+    argv = config_of(folder, tmp_path, sample__guidance_scale=4.0, **keys)
+    run = running.prepare(argv, Bagel)
+    assert run.guidance == Guidance(4.0, (0.4, 0.9))
+    assert run.evaluator.guidance == Guidance(3.0, (0.4, 0.9))
 
-    def start(*arguments):
-        engine = honest(*arguments)
-        engine.cuts_weights = True
-        return engine
 
-    monkeypatch.setattr(choose, "start", start)
-    with pytest.raises(ValueError, match="Bagel reads prompts by its transformer.*zero2.yaml"):
-        running.prepare(config_of(folder, tmp_path), Bagel)
+@pytest.mark.parametrize("interval", [(0.9, 0.4), (0.5,), (0.1, 0.2, 0.3)])
+def test_an_interval_that_is_none_is_refused(interval, folder, tmp_path):
+    argv = config_of(folder, tmp_path, sample__guidance_interval=interval)
+    with pytest.raises(ValueError, match="config.sample.guidance_interval.* two rising numbers"):
+        running.prepare(argv, Bagel)
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "ae.safetensors"])

@@ -227,7 +227,8 @@ class Weights:
         if guidance.interval != (0.0, 1.0) or guidance.rescale:
             raise ValueError(
                 f"{guidance}: {cls.__name__} guides at every sigma and rescales nothing. An "
-                f"interval of (0.0, 1.0) and a rescale of 0.0 are needed."
+                f"interval of (0.0, 1.0), as config.sample.guidance_interval is by default, and a "
+                f"rescale of 0.0 are needed."
             )
 
     @classmethod

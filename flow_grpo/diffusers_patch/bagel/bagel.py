@@ -139,9 +139,9 @@ class Bagel(PatchedPipeline):
 
     @classmethod
     def check_guidance(cls, guidance: Guidance) -> None:
-        low, high = guidance.interval
-        if not 0 <= low < high <= 1 or not 0 <= guidance.rescale <= 1:
+        ends = guidance.interval
+        if len(ends) != 2 or not 0 <= ends[0] < ends[1] <= 1 or not 0 <= guidance.rescale <= 1:
             raise ValueError(
-                f"{guidance}: an interval of two rising numbers within (0.0, 1.0), and as rescale "
-                f"the least factor, within 0.0 and 1.0, are needed."
+                f"{guidance}: the interval (config.sample.guidance_interval) must be two rising "
+                f"numbers from 0 to 1, as (0.4, 1.0), and the rescale, the least factor, in [0, 1]."
             )

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
@@ -111,23 +111,13 @@ def read_transformer(
 
 def read_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
     """Read FLUX.1's VAE from its authors' file, whose shapes say how wide it is."""
-    held = load_file(folder / VAE)
+    held = files.tensors(folder / VAE)
     first = "encoder.down.{}.block.{}.conv1.weight".format
     widths = [len(held[first(i, 0)]) for i in range(4)]
+    num_blocks = sum(first(0, j) in held for j in range(9))
+    num_channels = held["decoder.conv_in.weight"].shape[1]
     with torch.device("meta"):
-        vae = AutoencoderKL(
-            sample_size=1024,
-            block_out_channels=widths,
-            layers_per_block=sum(first(0, j) in held for j in range(9)),
-            latent_channels=held["decoder.conv_in.weight"].shape[1],
-            norm_num_groups=min(32, widths[0]),
-            down_block_types=["DownEncoderBlock2D"] * 4,
-            up_block_types=["UpDecoderBlock2D"] * 4,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            scaling_factor=0.3611,
-            shift_factor=0.1159,
-        )
+        vae = AutoencoderKL(**vae_config(widths, num_blocks, num_channels))
     state = {
         name: held.pop(released_vae_name(name)).reshape(empty.shape).to(dtype, copy=True)
         for name, empty in vae.state_dict().items()
@@ -135,6 +125,23 @@ def read_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
     assert not held, f"{folder / VAE} has {', '.join(held)} too"
     vae.load_state_dict(state, assign=True)
     return vae.eval()
+
+
+def vae_config(widths: Sequence[int], num_blocks: int, num_channels: int) -> dict:
+    """Return the VAE's config. num_blocks: of each level. num_channels: of latents."""
+    return {
+        "sample_size": 1024,
+        "block_out_channels": list(widths),
+        "layers_per_block": num_blocks,
+        "latent_channels": num_channels,
+        "norm_num_groups": min(32, widths[0]),
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    }
 
 
 def released_vae_name(name: str) -> str:
