@@ -280,6 +280,28 @@ def test_files_that_do_not_belong_together_are_named(folder, tmp_path):
         loaded(mixed)
 
 
+def test_a_vae_of_others_is_named(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    save_file({"decoder.x": torch.ones(1)}, other / "ae.safetensors")
+    with pytest.raises(ValueError, match="ae.safetensors is no VAE .*FLUX.1.*conv1"):
+        loaded(other)
+    held = load_file(folder / "ae.safetensors") | {"quant_conv.weight": torch.ones(1)}
+    save_file(held, other / "ae.safetensors")
+    with pytest.raises(ValueError, match="ae.safetensors has quant_conv.weight, which"):
+        loaded(other)
+
+
+def test_a_fine_tune_of_another_base_is_not_exported(folder, tmp_path):
+    model = loaded(folder)
+    state = model.transformer.state_dict()
+    model.save_transformer(state, tmp_path / "transformer")
+    del state["language_model.model.norm_moe_gen.weight"]
+    save_file(state, tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="is not trained from .*norm_moe_gen.weight differs"):
+        disk.export(folder, tmp_path / "transformer", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_released_folder_is_no_checkpoint(folder):
     with pytest.raises(ValueError, match="is a whole pipeline"):
         weights.find(str(folder))

@@ -23,4 +23,5 @@ FAMILIES: dict[str, type[PatchedPipeline]] = {
     "WanPipeline": Wan,
     "ZImagePipeline": ZImage,
 }
-INDEX_FILES = {family.index_file: family for family in FAMILIES.values()}
+# By which a folder is known, the usual one first, and a family that reads it.
+INDEX_FILES = {each.index_file: each for each in (PatchedPipeline, *FAMILIES.values())}

@@ -53,11 +53,12 @@ def to_download(config: ConfigDict) -> str:
         return ""
     revision = config.pretrained.revision
     chosen = "" if revision == "main" else f" --revision {revision}"
+    others = " or ".join(name for name in INDEX_FILES if name != "model_index.json")
     return (
         f"config.pretrained.model={repo!r} is not on this machine. To download it: "
         f'hf download {repo}{chosen} --include model_index.json --include "*/*" '
-        f'--exclude "text_encoders/*". If that is refused, the model is gated: accept its licence '
-        f"on https://huggingface.co/{repo}, then `hf auth login`."
+        f'--exclude "text_encoders/*", or all of one with {others}. If that is refused, the model '
+        f"is gated: accept its licence on https://huggingface.co/{repo}, then `hf auth login`."
     )
 
 

@@ -129,12 +129,15 @@ def zimage() -> DiffusionPipeline:
     )
 
 
-def bagel(num_layers: int = 28) -> DiffusionPipeline:
+def bagel(num_layers: int = 28, vocab_size: int = 152_064) -> DiffusionPipeline:
     """BAGEL-7B-MoT: 13.6 B parameters that draw, 28 layers of two experts."""
     tokenizer = qwen_tokenizer()
     start, end = mark_ids(tokenizer, "vision")
     transformer = BagelTransformer(
-        num_hidden_layers=num_layers, start_of_image=start, end_of_image=end
+        vocab_size=vocab_size,
+        num_hidden_layers=num_layers,
+        start_of_image=start,
+        end_of_image=end,
     )
     torch.nn.init.normal_(transformer.latent_pos_embed.pos_embed, std=0.5)  # zeros, as it is built
     return BagelPipeline(

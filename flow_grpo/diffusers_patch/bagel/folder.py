@@ -23,7 +23,6 @@ from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.inputs import json_object
 
 CONFIG, WEIGHTS, VAE = "llm_config.json", "ema.safetensors", "ae.safetensors"
-FILES = (CONFIG, WEIGHTS, VAE)
 TOKENIZER = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 SIZES = (  # of CONFIG. Norms of queries and keys, and untied embeddings, the authors' code adds.
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -50,7 +49,7 @@ def find(path: str, revision: str = "main") -> Path:
     """Return the folder of a path or a hub id, downloaded if need be. Raises OSError."""
     if Path(path).is_dir():
         return Path(path)
-    wanted = [*FILES, *TOKENIZER]
+    wanted = [CONFIG, WEIGHTS, VAE, *TOKENIZER]
     return Path(snapshot_download(path, revision=revision, allow_patterns=wanted))
 
 
@@ -59,6 +58,8 @@ def sizes(folder: Path) -> dict[str, float]:
     stated, told = json_object(folder / CONFIG), files.header(folder / WEIGHTS)
     try:
         found = {key: stated[key] for key in SIZES}
+        if odd := [key for key, value in found.items() if not isinstance(value, (int, float))]:
+            raise ValueError(f"{folder / CONFIG}: {odd[0]} is {found[odd[0]]!r:.60}, no number.")
         side, patch = math.isqrt(told[TABLE]["shape"][0]), told[PATCH]["shape"][1]
     except KeyError as error:
         file = CONFIG if error.args[0] in SIZES else WEIGHTS
@@ -73,10 +74,10 @@ def read_tokenizer(folder: Path) -> Qwen2Tokenizer:
 def mark_ids(tokenizer: Qwen2Tokenizer, kind: str) -> list[int]:
     """Return the ids of <|kind_start|> and <|kind_end|>. Raises ValueError if they are unknown."""
     marks = [f"<|{kind}_{end}|>" for end in ("start", "end")]
-    known = tokenizer.get_vocab()
-    if missing := [mark for mark in marks if mark not in known]:
-        raise ValueError(f"the tokenizer has no {missing[0]}. Fetch its files again.")
-    return [known[mark] for mark in marks]
+    ids = tokenizer.convert_tokens_to_ids(marks)  # another's where it does not know one
+    if None in ids or tokenizer.convert_ids_to_tokens(ids) != marks:
+        raise ValueError(f"the tokenizer lacks {' or '.join(marks)}. Fetch its files again.")
+    return ids
 
 
 def read_transformer(
@@ -110,19 +111,27 @@ def read_transformer(
 
 
 def read_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
-    """Read FLUX.1's VAE from its authors' file, whose shapes say how wide it is."""
-    held = files.tensors(folder / VAE)
+    """Read FLUX.1's VAE from its authors' file, whose shapes say how wide it is.
+
+    Raises ValueError if it has other weights.
+    """
+    held, state = files.tensors(folder / VAE), {}
     first = "encoder.down.{}.block.{}.conv1.weight".format
-    widths = [len(held[first(i, 0)]) for i in range(4)]
-    num_blocks = sum(first(0, j) in held for j in range(9))
-    num_channels = held["decoder.conv_in.weight"].shape[1]
-    with torch.device("meta"):
-        vae = AutoencoderKL(**vae_config(widths, num_blocks, num_channels))
-    state = {
-        name: held.pop(released_vae_name(name)).reshape(empty.shape).to(dtype, copy=True)
-        for name, empty in vae.state_dict().items()
-    }
-    assert not held, f"{folder / VAE} has {', '.join(held)} too"
+    try:
+        widths = [len(held[first(i, 0)]) for i in range(4)]
+        num_blocks = sum(first(0, j) in held for j in range(9))
+        num_channels = held["decoder.conv_in.weight"].shape[1]
+        with torch.device("meta"):
+            vae = AutoencoderKL(**vae_config(widths, num_blocks, num_channels))
+        for name, empty in vae.state_dict().items():
+            value = held.pop(released_vae_name(name))
+            state[name] = value.reshape(empty.shape).to(dtype, copy=True)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{folder / VAE} is no VAE as FLUX.1's: {error}. Fetch it again."
+        ) from None
+    if held:
+        raise ValueError(f"{folder / VAE} has {min(held)}, which FLUX.1's VAE lacks.")
     vae.load_state_dict(state, assign=True)
     return vae.eval()
 
@@ -180,21 +189,22 @@ def export(base: Path, transformer: Path, out: Path) -> int:
 
     base: a folder with WEIGHTS. transformer: a fine-tune's folder. Raises ValueError.
     """
-    told, names = files.header(base / WEIGHTS), files.weights(transformer)[1]
+    told, found = files.header(base / WEIGHTS), {}
+    for file in (transformer / name for name in files.weights(transformer)[1]):
+        ours = {name: each for name, each in files.header(file).items() if GENERATION in name}
+        found |= {name: (file, each["shape"]) for name, each in ours.items()}
+    needed = {name: each["shape"] for name, each in told.items() if GENERATION in name}
+    if wrong := [n for n in needed | found if n not in found or needed.get(n) != found[n][1]]:
+        raise ValueError(f"{transformer} is not trained from {base}: {wrong[0]} differs.")
     shutil.copyfile(base / WEIGHTS, out)
-    start, replaced = _start(out), 0
+    start = _start(out)
     with out.open("r+b") as opened:
-        for file in names:
-            with safe_open(transformer / file, "pt") as held:
-                for name in (name for name in held.keys() if GENERATION in name):
-                    value, place = held.get_tensor(name), told.get(name, {})
-                    if place.get("shape") != list(value.shape):
-                        raise ValueError(f"{transformer / file}: {name} is not {base}'s.")
-                    opened.seek(start + place["data_offsets"][0])
-                    value = value.to(DTYPES[place["dtype"]]).contiguous()
-                    opened.write(value.view(torch.uint8).numpy().tobytes())
-                    replaced += 1
-    return replaced
+        for name, (file, _) in found.items():
+            with safe_open(file, "pt") as held:
+                value = held.get_tensor(name).to(DTYPES[told[name]["dtype"]]).contiguous()
+            opened.seek(start + told[name]["data_offsets"][0])
+            opened.write(value.view(torch.uint8).numpy().tobytes())
+    return len(found)
 
 
 def _values(file: Path, told: dict, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

@@ -79,9 +79,9 @@ class BagelPipeline(DiffusionPipeline, CogView4LoraLoaderMixin):
     def text(self, prompt: str, max_sequence_length: int) -> Tensor:
         """Return a prompt's keys and values, (L, ...); its end is cut, its two marks count."""
         start, end = disk.mark_ids(self.tokenizer, "im")
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False)[: max_sequence_length - 2]
-        ids = torch.tensor([start, *ids, end], device=self.transformer.device)
-        return self.transformer.prefill(ids)
+        words = self.tokenizer.encode(prompt, add_special_tokens=False)
+        ids = [start, *words[: max(max_sequence_length - 2, 0)], end]
+        return self.transformer.prefill(torch.tensor(ids, device=self.transformer.device))
 
     def no_text(self) -> Tensor:
         """What guidance subtracts has no text at all, not an empty one: (0, ...)."""
