@@ -152,7 +152,7 @@ class Weights:
 
     def load_transformer(self, folder: Path) -> None:
         """Put a saved transformer's weights in place. Raises ValueError if they do not fit."""
-        kind = type(self.transformer)
+        kind = type(self.transformer)  # read in the widest of its weights' precisions
         dtype = max((p.dtype for p in self.transformer.parameters()), key=lambda d: d.itemsize)
         variant = files.weights(folder)[0] or None
         saved = kind.from_pretrained(folder, torch_dtype=dtype, variant=variant)
