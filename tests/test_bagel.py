@@ -8,11 +8,14 @@ import bagel_reference
 import pytest
 import tiny
 import torch
+from test_verify_model import task_of
 from tiny import LENGTH, prompt_batch
 
+from config.base import base
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.bagel import pipeline as stock
 from flow_grpo.diffusers_patch.bagel.bagel import Bagel
+from flow_grpo.launch import build, verify
 from flow_grpo.records import Guidance, Size
 
 SQUARE, WIDE, TALL = Size(32, 32), Size(48, 128), Size(96, 32)
@@ -152,3 +155,14 @@ def test_rows_of_one_prompt_need_no_mask(model):
     assert given["positive"]["embeds"].shape[1] == len(ids_of(model, LONG))
     joined = model.join(given["positive"], given["negative"])
     assert joined["mask"].sum(1).tolist() == [len(ids_of(model, LONG))] * 2 + [0, 0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+def test_a_rollout_scored_again_has_log_ratio_zero(kind, scale):
+    fresh = tiny.patched("bagel")
+    build.add_trained_weights(fresh, base())
+    verify.randomise_lora(fresh)
+    task = replace(task_of("bagel"), guidance=Guidance(scale))
+    found = verify.check_log_ratio(fresh, task, kind)
+    assert found.passed and "(at most 0)" in found.figures, found

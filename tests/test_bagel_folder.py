@@ -214,6 +214,7 @@ REFUSED = {
     "no multiple": ({"height": 40}, "config.height=40.*multiples of 16.*nearest is 32"),
     "offload": ({"encoders": "offload"}, "config.encoders='offload': Bagel has no text encoder"),
     "precompute": ({"encoders": "precompute"}, "config.encoders='precompute': Bagel has no text"),
+    "compile": ({"compile": True}, "config.compile=True: Bagel's prompts are not padded"),
     "attention": ({"attention_backend": "native"}, "attention_backend='native': Bagel has no"),
 }
 

@@ -28,6 +28,7 @@ class Weights:
     lora_target_modules: tuple[str, ...]
     runs_in_fp16: bool = True  # False: its activations overflow
     has_attention_backends: bool = True  # False: diffusers' class always takes torch's attention
+    compiles: bool = True  # False: its blocks' inputs are of another shape from call to call
     frames_a_latent: int = 0  # of a video's later latents; 0: the model draws images
     num_references: tuple[int, float] = (0, math.inf)  # images that a prompt must and may have
     index_file: str = "model_index.json"  # by which a folder is known

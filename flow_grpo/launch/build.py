@@ -149,7 +149,7 @@ def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Promp
     for guidance in guidances(config):
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
-    _check_reading(config, family)
+    _check_limits(config, family)
     engine = _start(config)
     if engine.cuts_weights and family.reads_by_transformer:
         raise ValueError(
@@ -198,12 +198,17 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ConfigDict) -> None:
         param.requires_grad_("lora_" in name and pipeline.trains(name))
 
 
-def _check_reading(config: ConfigDict, family: type[PatchedPipeline]) -> None:
+def _check_limits(config: ConfigDict, family: type[PatchedPipeline]) -> None:
     try:
         family.check_targets(config.train.lora_targets)
     except ValueError as error:
         given = tuple(config.train.lora_targets)
         raise ValueError(f"config.train.lora_targets={given}: {error}") from None
+    if config.compile and not family.compiles:
+        raise ValueError(
+            f"config.compile=True: {family.__name__}'s prompts are not padded, so each length is a "
+            f"shape to be compiled anew. Set it to False."
+        )
     if family.reads_by_transformer and config.encoders != "keep":
         raise ValueError(
             f"config.encoders={config.encoders!r}: {family.__name__} has no text encoder to send "

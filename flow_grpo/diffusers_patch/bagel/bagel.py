@@ -41,6 +41,7 @@ class Bagel(PatchedPipeline):
     )
     runs_in_fp16 = False
     has_attention_backends = False
+    compiles = False
     ragged_text = True
     num_references = (0, 0)
 
