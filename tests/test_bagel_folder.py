@@ -24,7 +24,7 @@ from flow_grpo.diffusers_patch import stock
 from flow_grpo.diffusers_patch.bagel import folder as disk
 from flow_grpo.diffusers_patch.bagel.bagel import Bagel
 from flow_grpo.diffusers_patch.bagel.pipeline import BagelPipeline
-from flow_grpo.launch import model_files, settings, weights
+from flow_grpo.launch import model_files, settings, space, weights
 from flow_grpo.parallel import speed
 from flow_grpo.records import Guidance
 from scripts import export_bagel
@@ -69,6 +69,21 @@ def test_the_released_file_is_read_key_for_key_at_its_true_size(tmp_path):
     kinds = {name: param.dtype for name, param in model.named_parameters()}
     assert all(d == (torch.float32, torch.bfloat16)["_moe_gen" not in n] for n, d in kinds.items())
     assert len(speed.repeated_blocks(model)) == 28
+
+
+@pytest.mark.parametrize(("use_lora", "mib"), [(True, "2,464"), (False, "99,573")])
+def test_a_checkpoint_s_room_is_known_before_weights_load(
+    use_lora, mib, tmp_path, monkeypatch
+):
+    """16 bytes for each of 161,480,704 weights, or 6,525,628,928: fp32, moments, an export."""
+    argv = running.arguments(
+        tmp_path, pretrained__model=bagel_released.write(tmp_path), use_lora=use_lora
+    )
+    config, _ = settings.load([*argv, "--config.train.lora_rank=64"], running.DEFAULT)
+    usage = space.shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(ValueError, match=f"a checkpoint takes about {mib} MiB"):
+        space.check(config, Bagel.lora_target_modules, tmp_path, None, Bagel.trained_part)
 
 
 def test_a_folder_that_is_written_has_the_released_files_and_names(folder):
