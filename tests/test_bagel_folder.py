@@ -72,9 +72,7 @@ def test_the_released_file_is_read_key_for_key_at_its_true_size(tmp_path):
 
 
 @pytest.mark.parametrize(("use_lora", "mib"), [(True, "2,464"), (False, "99,573")])
-def test_a_checkpoint_s_room_is_known_before_weights_load(
-    use_lora, mib, tmp_path, monkeypatch
-):
+def test_a_checkpoint_s_room_is_known_before_weights_load(use_lora, mib, tmp_path, monkeypatch):
     """16 bytes for each of 161,480,704 weights, or 6,525,628,928: fp32, moments, an export."""
     argv = running.arguments(
         tmp_path, pretrained__model=bagel_released.write(tmp_path), use_lora=use_lora
