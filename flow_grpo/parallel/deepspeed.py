@@ -110,6 +110,10 @@ class DeepSpeed(Sharded):
         where = mapping.lp_fragment_address
         return where.start, where.start + where.numel
 
+    def _lies(self, name: str) -> tuple[str, int]:
+        mapping = self._trained[name]._hp_mapping
+        return f"row-{mapping.param_group_index}", mapping.hp_fragment_address.start
+
     def _master(self, name: str) -> Tensor:
         return self._trained[name]._hp_mapping.hp_fragment.detach()
 

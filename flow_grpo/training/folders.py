@@ -8,7 +8,6 @@ from pathlib import Path
 
 import ml_collections
 
-from flow_grpo.parallel.choose import shards_state
 from flow_grpo.prompts import Prompt
 from flow_grpo.training import digests
 
@@ -133,7 +132,6 @@ def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) 
         "config.train.lora_targets": list(train.lora_targets) if lora else None,
         "config.train.ema": train.ema,
         "config.train.use_8bit_adam": train.use_8bit_adam,
-        "ranks with a state of their own (0: none)": world_size if shards_state() else 0,
         "config.seed": config.seed,
         "images an epoch": total,
     }
