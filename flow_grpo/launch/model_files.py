@@ -49,7 +49,7 @@ def check(config: ConfigDict) -> None:
 def to_download(config: ConfigDict) -> str:
     """Say how to get a model that is not on this machine; "" if it is."""
     repo = config.pretrained.model
-    if _file(config, "model_index.json"):
+    if file_of(config, "model_index.json"):
         return ""
     revision = config.pretrained.revision
     chosen = "" if revision == "main" else f" --revision {revision}"
@@ -64,7 +64,7 @@ def to_download(config: ConfigDict) -> str:
 def index(config: ConfigDict) -> dict:
     """Return the pipeline's model_index.json, downloaded where it is not on this machine."""
     path, revision = config.pretrained.model, config.pretrained.revision
-    found = _file(config, "model_index.json")
+    found = file_of(config, "model_index.json")
     try:
         found = found or Path(hf_hub_download(path, "model_index.json", revision=revision))
     except OSError as error:
@@ -132,11 +132,12 @@ def check_lora(config: ConfigDict, key: str, path: str, *trained: float) -> None
 
 def _read(config: ConfigDict, part: str) -> dict:
     """Return a component's config.json, {} if it is not on this machine."""
-    found = _file(config, f"{part}/config.json")
+    found = file_of(config, f"{part}/config.json")
     return json_object(found) if found else {}
 
 
-def _file(config: ConfigDict, name: str) -> Path | None:
+def file_of(config: ConfigDict, name: str) -> Path | None:
+    """Return the path of a model's file, None if it is not on this machine."""
     path, revision = config.pretrained.model, config.pretrained.revision
     if os.path.isdir(path):
         found = Path(path) / name
