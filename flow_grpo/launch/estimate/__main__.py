@@ -59,9 +59,9 @@ def report(found: Estimate, memory: float) -> str:
 NOTES = (
     "From shapes: frozen, trained, gradients, optimizer, snapshots, encoders, VAE, checkpoint.",
     "From fake tensors that went through the model: sampling, decoding, update (above what lasts).",
-    "Arithmetic: gathered, sent (an epoch), rewards (by their published sizes). Measured: 0.5 GiB",
-    "of a process. Of three phases the largest counts, update with gradients. What fits has 8 % (and",
-    "CUDA 1 GiB) to spare. docs/scale.md has such estimates beside measurements.",
+    "Arithmetic: gathered, sent (an epoch), rewards (by their published sizes). Measured: 0.8 GiB",
+    "of a process. Of the three phases the largest counts, update with gradients. What fits has",
+    "8 % (and CUDA 1 GiB) to spare. docs/scale.md has such estimates beside measurements.",
     "",
 )
 
