@@ -16,7 +16,6 @@ from flow_grpo.cli import user_errors
 from flow_grpo.launch import quiet, settings
 from flow_grpo.launch.estimate.table import GIB, LASTS, PHASES, Estimate, Row, estimate, needed
 
-DEFAULT = "config/grpo.py:general_ocr_sd3"
 NUM_RANKS = 8
 MEMORY_GIB = 80.0  # of a GPU, where none is seen
 COLUMNS = {  # of the table, and the part behind each
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> None:
     with user_errors():
         if args.gpus < 1:
             raise ValueError(f"--gpus={args.gpus}: at least 1 is needed.")
-        config, _ = settings.load([argv[0], *given], DEFAULT)
+        config, _ = settings.load([argv[0], *given], "")
         quiet.say_once()
         found = estimate(config, args.gpus, on_gpu=not args.cpu)
     memory = args.gpu_memory or MEMORY_GIB

@@ -10,6 +10,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils.checkpoint import checkpoint
 
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.disk.released import RELEASED, Released
@@ -107,6 +108,12 @@ class Fake:
         trained_with = guidance if train.cfg else pipeline.unguided
         autocasts = autocasts and self.dtype != torch.float32
         calls: list[int] = []
+        precision = AsOnGPU if on_gpu else nullcontext
+
+        def checkpointed(block: nn.Module, *inputs: object) -> object:
+            # A backward pass, which runs it again, leaves the mode behind.
+            again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), precision())}
+            return checkpoint(block, *inputs, **again)
 
         def predict(num_rows: int, guidance: Guidance) -> Tensor:
             with torch.autocast("cpu", self.dtype, enabled=autocasts):
@@ -119,13 +126,14 @@ class Fake:
             velocity = predict(micro * train.stacked_points, trained_with)
             velocity.square().mean().backward()
 
+        if self.config.activation_checkpointing:
+            pipeline.transformer.enable_gradient_checkpointing(checkpointed)
         tensors = [t for m in pipeline.modules() for t in (*m.parameters(), *m.buffers())]
         with MODE:
             for param in pipeline.transformer.parameters():
                 param.grad = torch.zeros_like(param) if param.requires_grad else None
             latents = self._latents(decoded)
-            # Of the backward pass too, which runs checkpointed blocks again.
-            with Live(tensors) as live, AsOnGPU() if on_gpu else nullcontext():
+            with Live(tensors) as live, precision():
                 with torch.no_grad():
                     hook = pipeline.transformer.register_forward_pre_hook(
                         lambda *_: calls.append(1)
