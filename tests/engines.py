@@ -163,6 +163,9 @@ def contract(folder: Path, precision: str, one: Path) -> None:
     seen = {"start": masters(engine), "updates": [take(engine, n) for n in range(UNTIL_SAVED)]}
     further = {"mine": torch.full((3,), engine.ranks.rank % engine.num_parts + 0.5)}
     further |= {f"old/{name}": 3 * part for name, part in engine.masters().items()}
+    own, moments, _ = engine.get_state()
+    parts = [*own.values(), *(v for each in moments.values() for v in each.values() if v.ndim)]
+    seen["bytes"] = sum(part.nbytes for part in parts)
     engine.save(folder, further)
     engine.ranks.barrier()
     seen["rest"] = [take(engine, UNTIL_SAVED + n) for n in range(AFTER)]

@@ -12,6 +12,7 @@ from forking import FSDP, ON_CPU, on_ranks, zero
 
 from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.parallel import choose
+from flow_grpo.parallel.holds import KINDS, Training
 
 ENGINES = {  # ranks, environment, precision
     "plain": (1, ON_CPU, "no"),
@@ -106,6 +107,17 @@ def test_ranks_agree_on_every_weight_and_norm_to_the_bit(seen):
         for ours, theirs in zip(first["updates"], other["updates"], strict=True):
             assert equal(ours["after"], theirs["after"])
             assert torch.equal(ours["norm"], theirs["norm"])
+
+
+@on_every_fp32_engine
+def test_ranks_hold_what_an_estimate_says_of_their_engine(name, seen):
+    files = {"plain": "single", "ddp": "multi_gpu", "fsdp2": "fsdp2"}
+    (kind,) = (kind for kind in KINDS if kind.name == files.get(name, f"deepspeed_{name}"))
+    trained = sum(param.numel() for param in Net().parameters() if param.requires_grad)
+    parts = kind.device(Training(0, trained, 0, 4, 0, False, False), ENGINES[name][0])
+    masters = parts["trained weights"] if kind.autocasts else 0  # else among the optimizer's
+    for rank in seen("contract"):
+        assert rank["bytes"] == masters + parts["optimizer"]
 
 
 @on_every_engine
