@@ -79,6 +79,23 @@ def cut_small_weights(engine) -> None:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
+@contextmanager
+def small_weights_cut():
+    """Let runs that start here cut them."""
+    start = choose.start
+
+    def started(*arguments):
+        cut_small_weights(engine := start(*arguments))
+        engine.ranks.barrier()  # as where a process has one run, whose ranks meet here
+        return engine
+
+    choose.start = started
+    try:
+        yield
+    finally:
+        choose.start = start
+
+
 def wrapped(precision: str, module: nn.Module):
     """An engine that trains a module."""
     engine = choose.start(precision)

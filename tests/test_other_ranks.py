@@ -11,7 +11,6 @@ import torch
 from forking import FSDP, ON_CPU, on_ranks, zero
 from safetensors.torch import load_file
 
-from flow_grpo.launch import build
 from flow_grpo.training import collect, loop
 
 ENGINES = {"ddp": ON_CPU, "zero2": zero(2), "zero3": zero(3), "fsdp2": FSDP}
@@ -30,24 +29,18 @@ def trained(files: Path, logs: Path, num_ranks: int, name: str, **keys) -> None:
     batches, accumulated = BATCHES[num_ranks]
     keys |= {"sample__num_batches_per_epoch": batches, "logdir": logs, "run_name": name}
     keys["train__gradient_accumulation_steps"] = accumulated
-    honest, start = collect.weigh, build.choose.start
-
-    def started(*arguments):
-        engines.cut_small_weights(engine := start(*arguments))
-        engine.ranks.barrier()  # as where a process has one run, whose ranks meet here
-        return engine
-
-    build.choose.start = started
-    try:
+    honest = collect.weigh
+    with engines.small_weights_cut():
         run = running.prepare(running.arguments(files, **KEYS, **keys))
+    try:
         (logs / f"{name}-rollouts").mkdir(exist_ok=True)
         running.record_rollouts(logs / f"{name}-rollouts", run.ranks.rank)
         loop.train(run)
-        run.evaluator.scorer.close()
-        run.tracker.close()
-        run.claim.release()
     finally:
-        collect.weigh, build.choose.start = honest, start
+        collect.weigh = honest
+    run.evaluator.scorer.close()
+    run.tracker.close()
+    run.claim.release()
 
 
 def checkpoint(logs: Path, name: str, updates: int) -> Path:

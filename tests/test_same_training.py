@@ -11,7 +11,6 @@ import pytest
 import running
 from forking import FSDP, ON_CPU, on_ranks, zero
 
-from flow_grpo.launch import build
 from flow_grpo.training import loop
 
 ENGINES = {"ddp": ON_CPU, "fsdp2": FSDP} | {f"zero{stage}": zero(stage) for stage in (1, 2, 3)}
@@ -29,18 +28,8 @@ def trained(files: Path, logs: Path, name: str) -> None:
     """Train on scores that know no pixel: of these the last bit could decide."""
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     keys = running.lora(files) | COMMON | RUNS[name] | (ALONE if alone else TOGETHER)
-    start = build.choose.start
-
-    def started(*arguments):
-        engines.cut_small_weights(engine := start(*arguments))
-        engine.ranks.barrier()  # as where a process has one run, whose ranks meet here
-        return engine
-
-    build.choose.start = started
-    try:
+    with engines.small_weights_cut():
         run = running.prepare(running.arguments(files, logdir=logs, run_name=name, **keys))
-    finally:
-        build.choose.start = start
 
     def given(scores, held_out):
         first = run.ranks.rank * len(scores["avg"])

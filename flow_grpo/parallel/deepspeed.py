@@ -11,10 +11,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from flow_grpo.parallel.engine import Parts
+from flow_grpo.parallel.holds import MOST
 from flow_grpo.parallel.plain import PATIENCE
 from flow_grpo.parallel.sharded import Sharded
-
-MOST = 500_000_000  # gradients' elements that it reduces at a time
 
 
 class DeepSpeed(Sharded):

@@ -59,8 +59,9 @@ NOTES = (
     "From shapes: frozen, trained, gradients, optimizer, snapshots, encoders, VAE, checkpoint.",
     "From fake tensors that went through the model: sampling, decoding, update (above what lasts).",
     "Arithmetic: gathered, sent (an epoch), rewards (by their published sizes). Measured: 0.8 GiB",
-    "of a process. Of the three phases the largest counts, update with gradients. What fits has",
-    "8 % (and CUDA 1 GiB) to spare. docs/scale.md has such estimates beside measurements.",
+    "of a process; gaps between tensors, 8 %, which a host with --cpu includes, and what fits on a",
+    "GPU with 1 GiB of CUDA's. Of the three phases the largest counts, update with gradients.",
+    "docs/scale.md has such estimates beside measurements.",
     "",
 )
 

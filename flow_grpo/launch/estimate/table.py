@@ -21,7 +21,7 @@ from flow_grpo.training import run
 GIB = 2**30
 LASTS = ("frozen weights", "trained weights", "optimizer", "snapshots", "gathered weights")
 PHASES = ("sampling", "decoding", "update")
-MARGIN, CONTEXT = 1.08, 1.0  # of fragments; GiB of CUDA's own
+MARGIN, CONTEXT = 1.08, 1.0  # of gaps between tensors; GiB of CUDA's own
 PROCESS = 0.8 * GIB  # of a run on a CPU without its model, measured; CUDA comes on top
 CONDITIONINGS = 2**31  # that a Conditioner keeps at most
 OCR = 0.4 * GIB  # of each of its processes
@@ -150,7 +150,7 @@ def _row(config: ConfigDict, of: Estimate, kind: Kind, peaks: Peaks, guided: boo
         loading = of.training.width * whole + of.encoders + of.vae  # all of it comes through it
         host = max(host + CONDITIONINGS, PROCESS + loading)
     else:
-        host, device = host + device, 0.0
+        host, device = (host + device) * MARGIN, 0.0
     sent = kind.sent(of.training, _calls(of, config, peaks, guided), num_ranks)
     return Row(kind, parts, device, host, sent)
 
