@@ -13,7 +13,7 @@ from config.base import runs_of
 from flow_grpo.diffusers_patch.disk.released import RELEASED
 from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.launch import settings
-from flow_grpo.launch.estimate.__main__ import report
+from flow_grpo.launch.estimate.__main__ import main, report
 from flow_grpo.launch.estimate.live import AsOnGPU, Live
 from flow_grpo.launch.estimate.model import Fake, describe
 from flow_grpo.launch.estimate.table import GIB, estimate
@@ -149,6 +149,16 @@ def test_a_model_of_unknown_sizes_is_refused(argv):
     unknown = [*argv, "--config.pretrained.model=nobody/nothing"]
     with pytest.raises(ValueError, match="nobody/nothing.*sizes are not known. Name its folder"):
         estimate(settings.load(unknown, "")[0], 1, on_gpu=True)
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_and_refuses_what_can_t_run(argv, capsys):
+    main([*argv, "--gpus", "2", "--gpu-memory=24"])
+    said = capsys.readouterr().out
+    assert said.strip().endswith("GiB (1.0).") and "multi_gpu is the first that fits in 24" in said
+    assert all(f"\n{kind.name} " in said for kind in KINDS if kind.alone is not True)
+    with pytest.raises(SystemExit, match="--gpus=0: at least 1 is needed"):
+        main([*argv, "--gpus=0"])
 
 
 SIZES = {  # billions of parameters, of the released files

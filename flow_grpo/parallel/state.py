@@ -160,7 +160,7 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     """Let a reader read; whatever it finds wrong is a ValueError that names the file."""
     try:
         return reader(path)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {REMEDY}") from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read ({error}). {REMEDY}") from None

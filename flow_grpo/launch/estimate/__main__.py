@@ -13,7 +13,7 @@ import sys
 import torch
 
 from flow_grpo.cli import user_errors
-from flow_grpo.launch import quiet, settings
+from flow_grpo.launch import settings
 from flow_grpo.launch.estimate.table import GIB, LASTS, PHASES, Estimate, Row, estimate, needed
 
 NUM_RANKS = 8
@@ -91,7 +91,6 @@ def main(argv: list[str]) -> None:
         if args.gpus < 1:
             raise ValueError(f"--gpus={args.gpus}: at least 1 is needed.")
         config, _ = settings.load([argv[0], *given], "")
-        quiet.say_once()
         found = estimate(config, args.gpus, on_gpu=not args.cpu)
     memory = args.gpu_memory or MEMORY_GIB
     if not args.gpu_memory and torch.cuda.is_available():
