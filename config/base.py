@@ -127,10 +127,17 @@ COMMON = {
     "sample.eval_num_steps": Key(40, least=1, most=1000),
     "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),
     "sample.eval_guidance_scale": Key(None, "None: guidance_scale", of=float, least=0, most=100),
+    "sample.guidance_interval": Key(
+        (0.0, 1.0),
+        "of sigma, behind its start and up to its end: where guidance acts; for Bagel",
+        least=0,
+        most=1,
+    ),
     "sample.batched_guidance": Key(
         False,
         "both passes of guidance as one of twice the rows, as SD3 and Z-Image always make them: "
-        "for Qwen-Image, Wan and FLUX.2 klein, whose stock pipelines make two; differs by rounding",
+        "for Bagel, Qwen-Image, Wan and FLUX.2 klein, whose stock pipelines make two; differs by "
+        "rounding",
     ),
     "sample.train_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
     "sample.test_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
@@ -228,6 +235,14 @@ COMMON = {
     ),
     "train.num_inner_epochs": Key(1, "passes over an epoch's images", least=1, most=1000),
     "train.cfg": Key(True, "the trained velocity is guided as the rollout's; False: unguided"),
+    "train.reference_guidance": Key(
+        None,
+        "guidance of the velocity that a KL or a loss compares with, the reference's; None: the "
+        "trained one's",
+        of=float,
+        least=0,
+        most=100,
+    ),
     "train.adv_clip_max": Key(5.0, "of an advantage, either way", above=0, most=1000),
     "train.ema": Key(False),
     "train.ema_decay": Key(0.9, least=0, most=1),
@@ -255,6 +270,7 @@ COMMON = {
         "of clipscore, image_similarity, aesthetic and the colors of geneval",
         is_path=True,
     ),
+    "rewards.dino": Key("facebook/dinov2-base", "of dino_diversity", is_path=True),
     "rewards.pickscore": Key("yuvalkirstain/PickScore_v1", is_path=True),
     "rewards.pickscore_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", is_path=True),
     "rewards.hpsv2": Key("", "HPS_v2.1_compressed.pt", is_path=True),

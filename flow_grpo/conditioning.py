@@ -102,11 +102,11 @@ class Conditioner:
         return self._cache[item]
 
     def branches(
-        self, rows: list[tuple[str, tuple, tuple]], guidance: Guidance
+        self, rows: list[tuple[str, tuple, tuple]], *guidances: Guidance | None
     ) -> dict[str, list[Cond]]:
         """Encode rows, each (prompt, paths of its reference images, these), for a PromptBatch."""
         branches = {"positive": [self.cond(Item(*row[:2]), row[2]) for row in rows]}
-        if self.pipeline.needs_negative(guidance):
+        if any(each and self.pipeline.needs_negative(each) for each in guidances):
             branches["negative"] = [self.cond(Item(None, row[1]), row[2]) for row in rows]
         return branches
 
@@ -135,10 +135,22 @@ def collate(pipeline: PatchedPipeline, batch: PromptBatch, pad_to: int) -> Condi
     return Conditioning(branches, batch.guidance, batch.size)
 
 
-def guidances(config: ml_collections.ConfigDict) -> tuple[Guidance, Guidance]:
-    """Return how the images of training and those of evaluations are guided."""
+class Guidances(NamedTuple):
+    """How a run's velocities are guided."""
+
+    training: Guidance
+    evaluation: Guidance
+    reference: Guidance | None  # None: as training
+
+
+def guidances(config: ml_collections.ConfigDict) -> Guidances:
     scale, eval_scale = config.sample.guidance_scale, config.sample.eval_guidance_scale
-    return Guidance(scale), Guidance(scale if eval_scale is None else eval_scale)
+    reference, interval = config.train.reference_guidance, tuple(config.sample.guidance_interval)
+    return Guidances(
+        training=Guidance(scale, interval),
+        evaluation=Guidance(scale if eval_scale is None else eval_scale, interval),
+        reference=None if reference is None else Guidance(reference, interval),
+    )
 
 
 @lru_cache(maxsize=4096)

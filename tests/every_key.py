@@ -75,6 +75,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "num_frames",
     "memory_keys.py::test_checkpointed_activations_give_the_same_gradient[sd3]": ""
     "activation_checkpointing",
+    "bagel_folder.py::test_the_interval_of_a_config_reaches_the_model": "sample.guidance_interval",
     "memory_keys.py::test_the_keys_reach_the_model": "attention_backend vae_tiling vae_slicing "
     "sample.batched_guidance",
     "windows.py::test_starts_cover_the_range_evenly_and_nothing_else": "sample.sde_window_size "
@@ -90,6 +91,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "train.max_grad_norm",
     "overflow.py::test_updates_that_stay_non_finite_stop_the_run": "train.max_nonfinite_updates",
     "guidance.py::test_a_run_trains_the_guidance_of_its_model": "train.cfg",
+    "guidance.py::test_the_reference_may_be_guided_where_neither_images_nor_policy_are": ""
+    "train.reference_guidance",
     "state.py::test_the_ema_follows_every_update_by_its_schedule": "train.ema_update_every",
     "toy.py::test_the_reward_stays_where_advantages_are_dealt_at_random": ""
     "train.shuffle_advantages",
@@ -98,6 +101,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "clip_rewards.py::test_score_is_the_scaled_cosine_of_picture_and_prompt": ""
     "rewards.pickscore_processor",
     "clip_rewards.py::test_aesthetic_is_the_mlp_on_the_unit_features": "rewards.aesthetic_head",
+    "hacking.py::test_diversity_by_features_is_the_mean_distance_from_the_others_of_a_group": ""
+    "rewards.dino",
     "hpsv2.py::test_score_is_the_cosine_of_open_clips_model_done_by_hand": ""
     "rewards.hpsv2_processor",
     "hpsv3.py::test_score_is_the_mean_of_the_packages_distribution": "rewards.hpsv3",
@@ -161,6 +166,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "forward.py::"
     "test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy_with_epochs": ""
     "forward.decay forward.reset_every",
+    "forward.py::test_the_reference_becomes_the_policy_where_it_is_too_far": "forward.reset_kl",
     "forward.py::test_the_ratio_of_velocities_norms_is_measured_and_its_excess_costs": ""
     "forward.norm_beta",
     "forward.py::"

@@ -139,15 +139,17 @@ def test_the_report_names_the_first_engine_that_fits(found):
     assert on_gpu.first_that_fits(9.7 * GIB) is rows[1]  # 8 % and 1 GiB more than it needs
 
 
-def test_every_run_has_a_model_whose_sizes_are_known():
+def test_every_run_of_a_stock_pipeline_has_a_model_whose_sizes_are_known():
     for name in runs_of(vars(grpo)):
+        if "bagel" in name:  # which is refused
+            continue
         model = getattr(grpo, name)().pretrained.model
         assert RELEASED[model].pipeline in FAMILIES, name
 
 
 def test_a_model_of_unknown_sizes_is_refused(argv):
     unknown = [*argv, "--config.pretrained.model=nobody/nothing"]
-    with pytest.raises(ValueError, match="nobody/nothing.*sizes are not known. Name its folder"):
+    with pytest.raises(ValueError, match="nobody/nothing.*not known.*model_index.json"):
         estimate(settings.load(unknown, "")[0], 1, on_gpu=True)
 
 

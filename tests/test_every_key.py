@@ -37,7 +37,7 @@ def ema_decay(run) -> float | None:
     run.snapshots.update("ema", 0.0)
     param.data.fill_(1.0)
     run.updater.num_updates = 10_000
-    run.move_snapshots()
+    run.move_snapshots({})
     return round(1 - run.snapshots.values("ema")[name].mean().item(), 6)
 
 

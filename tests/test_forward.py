@@ -43,7 +43,7 @@ def objective(name, **keys):
     plain = {key: 0.0 for key in find(name).keys if key.endswith(".kl_beta")}
     config.update_from_flattened_dict(plain | {k.replace("__", "."): keys[k] for k in keys})
     found = find(name)(config, Schedule(SIGMAS))
-    found.after_update(Moves(), 1)
+    found.after_update(Moves(), 1, {"kl": 0.0})
     return found
 
 
@@ -478,7 +478,7 @@ def test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy
     found, moves = objective("epg", **keys, forward__decay="rising", epg__proximal=1.0), Moves()
     assert found.samples_with(0, 0) == "old"
     for done in (1, 2):
-        found.after_update(moves, done)
+        found.after_update(moves, done, {})
     found.after_epoch(moves, 2)
     assert moves.seen == [
         ("fast", pytest.approx(0.001)),
@@ -487,8 +487,20 @@ def test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy
         ("old", pytest.approx(0.26)),
     ]
     moves.seen.clear()
-    found.after_update(moves, 1000)
+    found.after_update(moves, 1000, {})
     assert moves.seen[0] == ("fast", 0.3)
+
+
+def test_the_reference_becomes_the_policy_where_it_is_too_far():
+    keys = {"forward__kl_beta": 1.0, "forward__reset_every": 3, "forward__reset_kl": 0.2}
+    found, moves = objective("epg", **keys), Moves()
+    for done, kl in ((1, 0.1), (2, 0.3), (3, 0.1), (4, 0.2)):
+        found.after_update(moves, done, {"kl": kl})
+    assert moves.seen == [("reference", 0.0)] * 2
+    config = base("epg")
+    config.forward.reset_kl = 0.2
+    with pytest.raises(ValueError, match="reset_kl=0.2 .* config.forward.kl_beta=0"):
+        find("epg").check(config, SD3)
 
 
 def test_a_slow_old_policy_rolls_out_for_losses_that_do_not_compare_with_it():
@@ -514,7 +526,7 @@ def test_no_forward_is_made_of_an_old_policy_that_is_the_policy(name):
     assert not {"old", "policy"} & set(asked)
     known = {key: of[0][0] for key, of in first.items()}
     saved = found.loss(V_OLD.clone().requires_grad_(), known, rows, point)
-    found.after_update(Moves(), 13)
+    found.after_update(Moves(), 13, {})
     second = found.freeze([micro], predict)
     assert "old" in asked
     known = {key: of[0][0] for key, of in second.items()}

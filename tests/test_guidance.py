@@ -11,7 +11,10 @@ from tiny import LENGTH, prompt_batch
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.diffusers_patch.zimage import ZImage
+from flow_grpo.objectives.base import Micro
+from flow_grpo.randomness import Randomness
 from flow_grpo.records import Conditioning, Guidance, Size
+from flow_grpo.training import collect
 
 SIZE, SCALE = Size(32, 32), 4.0
 
@@ -154,3 +157,25 @@ def test_a_run_trains_the_guidance_of_its_model(
     points = config.nft.num_times if name == "zimage" else config.sample.sde_window_size
     assert passes["sampling"] == pictures * config.sample.num_steps * sampled
     assert passes["forward and backward"] == pictures * points * trained
+
+
+def test_the_reference_may_be_guided_where_neither_images_nor_policy_are(files, tmp_path):
+    """CRD's KL pulls an unguided policy to the guided base."""
+    keys = {"objective": "crd", "train__cfg": False, "use_lora": True, "logdir": tmp_path}
+    argv = running.arguments(
+        files, sample__guidance_scale=1.0, train__reference_guidance=3.0, **keys
+    )
+    run = running.prepare(argv)
+    sampled, scores = collect.collect(run, 0)
+    collect.weigh(run, sampled, scores, 0)
+    rows = sampled.rollout
+    points = run.objective.points(rows, Randomness(0, (0, 0)))
+    micro = Micro(rows, points, run.predictor(rows), [None] * len(points))
+    known = run.objective.freeze([micro], run.predict)
+
+    def reference(scale):
+        return run.predict([micro], "reference", Guidance(scale))[0]
+
+    guided, unguided = torch.stack(known["reference"][0]), torch.stack(reference(1.0))
+    assert torch.equal(guided, torch.stack(reference(3.0))) and not torch.equal(guided, unguided)
+    assert torch.equal(unguided, torch.stack(run.predict([micro])[0]))  # a LoRA's start

@@ -128,7 +128,7 @@ def test_an_epoch_moves_the_old_policy_towards_the_policy(decay, num_updates, ke
     before = layer.weight.detach().clone()
     with torch.no_grad():
         layer.weight += 1
-    objective(decay=decay).after_update(snapshots, num_updates)
+    objective(decay=decay).after_update(snapshots, num_updates, {})
     with snapshots.using("old"):
         assert torch.equal(layer.weight, before)
     objective(decay=decay).after_epoch(snapshots, num_updates)

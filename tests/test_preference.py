@@ -229,7 +229,7 @@ def test_online_the_weights_that_sample_become_the_policys_every_so_many_steps(n
         found = objective(name, train__ref_update_step=every)
         assert found.samples_with(0, 0) == copy and copy in found.snapshots
         for num_updates in range(1, 8):
-            found.after_update(Moves(), num_updates)
+            found.after_update(Moves(), num_updates, {})
         assert moved == [(copy, 0.0)] * expected
 
 

@@ -45,13 +45,17 @@ class Evaluator:
     stop: Stop
 
     def prompt_batch(
-        self, prompts: list[Prompt], rows: list[Row], guidance: Guidance
+        self,
+        prompts: list[Prompt],
+        rows: list[Row],
+        guidance: Guidance,
+        also: Guidance | None = None,
     ) -> PromptBatch:
-        """Encode a call's prompts."""
+        """Encode a call's prompts. also: a guidance with which predictions may be made later."""
         distinct = list(dict.fromkeys(prompts))
         images = {prompt: prompt.load_images() for prompt in distinct}
         encoded = [(p.text, p.images, images[p]) for p in distinct]
-        branches = self.conditioner.branches(encoded, guidance)
+        branches = self.conditioner.branches(encoded, guidance, also)
         self.conditioner.rest()
         return PromptBatch(
             branches=branches,

@@ -118,7 +118,7 @@ def _items(
 ) -> dict[Item, Prompt]:
     """List what the run will ask for, and a prompt that holds its images."""
     items = {}
-    guided = any(family.may_need_negative(guidance) for guidance in guidances(config))
+    guided = any(each and family.may_need_negative(each) for each in guidances(config))
     for prompt in prompts:
         items[Item(prompt.text, prompt.images)] = prompt
         if guided:

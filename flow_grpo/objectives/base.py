@@ -158,8 +158,13 @@ class Objective:
         """Bound the figures of training/gate.py with which a run may start."""
         return {}
 
-    def after_update(self, snapshots: Snapshots, num_updates: int) -> None:
-        """Move snapshots after an optimizer step; num_updates counts from the run's start."""
+    def after_update(
+        self, snapshots: Snapshots, num_updates: int, metrics: dict[str, float]
+    ) -> None:
+        """Move snapshots after an optimizer step.
+
+        num_updates: since the run's start. metrics: the step's, the same on all ranks.
+        """
 
     def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
         """Move snapshots after an epoch."""

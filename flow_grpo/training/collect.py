@@ -95,7 +95,7 @@ def read(run: Run, epoch: int, part: Part) -> Sampled:
     with run.timer("sample"):
         for call in run.calls(run.ranks.rank, epoch, part):
             asked = [prompts[row.group] for row in call.rows]
-            batch = run.evaluator.prompt_batch(asked, call.rows, run.guidance)
+            batch = run.prompt_batch(asked, call.rows)
             answers = [
                 prompt.load_answer(row.member, size.width, size.height)
                 for prompt, row in zip(asked, call.rows, strict=True)
@@ -155,7 +155,7 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
                 if checked and "velocities" not in keep:
                     keep.append("velocities")
                 prompts = [asked[row.group] for row in call.rows]
-                batch = run.evaluator.prompt_batch(prompts, call.rows, run.guidance)
+                batch = run.prompt_batch(prompts, call.rows)
                 drawn = denoise(
                     run.pipeline,
                     run.model,

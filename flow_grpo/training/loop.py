@@ -219,9 +219,9 @@ def take_step(run: Run, micros: list[Micro], total_weight: float) -> bool:
     sums = ranks.total(torch.cat([loss_sum.double()[None], asked.double(), statistics.sums()]))
     mean, asked, *moments, norm = torch.cat([sums, engine.norm().double()[None]]).tolist()
     if run.updater.finish(mean, norm):
-        run.move_snapshots()
         metrics = {"loss": mean, "grad_norm": norm, "learning_rate": run.updater.rate}
-        run.log("update", metrics | statistics.metrics(moments))
+        run.move_snapshots(metrics := metrics | statistics.metrics(moments))
+        run.log("update", metrics)
     return asked > 0
 
 

@@ -16,9 +16,9 @@ from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
 from flow_grpo.parallel.engine import Engine, Ranks
 from flow_grpo.plan import Part, Plan
-from flow_grpo.prompts import rollout_rows
-from flow_grpo.records import Guidance, Point, Rollout
-from flow_grpo.rollouts import Call
+from flow_grpo.prompts import Prompt, rollout_rows
+from flow_grpo.records import Guidance, Point, PromptBatch, Rollout
+from flow_grpo.rollouts import Call, Row
 from flow_grpo.sampling import Schedule
 from flow_grpo.training.claim import Claim
 from flow_grpo.training.optimizer import Updater
@@ -87,6 +87,7 @@ class Run:
     held: Held | None = None  # the start of an epoch that is in update
     timer: Timer = field(default_factory=Timer)
     claim: Claim | None = None  # of the folder
+    reference_guidance: Guidance | None = None  # None: as trained
     again: str = ""  # the command that continues the run
 
     def __post_init__(self):
@@ -104,6 +105,10 @@ class Run:
     def model(self) -> nn.Module:
         """The transformer as the engine wrapped it."""
         return self.evaluator.model
+
+    def prompt_batch(self, prompts: list[Prompt], rows: list[Row]) -> PromptBatch:
+        """Encode a call's prompts, for the reference's guidance too."""
+        return self.evaluator.prompt_batch(prompts, rows, self.guidance, self.reference_guidance)
 
     def predictor(self, rows: Rollout) -> Velocity:
         """Return the velocity of these rows at any point, or at stacked ones; collates once."""
@@ -129,6 +134,8 @@ class Run:
     ) -> Values:
         """Return all velocities; never between the policy's forward and its backward."""
         found: Values = []
+        if weights == "reference":
+            guidance = guidance or self.reference_guidance
         with self.snapshots.using(weights):
             for micro in micros:
                 found.append([])
@@ -167,12 +174,12 @@ class Run:
         left = sde.leftover_noise(schedule.kind, now, then, schedule.noise_level, sigmas[1])
         return (left - then).max().item()
 
-    def move_snapshots(self) -> None:
+    def move_snapshots(self, metrics: dict[str, float]) -> None:
         """Let the average follow every ema_update_every-th update, and the objective its own."""
         train, done = self.config.train, self.updater.num_updates
         if train.ema and done % train.ema_update_every == 0:
             self.snapshots.update("ema", ema_decay(train.ema_decay, done - 1))
-        self.objective.after_update(self.snapshots, done)
+        self.objective.after_update(self.snapshots, done, metrics)
 
     def log(self, kind: str, metrics: dict[str, float]) -> None:
         self.tracker.log(kind, self.epoch, self.updater.num_updates, metrics)

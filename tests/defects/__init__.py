@@ -1,6 +1,7 @@
 """Defects that trainers of this kind have had, and the test that finds each: see mutants.py."""
 
 from defects import (
+    bagel,
     brought,
     files,
     forward,
@@ -26,5 +27,6 @@ FILES = (
     brought,
     strangers,
     files,
+    bagel,
 )
 DEFECTS = [defect for file in FILES for defect in file.DEFECTS]

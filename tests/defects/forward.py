@@ -109,10 +109,26 @@ DEFECTS = [
         "reference-is-never-reset",
         SLIP,
         ANCHORED,
-        'refresh(snapshots, "reference", self.reset_every, num_updates)',
+        'refresh(snapshots, "reference", 1 if far else self.reset_every, num_updates)',
         "pass",
         "test_forward.py::"
         "test_the_fast_average_and_the_reference_move_with_updates_and_the_old_policy_with_epochs",
+    ),
+    Defect(
+        "reference-far-away-stays",
+        SLIP,
+        ANCHORED,
+        "1 if far else self.reset_every",
+        "self.reset_every",
+        "test_forward.py::test_the_reference_becomes_the_policy_where_it_is_too_far",
+    ),
+    Defect(
+        "reference-guided-as-the-policy",
+        "CRD's KL then has no guided target",
+        "flow_grpo/training/run.py",
+        "guidance = guidance or self.reference_guidance",
+        "pass",
+        "test_guidance.py::test_the_reference_may_be_guided_where_neither_images_nor_policy_are",
     ),
     Defect(
         "adaptive-scale-with-a-gradient",

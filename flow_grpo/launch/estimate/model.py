@@ -35,8 +35,8 @@ def describe(config: ConfigDict) -> tuple[Released, str]:
     index = model_files.file_of(config, "model_index.json")
     if index is None and name not in RELEASED:
         raise ValueError(
-            f"config.pretrained.model={name!r} is not on this machine, and its sizes are not "
-            f"known. Name its folder, or one of {', '.join(RELEASED)}."
+            f"config.pretrained.model={name!r} is no stock pipeline here, and its sizes are not "
+            f"known. Name a folder with model_index.json, or one of {', '.join(RELEASED)}."
         )
     if index is None:
         return RELEASED[name], f"{name} as it was released; it is not on this machine"

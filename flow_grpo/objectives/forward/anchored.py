@@ -29,6 +29,12 @@ ANCHORS = {
     "forward.reset_every": Key(
         0, "updates after which the reference becomes the policy; 0: never", least=0, most=10**9
     ),
+    "forward.reset_kl": Key(
+        0.0,
+        "KL to the reference, of an update, beyond which it becomes the policy; 0: never",
+        least=0,
+        most=10**6,
+    ),
     "forward.norm_beta": Key(
         0.0,
         "of NormGuard: the square of how far a velocity's root mean square exceeds the reference's",
@@ -89,6 +95,13 @@ class Forward(Objective):
     @classmethod
     def check(cls, config, family) -> None:
         noising.check(config, cls.section)
+        forward, kl_beta = config.forward, config[cls.section].kl_beta
+        if forward.reset_kl and not kl_beta:
+            raise ValueError(
+                f"config.forward.reset_kl={forward.reset_kl} asks for the KL to the reference, "
+                f"which config.{cls.section}.kl_beta=0 does not measure. Set the latter above 0, "
+                f"or config.forward.reset_kl=0; forward.reset_every counts updates."
+            )
         asked = config.sample.source == "model"
         if config.forward.uncertain < 1 and (all(config.reward_fn.values()) or not asked):
             raise ValueError(
@@ -105,7 +118,8 @@ class Forward(Objective):
         self.noising = noising.Noising.of(config, self.section)
         self.kl_beta, self.decay = own.kl_beta, own.decay
         self.ema_beta, self.norm_beta = shared.ema_beta, shared.norm_beta
-        self.reset_every, self.uncertain = shared.reset_every, shared.uncertain
+        self.reset_every, self.reset_kl = shared.reset_every, shared.reset_kl
+        self.uncertain = shared.uncertain
         self.others = [name for name, weight in config.reward_fn.items() if not weight]
         asked = {"fast": self.ema_beta, "reference": self.kl_beta or self.norm_beta}
         names = [n for n in ("old", "fast", "reference") if n in self.needs or asked.get(n)]
@@ -171,12 +185,15 @@ class Forward(Objective):
             frozen -= (1 + self.replays) / updates
         return Passes(points, points * frozen, 0)
 
-    def after_update(self, snapshots: Snapshots, num_updates: int) -> None:
+    def after_update(
+        self, snapshots: Snapshots, num_updates: int, metrics: dict[str, float]
+    ) -> None:
         self.fresh = False
         if "fast" in self.snapshots:
             snapshots.update("fast", min(0.001 * num_updates, 0.3))
         if "reference" in self.snapshots:
-            refresh(snapshots, "reference", self.reset_every, num_updates)
+            far = bool(self.reset_kl) and metrics["kl"] > self.reset_kl
+            refresh(snapshots, "reference", 1 if far else self.reset_every, num_updates)
 
     def after_epoch(self, snapshots: Snapshots, num_updates: int) -> None:
         self.fresh = self.on_policy

@@ -99,7 +99,9 @@ class DPO(Objective):
     def passes(self, num_kept: float) -> Passes:
         return Passes(len(self.noising), len(self.noising), 0, share=self.share)
 
-    def after_update(self, snapshots: Snapshots, num_updates: int) -> None:
+    def after_update(
+        self, snapshots: Snapshots, num_updates: int, metrics: dict[str, float]
+    ) -> None:
         refresh(snapshots, "reference", self.ref_update_step, num_updates)
 
 

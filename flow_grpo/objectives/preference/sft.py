@@ -80,5 +80,7 @@ class SFT(Objective):
         points = len(self.noising)
         return Passes(points, points * bool(self.beta), 0, share=self.share)
 
-    def after_update(self, snapshots: Snapshots, num_updates: int) -> None:
+    def after_update(
+        self, snapshots: Snapshots, num_updates: int, metrics: dict[str, float]
+    ) -> None:
         refresh(snapshots, "sampling", self.ref_update_step, num_updates)

@@ -50,8 +50,7 @@ class GRPO(Objective):
                 f"those that sampled, which gives other bits. Set config.train.old_log_prob=replay,"
                 f" or config.train.stacked_points=1."
             )
-        guidance, _ = guidances(config)
-        if family.may_need_negative(guidance) and not train.cfg:
+        if family.may_need_negative(guidances(config).training) and not train.cfg:
             raise ValueError(
                 f"config.train.cfg=False with config.sample.guidance_scale={sample.guidance_scale}"
                 f": the trained policy would not be the one that sampled. Set config.train.cfg=True"
