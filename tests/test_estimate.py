@@ -201,7 +201,8 @@ def test_every_family_is_estimated_at_its_size(name, keys):
     command = ["x", f"--config=config/grpo.py:{name}", "--config.dataset=dataset/counting_edit"]
     if not name.startswith("counting"):
         command[-1] = "--config.dataset=dataset/ocr"
-    found = estimate(settings.load([*command, *keys], "")[0], 8, on_gpu=True)
+    ranks = 7 if name == "counting_flux_kontext" else 8  # of whose groups of 21 eight have no whole
+    found = estimate(settings.load([*command, *keys], "")[0], ranks, on_gpu=True)
     plain, fsdp = (next(r for r in found.rows if r.kind.name == n) for n in ("multi_gpu", "fsdp2"))
     assert plain.device > 2 * found.training.frozen and fsdp.parts["update"] > GIB
     assert fsdp.device - fsdp.parts["update"] < plain.device - plain.parts["update"]

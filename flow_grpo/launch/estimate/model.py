@@ -102,7 +102,7 @@ class Fake:
     def peaks(self, autocasts: bool, on_gpu: bool) -> Peaks:
         """Run each phase once, with the run's largest calls."""
         sample, train, pipeline = self.config.sample, self.config.train, self.pipeline
-        guidance, eval_guidance = guidances(self.config)
+        guidance, eval_guidance, _ = guidances(self.config)
         micro = sample.train_batch_size if train.batch_size is None else train.batch_size
         decoded = max(sample.train_batch_size, sample.test_batch_size)
         trained_with = guidance if train.cfg else pipeline.unguided

@@ -132,7 +132,7 @@ def _epoch(config: ConfigDict, found: plan.Plan, fake: Fake) -> tuple:
         sigmas, kind=sample.sde_type, noise_level=sample.noise_level, solver=sample.solver
     )
     objective = find(config.objective)(config, schedule)
-    guided = pipeline.needs_negative(guidances(config)[0])
+    guided = pipeline.needs_negative(guidances(config).training)
     return objective, guided, run.passes(config, found, objective, guided, epoch=0)
 
 
