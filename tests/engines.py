@@ -79,6 +79,23 @@ def cut_small_weights(engine) -> None:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
+@contextmanager
+def small_weights_cut():
+    """Let runs that start here cut them."""
+    start = choose.start
+
+    def started(*arguments):
+        cut_small_weights(engine := start(*arguments))
+        engine.ranks.barrier()  # as where a process has one run, whose ranks meet here
+        return engine
+
+    choose.start = started
+    try:
+        yield
+    finally:
+        choose.start = start
+
+
 def wrapped(precision: str, module: nn.Module):
     """An engine that trains a module."""
     engine = choose.start(precision)
@@ -157,11 +174,15 @@ def abandon(engine, number: int) -> dict:
     return seen | {"after": weights(engine) | masters(engine)}
 
 
-def contract(folder: Path, precision: str) -> None:
-    """Train, abandon, put, save and load; writes what came of it."""
+def contract(folder: Path, precision: str, one: Path) -> None:
+    """Train, abandon, put, save and load; writes what came of it. one: what one process saved."""
     engine = wrapped(precision, Net())
     seen = {"start": masters(engine), "updates": [take(engine, n) for n in range(UNTIL_SAVED)]}
     further = {"mine": torch.full((3,), engine.ranks.rank % engine.num_parts + 0.5)}
+    further |= {f"old/{name}": 3 * part for name, part in engine.masters().items()}
+    own, moments, _ = engine.get_state()
+    parts = [*own.values(), *(v for each in moments.values() for v in each.values() if v.ndim)]
+    seen["bytes"] = sum(part.nbytes for part in parts)
     engine.save(folder, further)
     engine.ranks.barrier()
     seen["rest"] = [take(engine, UNTIL_SAVED + n) for n in range(AFTER)]
@@ -170,6 +191,12 @@ def contract(folder: Path, precision: str) -> None:
     seen["further"] = torch.equal(again.load(folder)["mine"], further["mine"])
     seen["loaded"] = masters(again), weights(again)
     seen["rest again"] = [take(again, UNTIL_SAVED + n) for n in range(AFTER)]
+
+    moved = wrapped(precision, Net(elsewhere=True))
+    old = {name.removeprefix("old/"): part for name, part in moved.load(one, ["old"]).items()}
+    old.pop("mine", None)
+    seen["moved"], seen["further moved"] = masters(moved), clones(dict(moved.full(old)))
+    seen["rest moved"] = [take(moved, UNTIL_SAVED + n) for n in range(AFTER)]
 
     calm, troubled = wrapped(precision, Net()), wrapped(precision, Net())
     take(calm, 0), take(troubled, 0)
@@ -373,12 +400,12 @@ def planted(folder: Path, precision: str) -> None:
     (folder / f"planted-{engine.ranks.rank}.json").write_text(json.dumps([said, mark.exists()]))
 
 
-def everything(folder: Path, precision: str) -> None:
-    """Called on every rank of an engine."""
+def everything(folder: Path, precision: str, one: Path) -> None:
+    """Called on every rank of an engine. one: the folder of one process, which may be this one."""
     if precision == "fp16":  # of which DeepSpeed says that a CPU lacks it
         get_accelerator().is_fp16_supported = lambda: True
         overflowed(folder, precision)
-    contract(folder, precision)
+    contract(folder, precision, one)
     forged(folder, precision)
     planted(folder, precision)
     for lora in (False, True):

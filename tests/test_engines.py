@@ -12,6 +12,7 @@ from forking import FSDP, ON_CPU, on_ranks, zero
 
 from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.parallel import choose
+from flow_grpo.parallel.holds import KINDS, Training
 
 ENGINES = {  # ranks, environment, precision
     "plain": (1, ON_CPU, "no"),
@@ -44,19 +45,22 @@ made = {}
 @pytest.fixture
 def seen(name, tmp_path_factory):
     """Return a function that loads what each rank of an engine wrote."""
-    if name not in made:
-        num_ranks, environment, precision = ENGINES[name]
-        folder = tmp_path_factory.mktemp(name)
-        for run in ("calm", "troubled"):
-            (folder / run).mkdir()
-        on_ranks(num_ranks, environment, engines.everything, folder, precision)
-        made[name] = folder, num_ranks
-    folder, num_ranks = made[name]
+    for each in ("plain", name):  # whose state the others read too
+        if each not in made:
+            num_ranks, environment, precision = ENGINES[each]
+            made[each] = folder = tmp_path_factory.mktemp(each)
+            for run in ("calm", "troubled"):
+                (folder / run).mkdir()
+            arguments = folder, precision, made["plain"]
+            on_ranks(num_ranks, environment, engines.everything, *arguments)
+    return loader(name)
 
+
+def loader(name: str):
     def load(what: str) -> list[dict]:
-        return [torch.load(folder / f"{what}-{rank}.pt") for rank in range(num_ranks)]
+        return [torch.load(made[name] / f"{what}-{rank}.pt") for rank in range(ENGINES[name][0])]
 
-    load.folder = folder
+    load.folder = made[name]
     return load
 
 
@@ -105,6 +109,17 @@ def test_ranks_agree_on_every_weight_and_norm_to_the_bit(seen):
             assert torch.equal(ours["norm"], theirs["norm"])
 
 
+@on_every_fp32_engine
+def test_ranks_hold_what_an_estimate_says_of_their_engine(name, seen):
+    files = {"plain": "single", "ddp": "multi_gpu", "fsdp2": "fsdp2"}
+    (kind,) = (kind for kind in KINDS if kind.name == files.get(name, f"deepspeed_{name}"))
+    trained = sum(param.numel() for param in Net().parameters() if param.requires_grad)
+    parts = kind.device(Training(0, trained, 0, 4, 0, False, False), ENGINES[name][0])
+    masters = parts["trained weights"] if kind.autocasts else 0  # else among the optimizer's
+    for rank in seen("contract"):
+        assert rank["bytes"] == masters + parts["optimizer"]
+
+
 @on_every_engine
 def test_nothing_steps_inside_a_backward_pass(seen):
     for rank in seen("contract"):
@@ -149,6 +164,38 @@ def test_a_saved_training_goes_on_bit_for_bit_in_an_engine_that_started_elsewher
 
 
 @on_every_engine
+def test_what_one_process_saved_goes_on_in_every_engine(name, seen):
+    (one,) = loader("plain")("contract")
+    for rank in seen("contract"):
+        assert equal(rank["moved"], one["updates"][-1]["after"])
+        assert equal(rank["further moved"], {n: 3 * value for n, value in rank["moved"].items()})
+        if ENGINES[name][2] == "no":
+            follow(rank["rest moved"], one["rest"])
+
+
+@on_every_engine
+def test_what_every_engine_saved_goes_on_in_one_process(name, seen, monkeypatch):
+    (rank, *_), precision = seen("contract"), ENGINES[name][2]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    engine = engines.wrapped("no", Net(elsewhere=True))
+    further = engine.load(seen.folder, ["old"])
+    masters = engines.masters(engine)
+    assert equal(masters, rank["updates"][-1]["after"])
+    assert all(torch.equal(further[f"old/{key}"], 3 * value) for key, value in masters.items())
+    if precision == "no":
+        numbers = range(engines.UNTIL_SAVED, engines.UNTIL_SAVED + engines.AFTER)
+        follow([engines.take(engine, number) for number in numbers], rank["rest"])
+
+
+def follow(updates: list[dict], others: list[dict]) -> None:
+    """Updates are others', but for how sums are rounded."""
+    for ours, theirs in zip(updates, others, strict=True):
+        assert ours["norm"].item() == pytest.approx(theirs["norm"].item(), rel=1e-5)
+        for key, value in theirs["after"].items():
+            torch.testing.assert_close(ours["after"][key], value, rtol=1e-4, atol=1e-6)
+
+
+@on_every_engine
 def test_a_saved_training_is_safetensors_and_json(name, seen):
     seen("contract")
     parts = range(ENGINES[name][0] if name not in ("plain", "ddp") else 1)
@@ -185,11 +232,13 @@ def test_a_payload_in_any_file_is_refused_on_every_rank_and_never_runs(name, see
 
 
 @pytest.mark.parametrize("name", ["plain"])
-def test_the_state_of_other_weights_or_of_other_ranks_is_refused(seen):
+def test_the_state_of_other_weights_is_refused(seen):
     seen("contract")
     for module in (with_lora(Net()), torch.nn.Linear(5, 8)):
         engine = engines.wrapped("no", module)
-        with pytest.raises(ValueError, match="state of 3 weights in 1 part.*as many ranks"):
+        with pytest.raises(
+            ValueError, match="state of 3 weights in 1 part.*Resume with the weights"
+        ):
             engine.load(seen.folder)
 
 

@@ -161,6 +161,11 @@ REFUSED = {  # another value of it, and the words of the refusal
 }
 TOLD = {
     "config": (in_json(TRAINER, "config", "seed"), 8, "config.seed=7 (was 8)"),
+    "cut": (
+        in_json(TRAINER, "cut", "optimizer step(s) a pass"),
+        3,
+        "2 optimizer step(s) a pass (was 3)",
+    ),
     "prompts": (in_json(TRAINER, "prompts"), "0" * 64, "other training prompts"),
     "versions": (in_json(TRAINER, "versions", "peft"), "0.0.1", "(was 0.0.1)"),
 }

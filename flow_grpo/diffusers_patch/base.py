@@ -38,6 +38,7 @@ class PatchedPipeline(Weights):
     batches_guidance: bool = False  # guide() makes one pass of twice the rows instead of two
     clean_grid: bool = False  # sigmas() shifts 1, 1 - 1/N, ... 1/N
     ragged_text: bool = False  # prompts' "embeds" (L, C) differ in L
+    num_clip_tokens: int = 0  # of a prompt's "embeds", before the max_sequence_length others
     negative_prompt: str = ""  # what guidance subtracts
     reference_area: int = 1024 * 1024  # pixels; a larger reference is shrunk to it
     enlarges_references: bool = False  # a smaller one is enlarged to it

@@ -12,6 +12,7 @@ class SD3(PatchedPipeline):
     stock = StableDiffusion3Pipeline
     lora_target_modules = JOINT_ATTENTION
     has_attention_backends = False
+    num_clip_tokens = 77
 
     @torch.no_grad()
     def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:

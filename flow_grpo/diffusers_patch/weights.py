@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.disk import files, lora
+from flow_grpo.diffusers_patch.disk.released import Released
 from flow_grpo.inputs import json_object
 from flow_grpo.records import Guidance
 
@@ -74,6 +76,30 @@ class Weights:
             path, revision=revision, dtype=dtypes, variant=kind, **given
         )
         return family(pipe.to(device))
+
+    @classmethod
+    def blank(cls, described: Released, dtype: torch.dtype) -> Weights:
+        """Build the pipeline of these configs without encoders, on the meta device.
+
+        dtype: the transformer's; the VAE is in fp32.
+        """
+        with torch.device("meta"):
+            made = {
+                name: getattr(diffusers, each["_class_name"]).from_config(each)
+                for name, each in vars(described).items()
+                if name in ("transformer", "vae", "scheduler")
+            }
+            for param in made["transformer"].parameters():
+                param.data = param.data.to(dtype)
+            asked = inspect.signature(cls.stock.__init__).parameters
+            settings = described.settings.items()  # and maybe parts, which are lists
+            known = {n: each for n, each in settings if n in asked and not isinstance(each, list)}
+            absent = [n for n, each in asked.items() if each.default is inspect.Parameter.empty]
+            return cls(cls.stock(**dict.fromkeys(absent[1:]) | known | made))
+
+    def modules(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """Return the transformer and the VAE."""
+        return self.transformer, self.pipe.vae
 
     def trains(self, parameter: str) -> bool:
         """Whether the parameter of this name, the transformer's own or an adapter's, trains.

@@ -146,20 +146,21 @@ def _known(config: ConfigDict) -> type[PatchedPipeline]:
 
 def _transformer(config: ConfigDict) -> dict:
     """Return the transformer's config, {} if it is not on this machine."""
-    return _known(config).transformer_config(lambda name: _file(config, name))
+    return _known(config).transformer_config(lambda name: file_of(config, name))
 
 
 def _index_file(config: ConfigDict) -> Path | None:
-    return next(filter(None, (_file(config, name) for name in INDEX_FILES)), None)
+    return next(filter(None, (file_of(config, name) for name in INDEX_FILES)), None)
 
 
 def _read(config: ConfigDict, part: str) -> dict:
     """Return a component's config.json, {} if it is not on this machine."""
-    found = _file(config, f"{part}/config.json")
+    found = file_of(config, f"{part}/config.json")
     return json_object(found) if found else {}
 
 
-def _file(config: ConfigDict, name: str) -> Path | None:
+def file_of(config: ConfigDict, name: str) -> Path | None:
+    """Return the path of a model's file, None if it is not on this machine."""
     path, revision = config.pretrained.model, config.pretrained.revision
     if os.path.isdir(path):
         found = Path(path) / name

@@ -83,6 +83,9 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
         plan.train_prompts
     ):
         found.append("other training prompts")
+    for what, number in folders.cut(plan).items():
+        if (was := _at(state.get("cut"), what)) not in (None, number):
+            found.append(f"{number} {what} (was {was})")
     for package in PACKAGES:
         was = _at(state.get("versions"), package)
         if was not in (None, version(package)):

@@ -43,10 +43,10 @@ def _num_trained(config: ConfigDict, targets: tuple[str, ...], trained_part: str
     A checkpoint has it in fp32: weights, two moments, and once more as diffusers loads it.
     """
     if config.use_lora and config.train.lora_path:
-        found = _shapes(Path(config.train.lora_path))
+        found = shapes_of(Path(config.train.lora_path))
         return max(1, sum(map(math.prod, found.values())))
     model = Path(config.pretrained.model)
-    shapes = _shapes(model / "transformer") or _shapes(model)
+    shapes = shapes_of(model / "transformer") or shapes_of(model)
     if not config.use_lora:
         return max(1, sum(math.prod(v) for name, v in shapes.items() if trained_part in name))
     ends = tuple(f".{target}.weight" for target in config.train.lora_targets or targets)
@@ -54,7 +54,7 @@ def _num_trained(config: ConfigDict, targets: tuple[str, ...], trained_part: str
     return max(1, config.train.lora_rank * sum(sum(shape[:2]) for shape in chosen))
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
+def shapes_of(path: Path) -> dict[str, list[int]]:
     """Read the shapes of a file's tensors, or of a folder's files."""
     shapes = {}
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):

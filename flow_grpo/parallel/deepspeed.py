@@ -11,10 +11,9 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from flow_grpo.parallel.engine import Parts
+from flow_grpo.parallel.holds import MOST
 from flow_grpo.parallel.plain import PATIENCE
 from flow_grpo.parallel.sharded import Sharded
-
-MOST = 500_000_000  # gradients' elements that it reduces at a time
 
 
 class DeepSpeed(Sharded):
@@ -109,6 +108,10 @@ class DeepSpeed(Sharded):
             return 0, 0
         where = mapping.lp_fragment_address
         return where.start, where.start + where.numel
+
+    def _lies(self, name: str) -> tuple[str, int]:
+        mapping = self._trained[name]._hp_mapping
+        return f"row-{mapping.param_group_index}", mapping.hp_fragment_address.start
 
     def _master(self, name: str) -> Tensor:
         return self._trained[name]._hp_mapping.hp_fragment.detach()

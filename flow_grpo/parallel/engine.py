@@ -166,15 +166,22 @@ class Engine(ABC):
     def load(self, folder: Path, copies: Iterable[str] = ()) -> Parts:
         """Continue from what save() wrote; return `further`. Raises ValueError, all as it was.
 
+        However many ranks wrote it, and with whichever engine, each takes what it is to hold.
         copies: the names before / of what must be in `further`, each with all weights.
         """
         part = self.ranks.rank % self.num_parts
-        weights, moments, scale = state.read(folder, part, self.num_parts, self._layout())
+        masters, stepped, own = self.masters(), self._stepped(), self._scale()
+        weights, moments, scale = state.read(
+            folder, part, self.num_parts, self._layout(), masters, stepped
+        )
         is_adam = isinstance(self.optimizer, torch.optim.AdamW)
-        masters, own = self.masters(), self._scale()
-        state.check(folder, weights, moments, masters, self._stepped(), (POLICY, *copies), is_adam)
+        state.check(folder, weights, moments, masters, stepped, (POLICY, *copies), is_adam)
         if scale and own and scale.keys() != own.keys():
-            raise ValueError(f"{folder / state.INDEX} has another scale. {state.REMEDY}")
+            raise ValueError(
+                f"{folder / state.INDEX} holds the loss scale of another engine's fp16 "
+                f"({', '.join(sorted(scale))}). Resume with the engine that wrote it, or with "
+                f"config.mixed_precision=bf16."
+            )
         masters = {name: weights.pop(f"{POLICY}/{name}") for name in masters}
         self.set_state(masters, moments, scale if own else {})  # another precision's
         return weights
@@ -197,7 +204,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _layout(self) -> dict[str, dict]:
-        """Return of each trained weight its shape, and which elements masters() holds here."""
+        """Return of each trained weight what state.Layout says; masters() has what is held."""
 
     @abstractmethod
     def _stepped(self) -> dict[str, Tensor]:

@@ -89,7 +89,12 @@ class Plain(Engine):
 
     def _layout(self) -> dict[str, dict]:
         return {
-            name: {"shape": list(param.shape), "held": [0, param.numel()]}
+            name: {
+                "shape": list(param.shape),
+                "held": [0, param.numel()],
+                "row": False,
+                "in": [name, 0],
+            }
             for name, param in self._trained.items()
         }
 

@@ -25,6 +25,10 @@ class Sharded(Engine):
         """Return the range of a weight's elements that this rank holds."""
 
     @abstractmethod
+    def _lies(self, name: str) -> tuple[str, int]:
+        """Return in which stepped tensor these lie, and from which element on."""
+
+    @abstractmethod
     def _master(self, name: str) -> Tensor:
         """Return the elements that this rank holds, in fp32 and one row, as the optimizer does."""
 
@@ -59,7 +63,10 @@ class Sharded(Engine):
         yield names
 
     def _layout(self) -> dict[str, dict]:
-        return {
-            name: {"shape": list(shape), "held": list(self._held(name))}
-            for name, shape in self._shapes.items()
-        }
+        found = {}
+        for name, shape in self._shapes.items():
+            start, stop = self._held(name)
+            lies = list(self._lies(name)) if stop > start else None
+            held = {"held": [start, stop], "row": True, "in": lies}
+            found[name] = {"shape": list(shape)} | held
+        return found

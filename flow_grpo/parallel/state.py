@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flow_grpo.parallel import recut
+
 INDEX, WEIGHTS, OPTIMIZER = "index.json", "weights-{}.safetensors", "optimizer-{}.safetensors"
-Layout = dict[str, dict]  # of each trained weight its shape, and [start, stop) of what is held
+# Of each trained weight its shape, [start, stop) of what is held, whether as one row, and in which
+# stepped tensor that lies and from which element on; None if nothing is held.
+Layout = dict[str, dict]
 Moments = dict[str, dict[str, "Tensor | float | None"]]  # by stepped tensor and key
 ADAM = {"step", "exp_avg", "exp_avg_sq"}  # moments as torch keeps them
 REMEDY = "Resume from another checkpoint."
@@ -88,21 +92,56 @@ def check(
 
 
 def read(
-    folder: Path, part: int, num_parts: int, layout: Layout
+    folder: Path,
+    part: int,
+    num_parts: int,
+    layout: Layout,
+    masters: dict[str, Tensor],
+    stepped: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], Moments, dict[str, float]]:
     """Read one of num_parts parts, onto the CPU: weights, moments and fp16's search for its scale.
 
-    Raises ValueError unless it is of so many and its layout is the one given.
+    layout, masters, stepped: this rank's. What was written in other parts is cut anew. Raises
+    ValueError if it is of other weights, or has moments that can't be cut.
     """
     parts, scale = _read(folder / INDEX, _index)
-    if len(parts) != num_parts or parts[part]["layout"] != layout:
+    shapes = {name: where["shape"] for name, where in layout.items()}
+    if any({n: where.get("shape") for n, where in p["layout"].items()} != shapes for p in parts):
         raise ValueError(
             f"{str(folder)!r} holds the state of {len(parts[0]['layout'])} weights in {len(parts)} "
-            f"part(s); this run trains {len(layout)} in {num_parts}, or others. Resume with as "
-            f"many ranks, the engine and the weights that it was written with."
+            f"part(s); this run trains {len(layout)}, or others. Resume with the weights that it "
+            f"was written with."
         )
+    if len(parts) == num_parts and parts[part]["layout"] == layout:
+        return *_own(folder, part, parts[part]["moments"]), scale
+    if odd := {key for p in parts for values in p["moments"].values() for key in values} - ADAM:
+        raise ValueError(
+            f"{str(folder)!r} was written in {len(parts)} part(s), this run has {num_parts}, or "
+            f"cuts them otherwise; and only AdamW's moments of 32 bits can be cut anew, not "
+            f"{', '.join(sorted(odd))}. Resume with as many ranks, and the engine, that wrote it."
+        )
+    return *_read(folder, lambda _: _others(folder, parts, layout, masters, stepped)), scale
+
+
+def _others(
+    folder: Path,
+    parts: list[dict],
+    layout: Layout,
+    masters: dict[str, Tensor],
+    stepped: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], Moments]:
+    """Read from all parts what this rank is to hold."""
+    of_weights, of_optimizer = (
+        [safe_open(folder / file.format(number), "pt") for number in range(len(parts))]
+        for file in (WEIGHTS, OPTIMIZER)
+    )
+    weights = recut.weights(of_weights, parts, layout, masters)
+    return weights, recut.moments(of_optimizer, parts, layout, stepped)
+
+
+def _own(folder: Path, part: int, described: dict) -> tuple[dict[str, Tensor], Moments]:
+    """Read a part as it was written. described: what the index says of its moments."""
     weights, tensors = (_read(folder / f.format(part), load_file) for f in (WEIGHTS, OPTIMIZER))
-    described = parts[part]["moments"]
     flat = {f"{name}/{key}": v for name, values in described.items() for key, v in values.items()}
     if odd := {name for name, value in flat.items() if isinstance(value, list)} ^ tensors.keys():
         file = folder / OPTIMIZER.format(part)
@@ -114,14 +153,14 @@ def read(
         }
         for name, values in described.items()
     }
-    return weights, moments, scale
+    return weights, moments
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     """Let a reader read; whatever it finds wrong is a ValueError that names the file."""
     try:
         return reader(path)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}). {REMEDY}") from None
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} can't be read ({error}). {REMEDY}") from None

@@ -64,6 +64,10 @@ class Zero3(DeepSpeed):
         start = min(self.ranks.rank * piece, size)
         return start, min(start + piece, size)
 
+    def _lies(self, name: str) -> tuple[str, int]:
+        row, offset, _ = self._where(name)
+        return f"row-{row}", offset
+
     def _master(self, name: str) -> Tensor:
         row, offset, _ = self._where(name)
         start, stop = self._held(name)

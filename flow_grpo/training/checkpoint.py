@@ -109,9 +109,10 @@ def _write_trainer(run: Run, folder: Path, metrics_bytes: int, written: dict[str
         "num_skipped_in_a_row": run.updater.num_skipped_in_a_row,
         "metrics_bytes": metrics_bytes,
         "identity": run.identity,
-        # This and the next two for a note.
+        # This and the next three for a note.
         "config": redacted(json.loads(run.config.to_json_best_effort())),
         "prompts": folders.digest(run.plan.train_prompts),
+        "cut": folders.cut(run.plan),
         "versions": {name: version(name) for name in PACKAGES},
         "files": written | digests.of(folder, rest),
     }

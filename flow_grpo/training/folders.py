@@ -8,13 +8,14 @@ from pathlib import Path
 
 import ml_collections
 
-from flow_grpo.parallel.choose import shards_state
+from flow_grpo.plan import Plan
 from flow_grpo.prompts import Prompt
 from flow_grpo.training import digests
 
 STATE = "trainer.json"  # written last: a folder without it is no checkpoint
 REPLACED = ".replaced-"  # before the name of a checkpoint that counts until its successor is there
 COUNTERS = ("epoch", "num_updates", "num_skipped", "num_skipped_in_a_row", "metrics_bytes")
+IMAGES = "images an epoch"  # of all ranks
 NAME = re.compile(rf"({re.escape(REPLACED)})?checkpoint-[0-9]+")  # others are a user's copies
 
 
@@ -73,10 +74,12 @@ def _check(folder: Path, identity: dict) -> None:
         raise ValueError(f"config.resume_from={str(folder)!r}: {problem}. {_another(folder)}")
     for key, value in identity.items():
         if key in state["identity"] and state["identity"][key] != value:
+            how = " (ranks x sample.train_batch_size x sample.num_batches_per_epoch)"
             raise ValueError(
                 f"config.resume_from={str(folder)!r} was written with {key}="
-                f"{state['identity'][key]!r}, this run has {value!r}. Make them equal, or start "
-                f"a new run (a LoRA can be carried over with config.train.lora_path)."
+                f"{state['identity'][key]!r}, this run has {value!r}. Make them equal"
+                f"{how if key == IMAGES else ''}, or start a new run (a LoRA can be carried over "
+                f"with config.train.lora_path)."
             )
 
 
@@ -119,6 +122,11 @@ def digest(prompts: list[Prompt]) -> str:
     return hashlib.sha256(texts.encode()).hexdigest()
 
 
+def cut(plan: Plan) -> dict[str, int]:
+    """Return how an epoch is dealt out, which may change from one start to the next."""
+    return {"rank(s)": plan.world_size, "optimizer step(s) a pass": plan.num_updates}
+
+
 def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) -> dict:
     """Return what a checkpoint and the run that resumes it must have in common."""
     train, lora, sample = config.train, config.use_lora, config.sample
@@ -133,7 +141,6 @@ def identity(config: ml_collections.ConfigDict, pipeline: str, world_size: int) 
         "config.train.lora_targets": list(train.lora_targets) if lora else None,
         "config.train.ema": train.ema,
         "config.train.use_8bit_adam": train.use_8bit_adam,
-        "ranks with a state of their own (0: none)": world_size if shards_state() else 0,
         "config.seed": config.seed,
-        "images an epoch": total,
+        IMAGES: total,
     }

@@ -26,6 +26,45 @@ from flow_grpo.training.snapshots import Held, Snapshots, ema_decay
 from flow_grpo.training.tracking import Timer, Tracker
 
 
+def trained_steps(
+    config: ml_collections.ConfigDict, plan: Plan, groups: Iterable[int], epoch: int
+) -> np.ndarray:
+    return windows.trained_steps(config.sample, groups, config.seed, epoch, plan.num_groups)
+
+
+def calls(
+    config: ml_collections.ConfigDict,
+    plan: Plan,
+    objective: Objective,
+    rank: int,
+    epoch: int,
+    part: Part | None = None,
+) -> list[Call]:
+    """Return a rank's calls of denoise() in an epoch; every rank knows those of all.
+
+    part: None: what every epoch draws.
+    """
+    sample, part = config.sample, part or plan.whole(config.sample)
+    batches = rollout_rows(rank, part.num_batches, sample.train_batch_size, plan.group_size)
+    rows = [[(part.first + group, member) for group, member in batch] for batch in batches]
+    return objective.rollout(rows, lambda groups: trained_steps(config, plan, groups, epoch))
+
+
+def passes(
+    config: ml_collections.ConfigDict, plan: Plan, objective: Objective, guided: bool, epoch: int
+) -> dict[str, int]:
+    """Count an epoch's passes of one image through the transformer, on all ranks."""
+    world = [calls(config, plan, objective, rank, epoch) for rank in range(plan.world_size)]
+    of_all = [call for of_rank in world for call in of_rank]
+    num_kept = sum(int(call.segment.stochastic.sum()) for call in of_all)
+    return plan.passes(
+        config,
+        objective.passes(num_kept / (plan.num_groups * plan.group_size)),
+        guided=guided,
+        num_sampled=rollouts.num_forwards(of_all) if config.sample.source == "model" else 0,
+    )
+
+
 @dataclass
 class Run:
     """Built once (build.py); only the last fields change."""
@@ -112,32 +151,14 @@ class Run:
         return [range(i, min(i + most, num_points)) for i in range(0, num_points, most)]
 
     def trained_steps(self, groups: Iterable[int], epoch: int) -> np.ndarray:
-        config = self.config
-        return windows.trained_steps(
-            config.sample, groups, config.seed, epoch, self.plan.num_groups
-        )
+        return trained_steps(self.config, self.plan, groups, epoch)
 
     def calls(self, rank: int, epoch: int, part: Part | None = None) -> list[Call]:
-        """Return a rank's calls of denoise() in an epoch; every rank knows those of all.
-
-        part: None: what every epoch draws.
-        """
-        sample, plan = self.config.sample, self.plan
-        part = part or plan.whole(sample)
-        batches = rollout_rows(rank, part.num_batches, sample.train_batch_size, plan.group_size)
-        calls = [[(part.first + group, member) for group, member in rows] for rows in batches]
-        return self.objective.rollout(calls, lambda groups: self.trained_steps(groups, epoch))
+        return calls(self.config, self.plan, self.objective, rank, epoch, part)
 
     def passes(self) -> dict[str, int]:
-        world = [self.calls(rank, self.epoch) for rank in range(self.plan.world_size)]
-        calls = [call for of_rank in world for call in of_rank]
-        num_kept = sum(int(call.segment.stochastic.sum()) for call in calls)
-        return self.plan.passes(
-            self.config,
-            self.objective.passes(num_kept / (self.plan.num_groups * self.plan.group_size)),
-            guided=self.pipeline.needs_negative(self.guidance),
-            num_sampled=rollouts.num_forwards(calls) if self.config.sample.source == "model" else 0,
-        )
+        guided = self.pipeline.needs_negative(self.guidance)
+        return passes(self.config, self.plan, self.objective, guided, self.epoch)
 
     def excess_noise(self) -> float:
         """Return by how much a stochastic step's noise exceeds the next sigma, at most.

@@ -37,6 +37,7 @@ from transformers import (
 from flow_grpo.diffusers_patch.bagel.folder import mark_ids
 from flow_grpo.diffusers_patch.bagel.pipeline import BagelPipeline
 from flow_grpo.diffusers_patch.bagel.transformer import BagelTransformer
+from flow_grpo.diffusers_patch.disk import released
 from flow_grpo.diffusers_patch.registry import INDEX_FILES
 
 NUM_TEXT_LAYERS = 2  # of each text encoder; 12 to 36 are released
@@ -46,23 +47,9 @@ def sd3_5_medium() -> DiffusionPipeline:
     """Stable Diffusion 3.5 Medium: 2.24 B parameters, 24 blocks, two attentions in the first 13."""
     tokenizer = clip_tokenizer()
     return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
-            sample_size=128,
-            patch_size=2,
-            in_channels=16,
-            out_channels=16,
-            num_layers=24,
-            attention_head_dim=64,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            caption_projection_dim=1536,
-            pooled_projection_dim=2048,
-            pos_embed_max_size=384,
-            dual_attention_layers=tuple(range(13)),
-            qk_norm="rms_norm",
-        ),
+        transformer=SD3Transformer2DModel.from_config(released.SD3_5_MEDIUM.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_vae(scaling_factor=1.5305, shift_factor=0.0609),
+        vae=AutoencoderKL.from_config(released.SD3_5_MEDIUM.vae),
         text_encoder=_clip(CLIPTextModelWithProjection, tokenizer, width=768, num_heads=12),
         tokenizer=tokenizer,
         text_encoder_2=_clip(CLIPTextModelWithProjection, tokenizer, width=1280, num_heads=20),
@@ -76,20 +63,9 @@ def flux1_dev() -> DiffusionPipeline:
     """FLUX.1-dev: 11.9 B parameters, 19 blocks of two streams and 38 of one."""
     tokenizer = clip_tokenizer()
     return FluxPipeline(
-        transformer=FluxTransformer2DModel(
-            patch_size=1,
-            in_channels=64,
-            num_layers=19,
-            num_single_layers=38,
-            attention_head_dim=128,
-            num_attention_heads=24,
-            joint_attention_dim=4096,
-            pooled_projection_dim=768,
-            guidance_embeds=True,
-            axes_dims_rope=(16, 56, 56),
-        ),
+        transformer=FluxTransformer2DModel.from_config(released.FLUX1_DEV.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, **DYNAMIC_SHIFT),
-        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        vae=AutoencoderKL.from_config(released.FLUX1_DEV.vae),
         text_encoder=_clip(CLIPTextModel, tokenizer, width=768, num_heads=12),
         tokenizer=tokenizer,
         text_encoder_2=_t5(),
@@ -101,19 +77,9 @@ def zimage() -> DiffusionPipeline:
     """Z-Image: 6.15 B parameters, 30 blocks of one stream."""
     tokenizer = qwen_tokenizer()
     return ZImagePipeline(
-        transformer=ZImageTransformer2DModel(
-            in_channels=16,
-            dim=3840,
-            n_layers=30,
-            n_refiner_layers=2,
-            n_heads=30,
-            n_kv_heads=30,
-            cap_feat_dim=2560,
-            axes_dims=[32, 48, 48],
-            axes_lens=[1536, 512, 512],
-        ),
+        transformer=ZImageTransformer2DModel.from_config(released.ZIMAGE.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
-        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        vae=AutoencoderKL.from_config(released.ZIMAGE.vae),
         text_encoder=Qwen3ForCausalLM(
             Qwen3Config(
                 vocab_size=len(tokenizer),
@@ -142,7 +108,7 @@ def bagel(num_layers: int = 28, vocab_size: int = 152_064) -> DiffusionPipeline:
     torch.nn.init.normal_(transformer.latent_pos_embed.pos_embed, std=0.5)  # zeros, as it is built
     return BagelPipeline(
         transformer=transformer,
-        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        vae=AutoencoderKL.from_config(released.FLUX1_DEV.vae),
         tokenizer=tokenizer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
@@ -170,21 +136,6 @@ def save(name: str, folder: Path) -> Path:
             torch.set_default_dtype(dtype)
         pipeline.save_pretrained(folder)
     return folder
-
-
-def _vae(**factors: float) -> AutoencoderKL:
-    """The autoencoder of SD3 and FLUX.1: a side shrunk by 8, 16 channels."""
-    return AutoencoderKL(
-        sample_size=1024,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **factors,
-    )
 
 
 def _clip(

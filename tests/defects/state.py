@@ -137,4 +137,20 @@ DEFECTS = [
         "            pass\n",
         "test_rescue.py::test_a_run_that_ends_among_its_updates_goes_on_as_if_it_had_not",
     ),
+    Defect(
+        "moments-of-another-weight-by-other-ranks",
+        SLIP,
+        "flow_grpo/parallel/recut.py",
+        "at_part = at + start - _start(parts, part, name)\n",
+        "at_part = start - _start(parts, part, name)\n",
+        "test_recut.py::test_any_ranks_of_any_engine_read_what_others_wrote[row-whole]",
+    ),
+    Defect(
+        "place-in-a-row-not-written",
+        SLIP,
+        "flow_grpo/parallel/deepspeed.py",
+        "mapping.hp_fragment_address.start\n",
+        "0\n",
+        "test_engines.py::test_what_every_engine_saved_goes_on_in_one_process[zero2]",
+    ),
 ]
