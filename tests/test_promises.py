@@ -34,7 +34,7 @@ def world(monkeypatch):
     def set_up(environment: dict[str, str], made=(1, 0), gpus=0):
         engine = SimpleNamespace(ranks=SimpleNamespace(num_ranks=made[0], rank=made[1]))
         for name in ("Plain", "DeepSpeed", "FSDP2"):
-            monkeypatch.setattr(choose, name, lambda precision: engine)
+            monkeypatch.setattr(choose, name, lambda precision, patience_s: engine)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
