@@ -11,6 +11,8 @@ from forking import ON_CPU, on_ranks
 from torch import distributed
 from waiting import HANG_S, wait_until
 
+from config.base import base
+from flow_grpo.launch import build
 from flow_grpo.parallel import choose, watch
 
 SHORT_S = 0.05
@@ -36,6 +38,20 @@ def told(mine: watch.Watch, act) -> str:
 
 def until_all_have_begun(mine: watch.Watch) -> None:
     wait_until(lambda: len(mine._seen) == mine.num_ranks)
+
+
+def has_patience(folder: Path) -> None:
+    config = base()
+    config.mixed_precision, config.collective_timeout = "no", 17.0
+    build._start(config)
+    group = distributed.distributed_c10d._get_default_group()
+    waits = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+    (folder / os.environ["RANK"]).write_text(str(waits))
+
+
+def test_a_collective_waits_as_long_as_it_is_told(tmp_path):
+    on_ranks(2, ON_CPU, has_patience, tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["17.0", "17.0"]
 
 
 def meets(folder: Path) -> None:
