@@ -96,6 +96,12 @@ BROKEN = {
     "Megatron": (ranks(1, 0, ACCELERATE_USE_MEGATRON_LM="true"), (1, 0), 1, ["MEGATRON_LM"]),
     "no number": ({"WORLD_SIZE": "all"}, (1, 0), 0, ["WORLD_SIZE='all'", "a number is needed"]),
     "too large a rank": ({"WORLD_SIZE": "2", "RANK": "2"}, (2, 1), 0, ["RANK=2 and WORLD_SIZE=2"]),
+    "a stale store": (
+        ranks(2, 0, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS="1"),
+        (2, 0),
+        2,
+        ["--max_restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "--rdzv_backend c10d"],
+    ),
     "no ranks": ({"WORLD_SIZE": "0"}, (1, 0), 0, ["WORLD_SIZE=0"]),
 }
 

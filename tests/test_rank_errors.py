@@ -138,10 +138,12 @@ def test_a_launcher_starts_a_killed_rank_s_run_again_and_it_ends_as_if_none_had_
     files, tmp_path
 ):
     keys = running.lora(files) | KEYS | {"logdir": tmp_path, "save_freq": 1}
+    again = ("--max_restarts", "1", "--rdzv_backend", "c10d")
+    own_store = ON_CPU | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     for name, mode in (("part", "die once"), ("whole", "")):
-        restarting = processes.launcher("multi_gpu", 2, "--max_restarts", "1")
-        start = {"env": ON_CPU | {"MODE": mode}, "script": "tests/running.py", "run_name": name}
-        processes.finish(processes.start(files, *restarting, **start, resume_from="auto", **keys))
+        start = {"env": own_store | {"MODE": mode}, "script": "tests/running.py", "run_name": name}
+        two = processes.launcher("multi_gpu", 2, *again)
+        processes.finish(processes.start(files, *two, **start, resume_from="auto", **keys))
     part, whole = tmp_path / "part", tmp_path / "whole"
     launches = json.loads((part / "launches.json").read_text())
     assert [bool(each["resumed_from"]) for each in launches] == [False, True]

@@ -73,6 +73,13 @@ def start(mixed_precision: str, compiles: bool = False, patience_s: float = PATI
             "config.compile=True: DeepSpeed ZeRO-3 gathers by layers, and so can't be compiled. "
             f"Set it to False, or launch with --config_file {CONFIG.format('fsdp2')}."
         )
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if size > 1 and shares and _number("TORCHELASTIC_MAX_RESTARTS", 0):
+        raise ValueError(
+            "--max_restarts was given, but after a restart torch's launcher would hand out the "
+            "addresses of the old ranks. Put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the "
+            "command and --rdzv_backend c10d into it, or leave --max_restarts out."
+        )
     _check_gpus()
     engine = _kind()(mixed_precision, patience_s)
     found = engine.ranks
