@@ -11,13 +11,13 @@ import pytest
 import running
 import test_processes as processes
 import torch
-from forking import ON_CPU, on_ranks, zero
+from forking import FSDP, ON_CPU, on_ranks, zero
 from waiting import HANG_S, wait_until
 
 from flow_grpo.parallel import regroup
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.parallel.stop import Stopped
-from flow_grpo.training import collect, folders, loop
+from flow_grpo.training import checkpoint, collect, folders, loop
 
 KEYS = {"num_epochs": 3, "save_freq": 10, "train__ema": True, "train__ema_update_every": 1}
 EPOCH = 1  # counted from 0: the one in which a rank fails
@@ -158,6 +158,38 @@ def test_a_rank_that_is_gone_is_waited_for_no_longer_than_allowed(files, tmp_pat
     assert not stopped and note.startswith("1 finished epoch(s) could not be saved")
     assert ": rank 1 (in " in note and note.endswith("did not meet the others")
     assert folders.checkpoints(tmp_path / "part") == []
+
+
+def fills(files: Path, logs: Path, part: int) -> None:
+    """Train until a rank's part of the second checkpoint can't be written."""
+    run = running.prepare(arguments(files, logs, "part", save_freq=1))
+    honest = checkpoint._empty
+
+    def empty(aside: Path) -> None:
+        honest(aside)
+        if run.epoch == 2:
+            (aside / f"weights-{part}.safetensors").mkdir()
+
+    checkpoint._empty = empty
+    try:
+        loop.train(run)
+    except Stopped as error:
+        (logs / f"{run.ranks.rank}.json").write_text(json.dumps([str(error), *error.__notes__]))
+    run.evaluator.scorer.close()
+    run.claim.release()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, part", [(ON_CPU, 0), (FSDP, 1)], ids=["whole", "parts"])
+def test_a_rank_s_full_disk_ends_all_and_the_checkpoint_before_is_whole(
+    files, tmp_path, engine, part
+):
+    on_ranks(2, engine, fills, files, tmp_path, part)
+    told, note = said(tmp_path, 0)
+    assert said(tmp_path, 1) == [told, note] and "no checkpoint could be written" in told
+    assert note.startswith("1 finished epoch(s) could not be saved")
+    (left,) = (tmp_path / "part" / "checkpoints").iterdir()
+    assert folders.read(left)["epoch"] == 1
 
 
 def waits(folder: Path) -> None:

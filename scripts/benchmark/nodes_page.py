@@ -23,7 +23,7 @@ WHAT = {
     "term-launcher": "SIGTERM to the launcher",
     "error": "an error on rank 1, in its loss",
     "hang": "rank 1 hangs in its loss, {timeout_s} s allowed",
-    "stop-rank": "`kill -STOP` of rank 1: no sign of life",
+    "stop-rank": "`kill -STOP` of rank 1, {timeout_s} s allowed",
     "end-node": "two machines: none, the run comes to its end",
     "kill-node": "two machines: `kill -9` of all of the second",
     "kill-main-node": "two machines: `kill -9` of all of the first",
