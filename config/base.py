@@ -35,6 +35,12 @@ COMMON = {
         "when a checkpoint can't be written; continue: the next one is tried",
         choices=("stop", "continue"),
     ),
+    "collective_timeout": Key(
+        300.0,
+        "seconds that a rank waits for another one in the midst of a step",
+        least=10,
+        most=10**6,
+    ),
     "num_checkpoint_limit": Key(5, "checkpoints kept; 0: all", least=0, most=MANY),
     "resume_from": Key(
         "",

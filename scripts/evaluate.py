@@ -164,6 +164,7 @@ def score(job: Job, number: int) -> Result:
     result = Result(*score_prompts(evaluator, prompts, spread(len(prompts)), keep))
     evaluator.scorer.close()
     evaluator.ranks.barrier()
+    evaluator.ranks.watch.end()
     if is_main_process():
         tqdm.write(f"\n{checkpoint.name} ({checkpoint.kind}), {len(prompts)} rows")
         write_result(job, checkpoint, folder, result)

@@ -59,6 +59,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "pretrained.model resolution",
     "state.py::test_old_checkpoints_are_pruned_and_nothing_half_written_stays": ""
     "num_checkpoint_limit",
+    "watch.py::test_a_collective_waits_as_long_as_it_is_told": "collective_timeout",
     "full_disks.py::test_a_run_may_go_on_without_a_checkpoint": "on_save_error",
     "reward_runs.py::test_gdpo_trains_its_own_sum_and_masks_what_lacks_a_reward": ""
     "reward_aggregation",

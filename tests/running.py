@@ -257,6 +257,8 @@ if __name__ == "__main__":  # train_sd3.py with something done to it, as MODE sa
     rank = trained.ranks.rank
     if mode.startswith("die after update "):
         die_after(trained, int(mode.split()[-1]))
+    elif mode == "die once" and rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        die_after(trained, 3)
     elif mode.startswith("/"):
         record_rollouts(Path(mode), rank)
     elif mode.startswith("fail") and rank == trained.ranks.num_ranks - 1:

@@ -52,6 +52,28 @@ def test_a_machine_launches_its_share(script):
     assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE)
 
 
+FAKES = {  # of Slurm: three nodes, whose tasks run here, one after the other
+    "scontrol": 'echo "$3" | tr "," "\\n"',
+    "srun": 'for id in 0 1 2; do SLURM_NODEID=$id "${@:2}"; done',
+}
+
+
+def test_a_slurm_job_calls_the_same_script_on_each_node(tmp_path):
+    for name, lines in FAKES.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    env = environment(NUM_GPUS="8", DRY_RUN="1", SLURM_SUBMIT_DIR=str(ROOT), SLURM_JOB_ID="123456")
+    env |= {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "gpu7,gpu8,gpu9"}
+    slurm, main = (ROOT / "scripts/multi_node" / name for name in ("slurm.sh", "flux/main.sh"))
+    job = run(
+        str(slurm), "flux", "--config.run_name=a b", **env | {"PATH": f"{tmp_path}:{env['PATH']}"}
+    )
+    env |= {"MASTER_ADDR": "gpu7", "MASTER_PORT": "23456", "NUM_NODES": "3"}
+    more = ["--config.resume_from=auto", "--config.run_name=a b"]
+    assert job.stdout == "".join(run(str(main), str(n), *more, **env).stdout for n in range(3))
+    assert job.stdout.count("--machine_rank 2") == 1 and job.returncode == 0
+
+
 def test_deepspeed_is_launched_without_pdsh():
     env = {"MASTER_ADDR": "10.0.0.1", "NUM_NODES": "2", "NUM_GPUS": "8", "DRY_RUN": "1"}
     script = str(ROOT / "scripts" / "multi_node" / "launch.sh")

@@ -34,7 +34,7 @@ def world(monkeypatch):
     def set_up(environment: dict[str, str], made=(1, 0), gpus=0):
         engine = SimpleNamespace(ranks=SimpleNamespace(num_ranks=made[0], rank=made[1]))
         for name in ("Plain", "DeepSpeed", "FSDP2"):
-            monkeypatch.setattr(choose, name, lambda precision: engine)
+            monkeypatch.setattr(choose, name, lambda precision, patience_s: engine)
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
@@ -96,6 +96,12 @@ BROKEN = {
     "Megatron": (ranks(1, 0, ACCELERATE_USE_MEGATRON_LM="true"), (1, 0), 1, ["MEGATRON_LM"]),
     "no number": ({"WORLD_SIZE": "all"}, (1, 0), 0, ["WORLD_SIZE='all'", "a number is needed"]),
     "too large a rank": ({"WORLD_SIZE": "2", "RANK": "2"}, (2, 1), 0, ["RANK=2 and WORLD_SIZE=2"]),
+    "a stale store": (
+        ranks(2, 0, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_MAX_RESTARTS="1"),
+        (2, 0),
+        2,
+        ["--max_restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "--rdzv_backend c10d"],
+    ),
     "no ranks": ({"WORLD_SIZE": "0"}, (1, 0), 0, ["WORLD_SIZE=0"]),
 }
 

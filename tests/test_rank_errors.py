@@ -11,13 +11,13 @@ import pytest
 import running
 import test_processes as processes
 import torch
-from forking import ON_CPU, on_ranks, zero
+from forking import FSDP, ON_CPU, on_ranks, zero
 from waiting import HANG_S, wait_until
 
 from flow_grpo.parallel import regroup
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.parallel.stop import Stopped
-from flow_grpo.training import collect, folders, loop
+from flow_grpo.training import checkpoint, collect, folders, loop
 
 KEYS = {"num_epochs": 3, "save_freq": 10, "train__ema": True, "train__ema_update_every": 1}
 EPOCH = 1  # counted from 0: the one in which a rank fails
@@ -133,12 +133,63 @@ def test_under_a_launcher_it_ends_with_1_and_goes_on(files, tmp_path):
     assert folders.read(folders.checkpoints(tmp_path / "part")[-1])["epoch"] == 3
 
 
+@pytest.mark.slow
+def test_a_launcher_starts_a_killed_rank_s_run_again_and_it_ends_as_if_none_had_been(
+    files, tmp_path
+):
+    keys = running.lora(files) | KEYS | {"logdir": tmp_path, "save_freq": 1}
+    again = ("--max_restarts", "1", "--rdzv_backend", "c10d")
+    own_store = ON_CPU | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    for name, mode in (("part", "die once"), ("whole", "")):
+        start = {"env": own_store | {"MODE": mode}, "script": "tests/running.py", "run_name": name}
+        two = processes.launcher("multi_gpu", 2, *again)
+        processes.finish(processes.start(files, *two, **start, resume_from="auto", **keys))
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    launches = json.loads((part / "launches.json").read_text())
+    assert [bool(each["resumed_from"]) for each in launches] == [False, True]
+    assert running.metrics(part) == running.metrics(whole)
+    ours, theirs = running.weights(part), running.weights(whole)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def test_a_rank_that_is_gone_is_waited_for_no_longer_than_allowed(files, tmp_path):
     on_ranks(2, ON_CPU, broken, files, tmp_path, "gone", 1, statuses=[0, 9])
     stopped, _, note = said(tmp_path, 0)
     assert not stopped and note.startswith("1 finished epoch(s) could not be saved")
-    assert note.endswith(": rank 1 did not meet the others")
+    assert ": rank 1 (in " in note and note.endswith("did not meet the others")
     assert folders.checkpoints(tmp_path / "part") == []
+
+
+def fills(files: Path, logs: Path, part: int) -> None:
+    """Train until a rank's part of the second checkpoint can't be written."""
+    run = running.prepare(arguments(files, logs, "part", save_freq=1))
+    honest = checkpoint._empty
+
+    def empty(aside: Path) -> None:
+        honest(aside)
+        if run.epoch == 2:
+            (aside / f"weights-{part}.safetensors").mkdir()
+
+    checkpoint._empty = empty
+    try:
+        loop.train(run)
+    except Stopped as error:
+        (logs / f"{run.ranks.rank}.json").write_text(json.dumps([str(error), *error.__notes__]))
+    run.evaluator.scorer.close()
+    run.claim.release()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, part", [(ON_CPU, 0), (FSDP, 1)], ids=["whole", "parts"])
+def test_a_rank_s_full_disk_ends_all_and_the_checkpoint_before_is_whole(
+    files, tmp_path, engine, part
+):
+    on_ranks(2, engine, fills, files, tmp_path, part)
+    told, note = said(tmp_path, 0)
+    assert said(tmp_path, 1) == [told, note] and "no checkpoint could be written" in told
+    assert note.startswith("1 finished epoch(s) could not be saved")
+    (left,) = (tmp_path / "part" / "checkpoints").iterdir()
+    assert folders.read(left)["epoch"] == 1
 
 
 def waits(folder: Path) -> None:
@@ -146,6 +197,8 @@ def waits(folder: Path) -> None:
     regroup.MEETING = timedelta(seconds=HANG_S)
     engine, module, found = Plain("no", cpu=True), torch.nn.Linear(1, 1), None
     engine.wrap(module, torch.optim.SGD(module.parameters()), 0)
+    engine.ranks.watch.begin(in_layers=False)
+    wait_until(lambda: len(engine.ranks.watch._seen) == 2)
     try:
         if engine.ranks.is_main:
             found = engine.regroup(RuntimeError("mine"), lambda: True)
@@ -159,7 +212,8 @@ def waits(folder: Path) -> None:
 def test_a_rank_that_is_asked_to_end_waits_for_no_other(tmp_path):
     on_ranks(2, ON_CPU, waits, tmp_path)
     found = json.loads((tmp_path / "found").read_text())
-    assert found == [0, "RuntimeError: mine", "rank 1 did not meet the others"]
+    assert found[:2] == [0, "RuntimeError: mine"]
+    assert found[2].startswith("rank 1 (in start for") and found[2].endswith("meet the others")
 
 
 @pytest.mark.slow

@@ -74,10 +74,12 @@ class Evaluator:
         Raises Stopped, on all ranks, where one failed.
         """
         failure, scores = "", {}
+        patience_s = PATIENCE_S + self.config.reward_timeout
         try:
-            scores = scoring.result(PATIENCE_S + self.config.reward_timeout)
+            scores = scoring.result(patience_s)
         except RuntimeError as error:
             failure = str(error)
+        self.ranks.watch.meet(patience_s + self.config.collective_timeout)
         world = self.ranks.gather_objects((failure, list(scores)))
         if failures := [each for each, _ in world if each]:
             raise Stopped(failures[0])

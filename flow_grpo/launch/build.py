@@ -247,4 +247,6 @@ def _start(config: ConfigDict) -> Engine:
             "config.train.use_8bit_adam=True needs the package bitsandbytes: "
             "pip install bitsandbytes, or set it to False."
         )
-    return choose.start(config.mixed_precision, config.compile)
+    engine = choose.start(config.mixed_precision, config.compile, config.collective_timeout)
+    engine.ranks.watch.begin(engine.cuts_weights)
+    return engine

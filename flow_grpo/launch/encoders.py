@@ -43,7 +43,9 @@ def load_pipeline(
         damaged = held.path(item)
         if damaged.exists():
             print(f"{damaged} is damaged; its prompt is encoded again.", flush=True)
+    ranks.watch.phase = "encode"
     _precompute(pipeline, held, missing, config.max_sequence_length, ranks.is_main)
+    ranks.watch.phase = "load"
     pipeline.drop_encoders()
     if not transformer_waits:
         pipeline.move(ranks.device)

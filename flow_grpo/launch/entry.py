@@ -58,8 +58,9 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
         named = family.lora_target_modules, claim.folder, resume_from, family.trained_part
         engine.ranks.on_main(lambda: space.check(config, *named))
         run = build(config, plan, family, identity, resume_from, engine, claim)
-    except BaseException:
+    except BaseException as error:
         claim.release()
+        engine.ranks.watch.post(f"{type(error).__name__}: {error}")
         raise
     run.again = provenance.command(
         argv,

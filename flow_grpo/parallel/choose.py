@@ -8,7 +8,7 @@ from accelerate.utils import parse_flag_from_env
 from flow_grpo.parallel.deepspeed import DeepSpeed
 from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.fsdp2 import FSDP2
-from flow_grpo.parallel.plain import Plain
+from flow_grpo.parallel.plain import PATIENCE_S, Plain
 
 FOREIGN = ("MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # accelerate's, not ours
 CONFIG = "scripts/accelerate_configs/{}.yaml"
@@ -55,11 +55,11 @@ def launcher(num_ranks: int) -> str:
     return f"{command} --num_processes {num_ranks}"
 
 
-def start(mixed_precision: str, compiles: bool = False) -> Engine:
+def start(mixed_precision: str, compiles: bool = False, patience_s: float = PATIENCE_S) -> Engine:
     """Meet the other ranks, with nothing to train yet. mixed_precision: no | bf16 | fp16.
 
-    compiles: blocks will be compiled. Raises ValueError where an engine can't, or where this is not
-    what the launcher promised.
+    compiles: blocks will be compiled. patience_s: with other ranks in a collective. Raises
+    ValueError where an engine can't, or where this is not what the launcher promised.
     """
     size, rank = promised()
     for name in FOREIGN:
@@ -74,8 +74,15 @@ def start(mixed_precision: str, compiles: bool = False) -> Engine:
             "config.compile=True: DeepSpeed ZeRO-3 gathers by layers, and so can't be compiled. "
             f"Set it to False, or launch with --config_file {CONFIG.format('fsdp2')}."
         )
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if size > 1 and shares and _number("TORCHELASTIC_MAX_RESTARTS", 0):
+        raise ValueError(
+            "--max_restarts was given, but after a restart torch's launcher would hand out the "
+            "addresses of the old ranks. Put TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the "
+            "command and --rdzv_backend c10d into it, or leave --max_restarts out."
+        )
     _check_gpus()
-    engine = _kind()(mixed_precision)
+    engine = _kind()(mixed_precision, patience_s)
     found = engine.ranks
     if (found.num_ranks, found.rank) != (size, rank):
         raise ValueError(

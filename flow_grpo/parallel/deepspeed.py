@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib import import_module
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from flow_grpo.parallel.engine import Parts
 from flow_grpo.parallel.holds import MOST
-from flow_grpo.parallel.plain import PATIENCE
+from flow_grpo.parallel.plain import PATIENCE_S
 from flow_grpo.parallel.sharded import Sharded
 
 
@@ -25,9 +26,9 @@ class DeepSpeed(Sharded):
 
     stages: tuple[int, ...] = (1, 2)
 
-    def __init__(self, mixed_precision: str):
+    def __init__(self, mixed_precision: str, patience_s: float = PATIENCE_S):
         """mixed_precision: no | bf16 | fp16. Raises ValueError for a stage that is another's."""
-        group = InitProcessGroupKwargs(timeout=PATIENCE)
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=patience_s))
         if not torch.cuda.is_available():
             group.backend = "gloo"
             # Without this DeepSpeed compiles a kernel that gloo does not need.

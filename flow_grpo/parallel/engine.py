@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
 from flow_grpo.parallel import regroup, state
+from flow_grpo.parallel.watch import Watch
 
 POLICY = "policy"  # before a weight's name and /, where snapshots' weights stand beside it
 Parts = dict[str, Tensor]  # by a trained weight's name: what this rank holds of a value of it
@@ -25,6 +26,7 @@ class Ranks:
     def __init__(self, device: torch.device):
         self.device, state = device, PartialState()
         self.rank, self.num_ranks = state.process_index, state.num_processes
+        self.watch = Watch(self.rank, self.num_ranks)
 
     @property
     def is_main(self) -> bool:
@@ -32,33 +34,42 @@ class Ranks:
 
     def gather(self, values: Tensor) -> Tensor:
         """Join all ranks' values (N, ...), of one shape, to (num_ranks x N, ...) by rank."""
+        self.watch.check()
         return operations.gather(torch.atleast_1d(values))
 
     def total(self, values: Tensor) -> Tensor:
         """Add up all ranks' values, of one shape."""
+        self.watch.check()
         return operations.reduce(values, "sum")
 
     def gather_objects(self, value: Any) -> list:
+        self.watch.check()
         return operations.gather_object([value])
 
     def broadcast_object(self, value: Any) -> Any:
+        self.watch.check()
         return operations.broadcast_object_list([value])[0]
 
     def on_all(self, act: Callable[[], Any]) -> list:
         """Let every rank act; return by rank what came of it, or raise one's OSError on all."""
-        outcomes = self.gather_objects(_tried(act))
+        outcome = _tried(act)
+        self.watch.meet()  # which may take long: not in a collective
+        outcomes = self.gather_objects(outcome)
         if failed := [error for _, error in outcomes if error]:
             raise failed[0]
         return [value for value, _ in outcomes]
 
     def on_main(self, act: Callable[[], Any]) -> Any:
         """Let the main rank act; return on all what came of it, or raise its error: see _tried."""
-        value, error = self.broadcast_object(_tried(act) if self.is_main else None)
+        outcome = _tried(act) if self.is_main else None
+        self.watch.meet()
+        value, error = self.broadcast_object(outcome)
         if error:
             raise error
         return value
 
     def barrier(self) -> None:
+        self.watch.meet()
         if self.num_ranks > 1:
             on_gpu = distributed.get_backend() == "nccl"
             distributed.barrier(device_ids=[self.device.index] if on_gpu else None)
@@ -227,11 +238,13 @@ class Engine(ABC):
         if ranks.num_ranks == 1:
             return 0, words, ""
         self._let_go()
-        return regroup.regroup(ranks.rank, ranks.num_ranks, words, given_up, regroup.MEETING)
+        return regroup.regroup(ranks.watch, words, given_up, regroup.MEETING)
 
     def _let_go(self) -> None:
         """Hold no group of ranks any more, so that its connections can close, if that is known."""
         return
 
     def leave(self) -> None:
+        """Need the other ranks no more, and be missed by none."""
+        self.ranks.watch.end()
         self._accelerator.end_training()

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from flow_grpo.parallel.plain import Plain
+from flow_grpo.parallel.plain import PATIENCE_S, Plain
 from flow_grpo.parallel.sharded import Sharded
 from flow_grpo.parallel.speed import repeated_blocks
 
@@ -30,7 +30,7 @@ class FSDP2(Sharded, Plain):
 
     cuts_weights = True
 
-    def __init__(self, mixed_precision: str):
+    def __init__(self, mixed_precision: str, patience_s: float = PATIENCE_S):
         """mixed_precision: no | bf16 | fp16. Raises ValueError for FSDP1, or what is not cut."""
         for name, needed in (("FSDP_VERSION", "2"), ("FSDP_RESHARD_AFTER_FORWARD", "true")):
             if (found := os.environ.get(name, needed)).lower() != needed:
@@ -41,7 +41,7 @@ class FSDP2(Sharded, Plain):
         # With it transformers would leave encoders without their weights on all ranks but one.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         with patch_environment(ACCELERATE_USE_FSDP="false"):
-            super().__init__(mixed_precision)
+            super().__init__(mixed_precision, patience_s)
         if not distributed.is_initialized():
             distributed.init_process_group(
                 "gloo", store=distributed.HashStore(), rank=0, world_size=1

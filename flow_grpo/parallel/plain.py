@@ -14,15 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flow_grpo.parallel.engine import Engine, Parts
 
-PATIENCE = timedelta(hours=2)  # a rank may wait this long for another one's rewards
+PATIENCE_S = 300.0  # for a collective: config.collective_timeout
 
 
 class Plain(Engine):
     """All ranks hold the same weights and moments; gradients are summed in the last backward."""
 
-    def __init__(self, mixed_precision: str, cpu: bool = False):
+    def __init__(self, mixed_precision: str, patience_s: float = PATIENCE_S, cpu: bool = False):
         """mixed_precision: no | bf16 | fp16. cpu: use no GPU even if there is one."""
-        kwargs = [DDPKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
+        group = InitProcessGroupKwargs(timeout=timedelta(seconds=patience_s))
+        kwargs = [DDPKwargs(broadcast_buffers=False), group]
         super().__init__(
             Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=kwargs)
         )

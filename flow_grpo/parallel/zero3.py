@@ -7,6 +7,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from flow_grpo.parallel.deepspeed import DeepSpeed
 from flow_grpo.parallel.engine import Parts
+from flow_grpo.parallel.plain import PATIENCE_S
 from flow_grpo.parallel.sharded import Sharded
 
 
@@ -19,8 +20,8 @@ class Zero3(DeepSpeed):
     stages = (3,)
     cuts_weights = True
 
-    def __init__(self, mixed_precision: str):
-        super().__init__(mixed_precision)
+    def __init__(self, mixed_precision: str, patience_s: float = PATIENCE_S):
+        super().__init__(mixed_precision, patience_s)
         unset_hf_deepspeed_config()  # transformers would cut every model that it loads
 
     def _place(self, module: nn.Module) -> None:

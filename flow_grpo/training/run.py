@@ -85,13 +85,17 @@ class Run:
     saved: tuple[int, int] | None = None  # epoch and update of the last checkpoint
     in_update: bool = False  # from an epoch's first optimizer step to its end
     held: Held | None = None  # the start of an epoch that is in update
-    timer: Timer = field(default_factory=Timer)
+    timer: Timer = field(init=False)  # which tells the other ranks, too
     claim: Claim | None = None  # of the folder
     reference_guidance: Guidance | None = None  # None: as trained
     again: str = ""  # the command that continues the run
 
     def __post_init__(self):
         self.objective.gather = self.ranks.gather_objects
+        self.timer = Timer(told=self._tell)
+
+    def _tell(self, phase: str) -> None:
+        self.ranks.watch.phase = f"{phase} of epoch {self.epoch}"
 
     @property
     def ranks(self) -> Ranks:

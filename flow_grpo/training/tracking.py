@@ -106,19 +106,30 @@ class Tracker:
 
 
 class Timer:
-    """Seconds spent in each phase since the last report; clock: seconds since any moment."""
+    """Seconds spent in each phase since the last report; clock: seconds since any moment.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self._clock = clock
+    told: called with each phase that begins, and with "other work" or the outer one where it ends.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        told: Callable[[str], None] = lambda phase: None,
+    ):
+        self._clock, self._told = clock, told
         self._seconds: Counter[str] = Counter()
+        self._phase = "other work"
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = self._clock()
+        start, outer, self._phase = self._clock(), self._phase, phase
+        self._told(phase)
         try:
             yield
         finally:
             self._seconds[phase] += self._clock() - start
+            self._phase = outer
+            self._told(outer)
 
     def report(self) -> dict[str, float]:
         """Return {"seconds/<phase>": s} and start again."""

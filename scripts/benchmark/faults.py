@@ -14,6 +14,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from nodes_page import SECTION
 from tqdm import tqdm
 
 from flow_grpo.launch import provenance
@@ -87,7 +88,8 @@ def main() -> int:
             f"{versions}."
         )
         parts = (HEAD + rows, REQUESTS + tables, f"```bash\n{command}\n```", made)
-        OUT.write_text("\n\n".join(parts) + "\n")
+        _, _, others = OUT.read_text().partition(SECTION)
+        OUT.write_text("\n\n".join((*parts, SECTION + others)))
     return max(status for _, status in done)
 
 

@@ -9,6 +9,7 @@ ENGINE = "flow_grpo/parallel/engine.py"
 OPTIMIZER = "flow_grpo/training/optimizer.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 PROVENANCE = "flow_grpo/launch/provenance.py"
+WATCH = "flow_grpo/parallel/watch.py"
 
 DEFECTS = [
     Defect(
@@ -86,6 +87,30 @@ DEFECTS = [
         "            pass\n",
         "test_rank_errors.py::"
         "test_what_one_rank_met_is_told_by_all_and_the_finished_epoch_is_saved[update-1]",
+    ),
+    Defect(
+        "ranks-that-meet-nobody",
+        SLIP,
+        WATCH,
+        "if store.add(here, 1) == self.num_ranks:",
+        "if store.add(here, 1):",
+        "test_watch.py::test_no_rank_goes_on_before_all_have_met",
+    ),
+    Defect(
+        "last-failure-for-the-first",
+        "the others fail because the first one did",
+        WATCH,
+        "tuple(min(",
+        "tuple(max(",
+        "test_watch.py::test_a_failure_is_told_to_those_who_wait",
+    ),
+    Defect(
+        "ended-ranks-missed",
+        "the main rank still draws its report when the others are gone",
+        WATCH,
+        "if not self._ended(n) and self._silence_s(n) > SILENCE_S]",
+        "if self._silence_s(n) > SILENCE_S]",
+        "test_watch.py::test_a_rank_that_has_ended_is_not_missed",
     ),
     Defect(
         "epoch-finished-on-some-ranks-alone",
