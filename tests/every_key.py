@@ -44,6 +44,10 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "rewards.unifiedreward_url rewards.unifiedreward_model rewards.judge_timeout_s",
     "every_key.py::test_a_judge_is_asked_as_it_is_told[qwenvl]": "rewards.qwenvl_url "
     "rewards.qwenvl_model",
+    "every_key.py::test_a_judge_is_asked_as_it_is_told[vlm]": "rewards.vlm_url rewards.vlm_model",
+    "every_key.py::test_a_judge_of_the_process_is_the_one_that_it_is_told": "rewards.vlm "
+    "rewards.vlm_revision rewards.vlm_batch_size",
+    "probability.py::test_a_rubric_is_the_weighted_mean_of_its_questions": "rewards.rubric",
     "every_key.py::test_processes_read_as_they_are_told": "rewards.ocr_processes rewards.ocr_side "
     "ocr_engine",
     "every_key.py::test_embeddings_are_kept_where_it_is_told": "encoder_cache logdir",

@@ -47,7 +47,7 @@ SINCE = {  # of what came after: compiled passes, safe checkpoints, any LoRA, fi
     # ranks that meet again, disks that fill; objectives, windows, branches; losses on final
     # images; engines that cut weights
     "core": 3890,
-    "scorers": 160,
+    "scorers": 700,  # the judges that read among them
     "the rest": 880,
 }
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them

@@ -15,7 +15,9 @@ from flow_grpo.rewards.clip.pickscore import PickScore
 from flow_grpo.rewards.judges.deqa import DeQA
 from flow_grpo.rewards.judges.hpsv3 import HPSv3
 from flow_grpo.rewards.judges.qwenvl import QwenVL
+from flow_grpo.rewards.judges.rubric import Editing, Rubric
 from flow_grpo.rewards.judges.unifiedreward import UnifiedReward, UnifiedRewardPairs
+from flow_grpo.rewards.judges.vqa import DPG, SoftTIFA, VQAScore
 from flow_grpo.rewards.rules.geneval import GenEval
 from flow_grpo.rewards.rules.jpeg import jpeg_compressibility, jpeg_incompressibility
 from flow_grpo.rewards.rules.ocr import OCR, VideoOCR
@@ -25,6 +27,8 @@ REWARDS: dict[str, type[Reward] | Callable] = {
     "aesthetic": Aesthetic,
     "clipscore": ClipScore,
     "deqa": DeQA,
+    "dpg": DPG,
+    "editing": Editing,
     "geneval": GenEval,
     "hpsv2": HPSv2,
     "hpsv3": HPSv3,
@@ -35,10 +39,13 @@ REWARDS: dict[str, type[Reward] | Callable] = {
     "ocr": OCR,
     "pickscore": PickScore,
     "qwenvl": QwenVL,
+    "rubric": Rubric,
     "shapes": shapes,
     "shapes_dense": shapes_dense,
     "shapes_strict": shapes_strict,
+    "soft_tifa": SoftTIFA,
     "unifiedreward": UnifiedReward,
     "unifiedreward_pairs": UnifiedRewardPairs,
     "video_ocr": VideoOCR,
+    "vqascore": VQAScore,
 }

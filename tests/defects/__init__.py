@@ -4,6 +4,7 @@ from defects import (
     brought,
     files,
     forward,
+    judges,
     losses,
     preference,
     ratio,
@@ -26,5 +27,6 @@ FILES = (
     brought,
     strangers,
     files,
+    judges,
 )
 DEFECTS = [defect for file in FILES for defect in file.DEFECTS]
