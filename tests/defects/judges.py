@@ -1,10 +1,11 @@
-"""Defects in asking a vision-language model for probabilities."""
+"""Defects in asking a vision-language model for probabilities, and in benchmarks."""
 
 from defects.defect import SHIPPED, SLIP, Defect
 
 PROBABILITY = "flow_grpo/rewards/judges/probability.py"
 LOCAL = "flow_grpo/rewards/judges/local.py"
 VQA = "flow_grpo/rewards/judges/vqa.py"
+PROTOCOL = "flow_grpo/evaluation/protocol.py"
 TEST = "test_probability.py::"
 
 DEFECTS = [
@@ -63,5 +64,37 @@ DEFECTS = [
         'in ("length", "content_filter")',
         'in ("content_filter",)',
         f"{TEST}test_a_grade_that_was_cut_or_refused_is_no_grade",
+    ),
+    Defect(
+        "a-protocol-gives-way-to-a-flag",
+        "benchmarks whose settings are defaults",
+        PROTOCOL,
+        "if name in given and keys.get(config, name) != value:",
+        "if name in given:\n                continue\n            if False:",
+        "test_protocols.py::test_a_deviation_is_refused_before_weights_load",
+    ),
+    Defect(
+        "a-config-s-keys-stay-under-a-protocol",
+        SLIP,
+        PROTOCOL,
+        'keys.parent(config, name)[name.rpartition(".")[2]] = value',
+        "pass",
+        "test_protocols.py::test_guidance_follows_the_pipelines_class",
+    ),
+    Defect(
+        "rows-that-are-there-are-drawn-again",
+        SLIP,
+        "flow_grpo/evaluation/evaluate.py",
+        "batches = [batch for batch in batches if not done >= set(batch)]",
+        "batches = list(batches)",
+        "test_protocols.py::test_an_evaluation_that_was_stopped_goes_on",
+    ),
+    Defect(
+        "an-evaluation-goes-on-with-other-settings",
+        SLIP,
+        "flow_grpo/evaluation/kept.py",
+        "if changed := [key for key in made_with if before.get(key) != json.loads(text)[key]]:",
+        "if changed := []:",
+        "test_protocols.py::test_an_evaluation_that_was_stopped_goes_on",
     ),
 ]
