@@ -39,6 +39,6 @@ setup(
         "paddleocr": ["paddleocr>=2.9", "paddlepaddle>=2.6", "rapidfuzz>=3.9"],
         "server": ["fastapi>=0.115", "uvicorn>=0.30"],
         "8bit": ["bitsandbytes>=0.45"],
-        "dev": ["pytest>=8", "ruff>=0.14", "pyarrow>=15"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.14", "pyarrow>=15"],
     },
 )

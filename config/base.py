@@ -263,6 +263,7 @@ COMMON = {
         "of clipscore, image_similarity, aesthetic and the colors of geneval",
         is_path=True,
     ),
+    "rewards.dino": Key("facebook/dinov2-base", "of dino_diversity", is_path=True),
     "rewards.pickscore": Key("yuvalkirstain/PickScore_v1", is_path=True),
     "rewards.pickscore_processor": Key("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", is_path=True),
     "rewards.hpsv2": Key("", "HPS_v2.1_compressed.pt", is_path=True),

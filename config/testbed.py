@@ -65,6 +65,18 @@ def shapes_sd3_quick():
     return config
 
 
+def shapes_sd3_hacked():
+    """A reward that pays for red; what was asked for is held out, and watched (docs/hacking.md)."""
+    config = shapes_sd3()
+    config.num_epochs = 16
+    config.eval_freq = 4
+    config.reward_fn = {"scripts.testbed.one_color:redness": 1.0}
+    config.eval_reward_fn = ("shapes_strict",)
+    config.hacking_alarm = "warn"
+    config.train.learning_rate = 2e-4
+    return config
+
+
 def shapes_sd3_short():
     """The same for 2 epochs of 2 groups x 4 images, in seconds: to try the commands."""
     config = shapes_sd3()

@@ -113,9 +113,16 @@ class Key:
         return self.kind(text) if self.kind else ast.literal_eval(text)
 
 
+class Config(ml_collections.ConfigDict):
+    """A ConfigDict whose dicts may name a reward by package.module:function."""
+
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named | {"allow_dotted_keys": True})
+
+
 def build(keys: Mapping[str, Key]) -> ml_collections.ConfigDict:
     """Make a config of the defaults, locked: setting a key that is not here is an error."""
-    config = ml_collections.ConfigDict()
+    config = Config()
     for name, key in keys.items():
         put(config, name, key)
     return config.lock()
@@ -127,7 +134,7 @@ def put(config: ml_collections.ConfigDict, name: str, key: Key) -> None:
     with config.unlocked():
         for section in sections:
             if section not in config:
-                config[section] = ml_collections.ConfigDict()
+                config[section] = Config()
             config = config[section]
         config[last] = placeholder(key.of) if key.default is None else key.default
 

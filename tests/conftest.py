@@ -42,6 +42,13 @@ def patient(monkeypatch):
     monkeypatch.setattr("flow_grpo.rewards.remote.health.HEALTH_S", 600.0)
 
 
+def pytest_collection_modifyitems(items):
+    """Let one process have all tests of a file, whose fixtures it makes once; not the defects'."""
+    for item in items:
+        if item.path.name != "test_mutants.py":
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 def pytest_sessionfinish(session, exitstatus):
     """Say what keeps a session that is over from ending, and end it with its status."""
 

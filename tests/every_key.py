@@ -104,6 +104,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "clip_rewards.py::test_score_is_the_scaled_cosine_of_picture_and_prompt": ""
     "rewards.pickscore_processor",
     "clip_rewards.py::test_aesthetic_is_the_mlp_on_the_unit_features": "rewards.aesthetic_head",
+    "hacking.py::test_diversity_by_features_is_the_mean_distance_from_the_others_of_a_group": ""
+    "rewards.dino",
     "hpsv2.py::test_score_is_the_cosine_of_open_clips_model_done_by_hand": ""
     "rewards.hpsv2_processor",
     "hpsv3.py::test_score_is_the_mean_of_the_packages_distribution": "rewards.hpsv3",

@@ -288,3 +288,16 @@ def test_tensors_are_taken_from_where_they_are(name):
     found = score({f"my_rewards:{name}": 2.0})
     assert found[f"my_rewards:{name}"].tolist() == [0.5, -1.25, 3.0]
     assert found["avg"].tolist() == [1, -2.5, 6] and found["avg"].dtype == np.float64
+
+
+def test_its_module_may_lie_in_a_package():
+    config = base()
+    config.reward_fn = {"scripts.testbed.one_color:redness": 0.5}
+    colors = [np.zeros((2, 2, 3), np.uint8) for _ in range(2)]
+    colors[1][..., 0] = 255
+    batch = Batch(colors, ["a"] * 2, [{}] * 2)
+    scorer = Scorer.of(config, "cpu")
+    scoring = scorer.start()
+    scoring.add(batch)
+    assert scoring.result(600.0)["avg"].tolist() == [0, 0.5]
+    scorer.close()

@@ -73,6 +73,22 @@ def denoising(run: Recorded) -> list[Chart]:
     return _present(charts)
 
 
+def hacking(run: Recorded) -> list[Chart]:
+    """What shows that images please the reward and nobody else; facts.signs() says it in words."""
+    looks = {
+        "saturation": ("Saturation", "of evaluated images, 0 to 1"),
+        "sharpness": ("Sharpness", "of evaluated images: differences of neighbours, 0 to 1"),
+    }
+    spread = {"diversity": "pixels", "reward/dino_diversity": "features"}
+    ratio = [_over(run.updates, "norm_ratio", "", colour(0))]
+    charts = [
+        _of_epochs(run, "Diversity", "differences between a prompt's images", spread),
+        Chart("Norm ratio", "the velocity's norm over the reference's", ratio),
+        *(Chart(*words, [_over(run.looks, key, "", colour(0))]) for key, words in looks.items()),
+    ]
+    return _present(charts)
+
+
 def updates(run: Recorded) -> list[Chart]:
     """What the optimizer saw, and the statistics that belong to no denoising step."""
     shown = UPDATE_VALUES | {
@@ -114,7 +130,7 @@ def _over(
 ) -> Series:
     """spread: the key of a band's half width. origin: is taken off the line's values."""
     held = [row for row in rows if key in row]
-    x = [row["step" if row["kind"] == "update" else "epoch"] for row in held]
+    x = [row["epoch" if row["kind"] == "epoch" else "step"] for row in held]
     y = [row[key] - origin for row in held]
     if not spread:
         return Series(label, x, y, shade)

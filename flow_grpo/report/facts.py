@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from flow_grpo.report.recorded import Recorded, interval
 
 LEAVES = ("reward_fn", "reward_urls")  # a dict that is one setting
+FALLEN, CHANGED, INFLATED = 0.7, (0.75, 1.33), 1.05  # where signs() speaks
 PER_RUN = ("run_name", "logdir", "resume_from", "tracker", "project_name")  # no news if changed
 
 
@@ -72,6 +73,33 @@ def what(run: Recorded) -> str:
         f"{config['pretrained']['model']}, {how}, trained by {config['objective']} "
         f"on {rewards} with the prompts of {config['dataset']}"
     )
+
+
+def signs(run: Recorded) -> list[str]:
+    """Say which signs of reward hacking a run shows, a sentence each, with where to look."""
+    found = []
+    if steps := [str(row["step"]) for row in run.evals if row.get("hacking_alarm")]:
+        found.append(
+            f"Held-out rewards fell while the trained one rose (evaluations of step "
+            f"{', '.join(steps)}): compare images/eval-*.png of before and after."
+        )
+    values = {
+        "images of one prompt differ": ([r.get("diversity") for r in run.epochs], FALLEN, 9.9),
+        "images are colourful": ([row.get("saturation") for row in run.looks], *CHANGED),
+        "images are sharp": ([row.get("sharpness") for row in run.looks], *CHANGED),
+    }
+    for what, (series, least, most) in values.items():
+        known = [value for value in series if value]
+        times = known[-1] / known[0] if known else 1.0
+        if not least <= times <= most:
+            found.append(f"By the end {what} {times:.2f} times as much as at first.")
+    ratios = [row["norm_ratio"] for row in run.updates if "norm_ratio" in row]
+    if ratios and ratios[-1] > INFLATED:
+        found.append(
+            f"The velocity's norm is {ratios[-1]:.2f} times the reference's: forward.norm_beta or "
+            f"a stronger KL holds it."
+        )
+    return found
 
 
 def duration(run: Recorded) -> str:

@@ -50,6 +50,7 @@ def render(run: Recorded, others: list[Recorded]) -> str:
         "tags": charts.tags(run, others),
         "rewards": charts.rewards(run),
         "denoising": charts.denoising(run),
+        "hacking": charts.hacking(run),
         "updates": charts.updates(run),
         "speed": charts.speed(run),
     }
@@ -58,6 +59,7 @@ def render(run: Recorded, others: list[Recorded]) -> str:
         "what": facts.what(run),
         "changes": facts.changes(run),
         "headline": facts.headline(run),
+        "signs": facts.signs(run),
         "others": others,
         "charts": {
             name: [(chart, plots.draw(chart)) for chart in some] for name, some in drawings.items()

@@ -11,7 +11,7 @@ from flow_grpo.inputs import MEAN_OF_TAGS
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict]:
-    """Return the rows of one kind (update | epoch | eval) of a run's metrics.jsonl."""
+    """Return the rows of one kind (update | epoch | eval | look) of a run's metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
@@ -50,6 +50,7 @@ class Recorded:
     evals: list[dict]
     epochs: list[dict]
     updates: list[dict]
+    looks: list[dict]  # of the evaluations' images
 
     @property
     def name(self) -> str:
@@ -85,5 +86,5 @@ def load(folder: Path) -> Recorded:
         redacted(json.loads(f.read_text())) if f.is_file() else {} for f in files
     )
     defaults, statistics = about.get("defaults", {}), about.get("statistics", {})
-    rows = [read_metrics(folder, kind) for kind in ("eval", "epoch", "update")]
+    rows = [read_metrics(folder, kind) for kind in ("eval", "epoch", "update", "look")]
     return Recorded(folder, config, launches or [], defaults, statistics, *rows)

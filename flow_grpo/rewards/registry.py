@@ -8,6 +8,7 @@ from collections.abc import Callable
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.clip.aesthetic import Aesthetic
 from flow_grpo.rewards.clip.clipscore import ClipScore
+from flow_grpo.rewards.clip.dino_diversity import DinoDiversity
 from flow_grpo.rewards.clip.hpsv2 import HPSv2
 from flow_grpo.rewards.clip.image_similarity import ImageSimilarity
 from flow_grpo.rewards.clip.imagereward import ImageReward
@@ -27,6 +28,7 @@ REWARDS: dict[str, type[Reward] | Callable] = {
     "aesthetic": Aesthetic,
     "clipscore": ClipScore,
     "deqa": DeQA,
+    "dino_diversity": DinoDiversity,
     "dpg": DPG,
     "editing": Editing,
     "geneval": GenEval,

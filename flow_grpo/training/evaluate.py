@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from flow_grpo.evaluation import alarm
+from flow_grpo.evaluation import alarm, looks
 from flow_grpo.evaluation.evaluate import metrics, score_prompts, spread
 from flow_grpo.parallel.stop import Stopped
 from flow_grpo.report.recorded import read_metrics
@@ -21,9 +21,16 @@ NUM_COLUMNS = 12  # images of a sheet's row
 def evaluate(run: Run) -> dict[str, float]:
     """Evaluate the average if there is one, log a row, save a sheet; return metrics()."""
     prompts = run.plan.eval_prompts
+    seen: dict[int, tuple[float, float]] = {}
+
+    def look(number: int, image: np.ndarray) -> None:
+        seen[number] = looks.looks(image)
+
     with run.timer("eval"), run.snapshots.using("ema" if run.config.train.ema else "policy"):
-        scores, images = score_prompts(run.evaluator, prompts, spread(len(prompts)))
+        scores, images = score_prompts(run.evaluator, prompts, spread(len(prompts)), look)
     found = metrics(scores, prompts)
+    world = {n: each for part in run.ranks.gather_objects(seen) for n, each in part.items()}
+    run.log("look", looks.means(world[n] for n in sorted(world)))
     fallen = _fallen(run, scores)
     run.log("eval", found | ({"hacking_alarm": len(fallen)} if run.config.eval_reward_fn else {}))
     name = f"eval-{run.updater.num_updates:06d}"

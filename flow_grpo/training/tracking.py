@@ -65,7 +65,7 @@ class Tracker:
             os.truncate(self._path, num_bytes)
 
     def log(self, kind: str, epoch: int, num_updates: int, values: dict[str, float]) -> None:
-        """Append a row. kind: update | epoch | eval."""
+        """Append a row. kind: update | epoch | eval | look."""
         if not self._main:
             return
         row = {"kind": kind, "epoch": epoch, "step": num_updates}

@@ -33,7 +33,7 @@ from flow_grpo.training.gate import gate
 from flow_grpo.training.run import Run
 
 PHASES = ("sample", "reward", "update")
-# What an epoch is, whatever the run; 64 images in calls of 16, two optimizer steps.
+# What an epoch is, whatever the run; fast64: 64 images in calls of 16, two optimizer steps.
 PROTOCOLS = {
     "fast64": (
         "config/grpo.py:pickscore_sd3_fast",
@@ -44,6 +44,16 @@ PROTOCOLS = {
             "sample.num_image_per_prompt": 16,
             "sample.num_batches_per_epoch": 4,
             "train.gradient_accumulation_steps": 2,
+        },
+    ),
+    "unirl": (  # the protocol that UniRL publishes, with its two updates of ten trained steps
+        "config/grpo.py:pickscore_sd3",
+        {
+            "mixed_precision": "bf16",
+            "sample.train_batch_size": 16,
+            "sample.num_image_per_prompt": 16,
+            "sample.num_batches_per_epoch": 48,
+            "train.gradient_accumulation_steps": 24,
         },
     ),
     "flux_fast24": (

@@ -3,9 +3,9 @@
     python scripts/testbed/objectives.py --out logs/objectives --seeds 0 1 2 --jobs 2
     python scripts/testbed/objectives.py --out logs/dev --split dev --seeds 7 --only window trunk
 
-RUNS are differences from config/testbed.py:shapes_sd3_grpo. Each is trained on one thread for
-about --seconds of CPU time: the first job of a name finds how many epochs that is, and all of that
-name's jobs have as many. Of each there are three:
+RUNS are differences from config/testbed.py:shapes_sd3_grpo. Each is trained on one thread for as
+many epochs as --seconds of an idle core give it passes of the model, which are counted: so all cost
+the same, whatever else the machine does. Of each there are three:
 
 run      as it is
 control  the same with each epoch's advantages, or scores, dealt to random rows
@@ -32,12 +32,16 @@ import torch
 from proof import ROOT, execute
 from tqdm import tqdm
 
+from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.evaluation.intervals import paired_interval
 from flow_grpo.evaluation.tables import write_rows
+from flow_grpo.launch.entry import prepare
 from flow_grpo.report.output import read_metrics
 
 CONFIG = "config/testbed.py:shapes_sd3_grpo"
 KINDS = ("run", "control", "flipped")
+FORWARD_S = 1.7e-3  # of an image, while the other core of two is busy (scripts/benchmark/floor.py)
+BACKWARD = 2.0  # times as long a forward and its backward take
 GAIN = 0.1  # of strict accuracy; how many images it takes is told
 # Chosen on dev (docs/log.md): one optimizer step an epoch, which is steadier.
 RATIO = {"train.gradient_accumulation_steps": 4, "train.learning_rate": 5e-4}
@@ -119,16 +123,13 @@ def folder_name(name: str, kind: str, seed: int) -> str:
 
 
 def epochs_of(out: Path, name: str, seconds: float, more: list[str]) -> int:
-    """Return how many epochs of a run take so many CPU seconds; measured once, by two runs."""
-    note = out / f"{name.replace(' ', '-')}.json"
-    if not note.exists():
-        few, many = (
-            execute(command(out / f"{n}", name, "run", 99, n, more), out / f"epochs-{n}.log")
-            for n in (1, 5)
-        )
-        per_epoch = (many["cpu_seconds"] - few["cpu_seconds"]) / 4
-        note.write_text(json.dumps({"per_epoch": per_epoch}))
-    return max(2, round(seconds / json.loads(note.read_text())["per_epoch"]))
+    """Return how many epochs of a run take so many CPU seconds, by their passes of the model."""
+    run = prepare(command(out / "counted", name, "run", 0, 1, more)[1:], SD3, CONFIG)
+    passes = run.passes()
+    run.tracker.close()
+    run.claim.release()
+    cost = sum(passes.values()) + (BACKWARD - 1) * passes["forward and backward"]
+    return max(2, round(seconds / (cost * FORWARD_S)))
 
 
 def train(out: Path, name: str, kind: str, seed: int, num_epochs: int, more: list[str]) -> dict:
@@ -262,15 +263,9 @@ def main() -> None:
     machine = f"Python {platform.python_version()}, torch {torch.__version__}"
     jobs = [(n, kind, seed) for seed in args.seeds for kind in args.kinds for n in args.only]
     jobs.sort(key=turn)
+    epochs = {n: epochs_of(out, n, args.seconds, more) for n in tqdm(args.only, "plans")}
     rows = {}
     with ThreadPoolExecutor(args.jobs) as pool:
-
-        def measure(name: str) -> int:
-            return epochs_of(out, name, args.seconds, more)
-
-        found = tqdm(pool.map(measure, args.only), "epochs", len(args.only))
-        epochs = dict(zip(args.only, found, strict=True))
-
         for seed in args.seeds:
             scores(out / args.split / f"base-{seed}", args.split, seed, None)
 

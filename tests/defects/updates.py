@@ -13,6 +13,24 @@ CHECKPOINT = "flow_grpo/training/checkpoint.py"
 
 DEFECTS = [
     Defect(
+        "a-read-a-point",
+        "the device then waits for the host once a micro-batch and step",
+        LOOP,
+        "loss_sum += share.detach()",
+        "loss_sum += share.item()",
+        "test_waits.py::test_an_update_reads_once[grpo]",
+        "RuntimeError: Tensor.item() cannot be called on meta tensors",
+    ),
+    Defect(
+        "a-read-a-denoising-step",
+        SLIP,
+        "flow_grpo/sampling.py",
+        "        on_step()\n",
+        "        on_step()\n        assert latents.isfinite().all()\n",
+        "test_waits.py::test_denoising_reads_nothing_from_the_device[sd3]",
+        "RuntimeError: Tensor.item() cannot be called on meta tensors",
+    ),
+    Defect(
         "mean-of-means",
         "each micro-batch divided by its own rows",
         LOOP,

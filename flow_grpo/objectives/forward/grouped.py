@@ -36,14 +36,14 @@ def group_sums(
     that they do not depend on ranks or micro-batches.
     """
     mine, world = defaultdict(list), defaultdict(list)
-    for i, micro in enumerate(micros):
-        columns = torch.stack([each for of in values.values() for each in of[i]], dim=1)
-        weights = micro.rows.weights.tolist()
-        for row, weight, column in zip(
-            micro.rows.batch.owners, weights, columns.double().tolist(), strict=True
-        ):
-            if weight > 0:
-                mine[row.group].append(column)
+    columns = [
+        torch.stack([m.rows.weights, *(each for of in values.values() for each in of[i])], dim=1)
+        for i, m in enumerate(micros)
+    ]
+    owners = [row for micro in micros for row in micro.rows.batch.owners]
+    for owner, (weight, *found) in zip(owners, torch.cat(columns).tolist(), strict=True):
+        if weight > 0:
+            mine[owner.group].append(found)
     for part in gather(dict(mine)):
         for group, columns in part.items():
             world[group] += columns
