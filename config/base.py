@@ -125,6 +125,12 @@ COMMON = {
     ),
     "sample.num_steps": Key(10, least=2, most=1000),
     "sample.eval_num_steps": Key(40, least=1, most=1000),
+    "sample.eval_sizes": Key(
+        (),
+        "HEIGHTxWIDTH[xFRAMES] at which evaluations draw, of which the alarm watches the first; "
+        "empty: as training draws",
+        of=str,
+    ),
     "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),
     "sample.eval_guidance_scale": Key(None, "None: guidance_scale", of=float, least=0, most=100),
     "sample.batched_guidance": Key(

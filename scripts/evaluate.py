@@ -32,7 +32,7 @@ from flow_grpo.cli import redacted, user_errors, user_path
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation import protocol as protocols
 from flow_grpo.evaluation import results, tables
-from flow_grpo.evaluation.evaluate import score_prompts, spread
+from flow_grpo.evaluation.evaluate import at_sizes, score_prompts, sizes, spread
 from flow_grpo.evaluation.kept import Kept
 from flow_grpo.evaluation.protocol import Protocol
 from flow_grpo.launch import entry, model_files, preflight, provenance, settings, weights
@@ -60,6 +60,7 @@ MUST_AGREE = (  # for an evaluation to repeat that of the run
     "mixed_precision",
     "use_lora",
     "sample.eval_num_steps",
+    "sample.eval_sizes",
     "sample.guidance_scale",
     "sample.eval_guidance_scale",
     "sample.batched_guidance",
@@ -137,6 +138,11 @@ def read(argv: list[str]) -> Job:
         given = {name.removeprefix("config.") for name in settings.parse(rest)}
         protocol.pin(config, given, model_files.family(config).stock_name())
     prompts = preflight.check_evaluation(config)
+    if len(sizes(config)) > 1:
+        raise ValueError(
+            f"config.sample.eval_sizes={tuple(config.sample.eval_sizes)}: this script draws at one "
+            f"size; name one."
+        )
     if protocol:
         copy = protocol.check(prompts)
     if args.compare:
@@ -200,7 +206,7 @@ def score(job: Job, number: int) -> results.Result:
     """Draw and score every prompt with one checkpoint; write and print what came of it."""
     checkpoint, prompts = job.checkpoints[number], job.prompts
     folder, kept = folder_of(job, number), job.kept[number] if job.kept else None
-    evaluator = build_evaluator(job.config, job.family, checkpoint, prompts)
+    (evaluator,) = at_sizes(build_evaluator(job.config, job.family, checkpoint, prompts))
     evaluator.ranks.barrier()  # all have seen --out empty
     pictures = folder / "images"
     (pictures if job.write_images else folder).mkdir(parents=True, exist_ok=True)

@@ -61,6 +61,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "preflight.py::test_the_plan_is_the_epochs_arithmetic": "dataset",
     "state.py::test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation": ""
     "pretrained.model resolution",
+    "eval_sizes.py::test_the_script_draws_at_that_size_too": "sample.eval_sizes",
     "state.py::test_old_checkpoints_are_pruned_and_nothing_half_written_stays": ""
     "num_checkpoint_limit",
     "full_disks.py::test_a_run_may_go_on_without_a_checkpoint": "on_save_error",

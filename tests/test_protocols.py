@@ -52,6 +52,7 @@ resolution = 32
 height = 32
 width = 32
 num_frames = 1
+"sample.eval_sizes" = []
 "sample.eval_num_steps" = 2
 "sample.eval_guidance_scale" = 3.0
 "sample.clean_grid" = false

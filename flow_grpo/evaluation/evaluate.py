@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -98,6 +98,27 @@ class Evaluator:
                 f"config.max_masked_fraction={self.config.max_masked_fraction} of them"
                 + (f"; {self.scorer.last_masked}" if self.scorer.last_masked else "")
             )
+
+
+def sizes(config: ConfigDict) -> list[Size]:
+    """Return the sizes at which a config's evaluations draw; [] for training's. ValueError."""
+    names = list(config.sample.eval_sizes)
+    try:
+        found = [Size.read(name, config.num_frames) for name in names]
+        if len(set(found)) < len(found):
+            raise ValueError("one of them is there twice")
+    except ValueError as error:
+        raise ValueError(f"config.sample.eval_sizes={tuple(names)}: {error}.") from None
+    return found
+
+
+def at_sizes(evaluator: Evaluator) -> list[Evaluator]:
+    """Return an evaluator for each of sizes(), of one model and one set of rewards."""
+    pipeline, schedule, found = evaluator.pipeline, evaluator.schedule, []
+    for size in sizes(evaluator.config):
+        sigmas = pipeline.sigmas(schedule.num_steps, size).to(pipeline.device)
+        found.append(replace(evaluator, size=size, schedule=replace(schedule, sigmas=sigmas)))
+    return found or [evaluator]
 
 
 def spread(num_prompts: int) -> list[int]:

@@ -40,6 +40,7 @@ NEEDED = (  # what every file must pin
     "reward_fn",
     "eval_reward_fn",
     "sample.eval_num_steps",
+    "sample.eval_sizes",
     "sample.eval_guidance_scale",
     "sample.clean_grid",
 )

@@ -26,6 +26,7 @@ PAIRED = (  # for its rows to be compared with others
     "num_frames",
     "reward_fn",
     "sample.eval_num_steps",
+    "sample.eval_sizes",
     "sample.guidance_scale",
     "sample.eval_guidance_scale",
     "sample.clean_grid",

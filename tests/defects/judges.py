@@ -82,6 +82,14 @@ DEFECTS = [
         "test_protocols.py::test_guidance_follows_the_pipelines_class",
     ),
     Defect(
+        "training-s-grid-at-another-size",
+        SLIP,
+        "flow_grpo/evaluation/evaluate.py",
+        "replace(evaluator, size=size, schedule=replace(schedule, sigmas=sigmas))",
+        "replace(evaluator, size=evaluator.size)",
+        "test_eval_sizes.py::test_a_run_is_evaluated_at_other_sizes_and_trains_as_it_would",
+    ),
+    Defect(
         "rows-that-are-there-are-drawn-again",
         SLIP,
         "flow_grpo/evaluation/evaluate.py",
