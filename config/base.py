@@ -278,6 +278,10 @@ COMMON = {
     "rewards.aesthetic_head": Key(
         "", "the MLP's file, sac+logos+ava1-l14-linearMSE.pth", is_path=True
     ),
+    "rewards.siglip": Key("google/siglip-so400m-patch14-384", "of aesthetic_v2_5", is_path=True),
+    "rewards.aesthetic_v2_5_head": Key(
+        "", "the MLP's file, aesthetic_predictor_v2_5.pth", is_path=True
+    ),
     "rewards.imagereward": Key("", "ImageReward.pt", is_path=True),
     "rewards.imagereward_tokenizer": Key("google-bert/bert-base-uncased", is_path=True),
     "rewards.geneval_detector": Key("facebook/mask2former-swin-small-coco-instance", is_path=True),

@@ -52,7 +52,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "ocr_engine",
     "every_key.py::test_embeddings_are_kept_where_it_is_told": "encoder_cache logdir",
     "every_key.py::test_a_reward_loads_from_where_it_is_told[{key}]": "rewards.clip "
-    "rewards.pickscore rewards.hpsv2 rewards.imagereward rewards.geneval_detector",
+    "rewards.pickscore rewards.hpsv2 rewards.imagereward rewards.geneval_detector "
+    "rewards.siglip",
     "preflight.py::test_a_model_of_the_hub_comes_with_the_command_that_downloads_it": ""
     "pretrained.revision",
     "names.py::test_a_tracker_whose_package_is_missing_is_refused": "tracker",
@@ -107,6 +108,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "clip_rewards.py::test_aesthetic_is_the_mlp_on_the_unit_features": "rewards.aesthetic_head",
     "hacking.py::test_diversity_by_features_is_the_mean_distance_from_the_others_of_a_group": ""
     "rewards.dino",
+    "trained_judges.py::test_aesthetic_v2_5_is_the_mlp_on_siglips_unit_features": ""
+    "rewards.aesthetic_v2_5_head",
     "hpsv2.py::test_score_is_the_cosine_of_open_clips_model_done_by_hand": ""
     "rewards.hpsv2_processor",
     "hpsv3.py::test_score_is_the_mean_of_the_packages_distribution": "rewards.hpsv3",

@@ -213,6 +213,7 @@ LOADED_FROM = {  # the rewards that load these first of all
     "rewards.hpsv2": "hpsv2",
     "rewards.imagereward": "imagereward",
     "rewards.geneval_detector": "geneval",
+    "rewards.siglip": "aesthetic_v2_5",
 }
 
 
