@@ -103,7 +103,9 @@ def test_the_page_says_which_signs_a_run_shows():
     calm = recorded.Recorded(Path(), {}, [], {}, {}, [{"step": 0}], [], [], [])
     assert facts.signs(calm) == []
     alarm, alike, colours, norm = facts.signs(replace(calm, **rows))
-    assert "step 8" in alarm and "0.60 times" in alike and "2.00 times" in colours
+    assert (
+        "step 8" in alarm and "differ 0.60 times" in alike and "2.00 times as colourful" in colours
+    )
     assert "1.12 times the reference's" in norm
 
 

@@ -84,15 +84,15 @@ def signs(run: Recorded) -> list[str]:
             f"{', '.join(steps)}): compare images/eval-*.png of before and after."
         )
     values = {
-        "images of one prompt differ": ([r.get("diversity") for r in run.epochs], FALLEN, 9.9),
-        "images are colourful": ([row.get("saturation") for row in run.looks], *CHANGED),
-        "images are sharp": ([row.get("sharpness") for row in run.looks], *CHANGED),
+        "A prompt's images differ {:.2f} times as much": (run.epochs, "diversity", FALLEN, 9.9),
+        "Images are {:.2f} times as colourful": (run.looks, "saturation", *CHANGED),
+        "Images are {:.2f} times as sharp": (run.looks, "sharpness", *CHANGED),
     }
-    for what, (series, least, most) in values.items():
-        known = [value for value in series if value]
+    for words, (rows, key, least, most) in values.items():
+        known = [row[key] for row in rows if row.get(key)]
         times = known[-1] / known[0] if known else 1.0
         if not least <= times <= most:
-            found.append(f"By the end {what} {times:.2f} times as much as at first.")
+            found.append(f"{words.format(times)} as at first.")
     ratios = [row["norm_ratio"] for row in run.updates if "norm_ratio" in row]
     if ratios and ratios[-1] > INFLATED:
         found.append(
