@@ -46,9 +46,9 @@ SIZES = {  # group: its folders of flow_grpo/, whose sub-folders are counted apa
 SINCE = {  # of what came after: compiled passes, safe checkpoints, any LoRA, files of others,
     # ranks that meet again, disks that fill; objectives, windows, branches; losses on final
     # images; engines that cut weights
-    "core": 3940,
-    "scorers": 900,  # the judges that read among them
-    "the rest": 1400,  # protocols, evaluations that go on, signs of hacking
+    "core": 3960,
+    "scorers": 1000,  # the judges that read among them
+    "the rest": 1450,  # protocols, evaluations that go on, signs of hacking
 }
 NEED_TRANSFORMERS = {  # for the constructors of rewards, which import them
     "flow_grpo.rewards.clip.encoder",
