@@ -161,6 +161,9 @@ def claimed(job: Job, goes_on: bool) -> Job:
     """Close --out to others and find what is scored already. Raises ValueError."""
     for each in job.checkpoints:
         note_differences(each, job.config)
+    first = folder_of(job, 0)
+    if goes_on and (first / "scores.csv").exists() and not Kept.is_in(first):
+        raise ValueError(f"--resume: the evaluation in --out={job.out} came to its end.")
     claim = Results(job.out, "--out", goes_on)
     try:
         kept = [Kept(folder_of(job, n), asked(job, each)) for n, each in enumerate(job.checkpoints)]

@@ -167,7 +167,7 @@ def test_two_evaluations_are_equal_and_state_what_was_done(evaluate, capsys):
     low, high = interval(100 * values, PROMPTS)
     stated = (one / "protocol.md").read_text()
     assert f"| {100 * values.mean():.2f} [{low:.2f}, {high:.2f}] |" in stated
-    assert "| 32 x 32 | 2 | 3 | the mean | 5 | no |" in stated
+    assert "| 32 x 32 | 2 | 3 | the mean | 5 | no | 16 |" in stated
     assert "| someone's \\| model | 12 | guidance 1 | a paper |" in stated
     assert stated in capsys.readouterr().out
     made = json.loads((one / "evaluation.json").read_text())
@@ -191,6 +191,8 @@ def test_an_evaluation_that_was_stopped_goes_on(evaluate, tmp_path):
     with pytest.raises(SystemExit, match="holds an evaluation with another config"):
         evaluate("cut", "--resume", max_sequence_length=15)
     same(whole, evaluate("cut", "--resume"))
+    with pytest.raises(SystemExit, match="--resume: the evaluation in --out=.*came to its end"):
+        evaluate("cut", "--resume")
     again = scored(tmp_path)
     assert again == PROMPTS[-len(again) :] and "a cat" in again and len(again) < len(PROMPTS)
 
@@ -230,6 +232,7 @@ DEVIATIONS = {
     "guidance": {"sample.eval_guidance_scale": 1.0},
     "seed": {"seed": 6},
     "reward": {"reward_fn": {"counted:brightness": 2.0}},
+    "a reward's weight": {"reward_fn.shapes": 2.0},
     "held out": {"eval_reward_fn": "jpeg_compressibility"},
     "fewer": {"eval_max_samples": 2},
 }
@@ -238,7 +241,8 @@ DEVIATIONS = {
 @pytest.mark.parametrize("case", DEVIATIONS)
 def test_a_deviation_is_refused_before_weights_load(evaluate, tmp_path, case):
     ((key, value),) = DEVIATIONS[case].items()
-    with pytest.raises(SystemExit, match=rf"--config\.{key}=.*--protocol=mine pins"):
+    named = key.removesuffix(".shapes")  # of a dict that is pinned whole
+    with pytest.raises(SystemExit, match=rf"--config\.{named}=.*--protocol=mine pins"):
         evaluate("out", **{key: value})
     assert not (tmp_path / "out").exists()
 

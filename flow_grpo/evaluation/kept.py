@@ -71,6 +71,11 @@ class Kept:
                 self.images[int(name.removeprefix(IMAGE))] = values
         self.rows |= set(rows)
 
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Tell whether a folder has an evaluation that has not come to its end."""
+        return (folder / FOLDER).exists()
+
     def result(self, num_rows: int) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
         """Return the columns (num_rows,) by name, NaN where a part lacks one, and the images."""
         columns = {

@@ -80,7 +80,8 @@ class Protocol:
         if pipeline in self.guidance:
             pinned["sample.eval_guidance_scale"] = self.guidance[pipeline]
         for name, value in pinned.items():
-            if name in given and keys.get(config, name) != value:
+            was_given = any(each == name or each.startswith(f"{name}.") for each in given)
+            if was_given and keys.get(config, name) != value:
                 raise ValueError(
                     f"--config.{name}={keys.get(config, name)}: --protocol={self.name} pins "
                     f"{value!r}. Leave it out; or evaluate without --protocol; or copy {FOLDER}/"
@@ -146,6 +147,7 @@ class Protocol:
             "judge": judge,
             "seed": str(config.seed),
             "precision": config.mixed_precision,
+            "tokens": str(config.max_sequence_length),
             "code": code[:12] + code[40:] if code else "unknown",  # + behind it: with changes
         }
         lines = _table([cells])

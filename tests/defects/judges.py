@@ -69,8 +69,8 @@ DEFECTS = [
         "a-protocol-gives-way-to-a-flag",
         "benchmarks whose settings are defaults",
         PROTOCOL,
-        "if name in given and keys.get(config, name) != value:",
-        "if name in given:\n                continue\n            if False:",
+        "if was_given and keys.get(config, name) != value:",
+        "if was_given:\n                continue\n            if False:",
         "test_protocols.py::test_a_deviation_is_refused_before_weights_load",
     ),
     Defect(
