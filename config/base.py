@@ -133,10 +133,17 @@ COMMON = {
     ),
     "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),
     "sample.eval_guidance_scale": Key(None, "None: guidance_scale", of=float, least=0, most=100),
+    "sample.guidance_interval": Key(
+        (0.0, 1.0),
+        "of sigma, behind its start and up to its end: where guidance acts; for Bagel",
+        least=0,
+        most=1,
+    ),
     "sample.batched_guidance": Key(
         False,
         "both passes of guidance as one of twice the rows, as SD3 and Z-Image always make them: "
-        "for Qwen-Image, Wan and FLUX.2 klein, whose stock pipelines make two; differs by rounding",
+        "for Bagel, Qwen-Image, Wan and FLUX.2 klein, whose stock pipelines make two; differs by "
+        "rounding",
     ),
     "sample.train_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),
     "sample.test_batch_size": Key(8, "images a call on each rank", least=1, most=100_000),

@@ -114,3 +114,27 @@ def qwenimage(model="Qwen/Qwen-Image"):
     config.train.lora_alpha = 128
     config.save_freq = config.eval_freq = 30
     return config
+
+
+def bagel():
+    """BAGEL-7B-MoT at 512 x 512, guidance by two passes; 8 GPUs, 48 groups of 16."""
+    config = batches(base(), train_batch_size=6, group_size=16, num_batches=16)
+    config.pretrained.model = "ByteDance-Seed/BAGEL-7B-MoT"
+    config.resolution = 512
+    config.max_sequence_length = 256  # longer prompts are cut
+    config.mixed_precision = "bf16"
+    config.activation_checkpointing = True
+    config.sample.num_steps = 14  # the authors' count is one more, of points
+    config.sample.eval_num_steps = 49
+    config.sample.guidance_scale = 4.0
+    config.sample.global_std = False
+    config.sample.noise_level = 1.3
+    config.sample.sde_window_range = (0, 7)
+    config.sample.test_batch_size = 6  # of the published run: 1
+    config.train.learning_rate = 1e-4
+    config.train.clip_range = 1e-5
+    config.train.lora_rank = 64
+    config.train.lora_alpha = 128
+    config.eval_max_samples = 512
+    config.save_freq = config.eval_freq = 30
+    return config

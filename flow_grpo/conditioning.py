@@ -145,11 +145,11 @@ class Guidances(NamedTuple):
 
 def guidances(config: ml_collections.ConfigDict) -> Guidances:
     scale, eval_scale = config.sample.guidance_scale, config.sample.eval_guidance_scale
-    of_reference = config.train.reference_guidance
+    reference, interval = config.train.reference_guidance, tuple(config.sample.guidance_interval)
     return Guidances(
-        training=Guidance(scale),
-        evaluation=Guidance(scale if eval_scale is None else eval_scale),
-        reference=None if of_reference is None else Guidance(of_reference),
+        training=Guidance(scale, interval),
+        evaluation=Guidance(scale if eval_scale is None else eval_scale, interval),
+        reference=None if reference is None else Guidance(reference, interval),
     )
 
 

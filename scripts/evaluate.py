@@ -63,6 +63,7 @@ MUST_AGREE = (  # for an evaluation to repeat that of the run
     "sample.eval_sizes",
     "sample.guidance_scale",
     "sample.eval_guidance_scale",
+    "sample.guidance_interval",
     "sample.batched_guidance",
     "sample.test_batch_size",
 )

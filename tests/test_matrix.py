@@ -9,7 +9,7 @@ from flow_grpo.objectives.registry import OBJECTIVES
 
 OTHERS = [  # beyond SD3, a cover of model x objective x what trains
     (model, objective, (m + o) % 2 == 0)
-    for m, model in enumerate(matrix.MODELS[1:])
+    for m, model in enumerate((*matrix.MODELS[1:], "bagel"))
     for o, objective in enumerate(OBJECTIVES)
 ]
 

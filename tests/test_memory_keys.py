@@ -15,6 +15,7 @@ from config.base import base
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.launch import build
+from flow_grpo.parallel import speed
 from flow_grpo.records import Size
 
 SIGN = 'a sign that says "Grüße 42"'
@@ -40,11 +41,7 @@ def gradients(name: str, checkpointing: bool) -> tuple[dict[str, torch.Tensor], 
     batch = prompt_batch(model, size, [SIGN], [tiny.pictures(name)], model.unguided)
     latents, sigma = model.initial_latents(size, noise_of(model, size)), torch.tensor([0.7])
     inputs = latents, sigma, collate(model, batch, LENGTH)
-    block = next(
-        part
-        for part in model.transformer.children()
-        if isinstance(part, torch.nn.ModuleList) and len(part)
-    )[0]
+    block = speed.repeated_blocks(model.transformer)[0]
     block.register_forward_pre_hook(lambda *_: calls.append(1))
     model.velocity(model.transformer, *inputs).square().mean().backward()
     found = model.transformer.named_parameters()
@@ -89,7 +86,8 @@ def chosen_backends(transformer) -> set:
         for module in transformer.modules()
         if isinstance(module, (Attention, AttentionModuleMixin))
     ]
-    return {getattr(processor, "_attention_backend", "torch's") for processor in processors}
+    none = {"torch's"}
+    return {getattr(each, "_attention_backend", "torch's") for each in processors} or none
 
 
 @pytest.mark.usefixtures("backend_restored")

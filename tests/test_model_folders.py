@@ -13,7 +13,8 @@ import torch
 from flow_grpo.diffusers_patch.disk import files as disk
 from flow_grpo.launch import model_files, settings, weights
 
-ROWS = pytest.mark.parametrize("name", tiny.MODELS)
+# Bagel's folder has no parts; test_bagel.py reads it.
+ROWS = pytest.mark.parametrize("name", [n for n in tiny.MODELS if n != "bagel"])
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 

@@ -23,6 +23,7 @@ from flow_grpo.randomness import Randomness
 from flow_grpo.report.output import read_metrics
 
 GUIDANCE = {
+    "bagel": 4.0,
     "flux2_klein_edit": 1.0,
     "qwenimage": 4.0,
     "qwenimage_edit": 4.0,
@@ -196,7 +197,7 @@ def test_in_bf16_the_log_ratio_is_zero_too(files, name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwenimage_edit_2511", "wan", "flux2_klein_edit"])
+@pytest.mark.parametrize("name", ["bagel", "qwenimage_edit_2511", "wan", "flux2_klein_edit"])
 def test_with_batched_guidance_the_log_ratio_is_zero_too(files, name):
     keys = {"num_epochs": 1, "sample__batched_guidance": True, "sample__guidance_scale": 4.0}
     run = running.prepare(arguments(files, name, run_name=f"{name}-batched", **keys), family(name))

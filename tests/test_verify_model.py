@@ -63,7 +63,7 @@ def test_a_tiny_pipeline_passes_everything(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd3", "flux", "flux_kontext", "flux2_klein", "zimage"])
+@pytest.mark.parametrize("name", ["bagel", "sd3", "flux", "flux_kontext", "flux2_klein", "zimage"])
 def test_in_bf16_it_passes_within_the_stated_bound(name, tmp_path):
     family = tiny.MODELS[name][0]
     folder = tiny.save(name, tmp_path)

@@ -166,10 +166,18 @@ class PatchedPipeline(Weights):
     def guide(
         self, predict: Callable, tokens: Tensor, time: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """Guide by two passes one after the other, or by one if `batches_guidance`.
+        """Guide what passes() returns."""
+        passes = self.passes(predict, tokens, time, conditioning)
+        return passes[0] if len(passes) == 1 else self.combine(*passes, conditioning.guidance)
+
+    def passes(
+        self, predict: Callable, tokens: Tensor, time: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, ...]:
+        """Predict by two passes one after the other, or by one if `batches_guidance`.
 
         predict: (a branch's rows, tokens, time) -> what the transformer says; tokens come in
-        `input_dtype`, and in one pass tokens and time come twice.
+        `input_dtype`, and in one pass tokens and time come twice. Returns the conditional velocity
+        (B, ...) fp32 and, where guidance needs it, the unconditional one.
         """
 
         def velocity(rows: dict[str, Tensor]) -> Tensor:
@@ -179,13 +187,11 @@ class PatchedPipeline(Weights):
 
         positive = conditioning["positive"]
         if not self.needs_negative(conditioning.guidance):
-            return velocity(positive)
+            return (velocity(positive),)
         negative = conditioning["negative"]
         if self.batches_guidance:
-            passes = velocity(self.join(positive, negative)).chunk(2)
-        else:
-            passes = velocity(positive), velocity(negative)
-        return self.combine(*passes, conditioning.guidance)
+            return velocity(self.join(positive, negative)).chunk(2)
+        return velocity(positive), velocity(negative)
 
     def join(self, positive: dict[str, Tensor], negative: dict[str, Tensor]) -> dict[str, Tensor]:
         """Stack what guide()'s predict reads of two branches."""

@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoModel, DiffusionPipeline
 from torch import Tensor, nn
 
+from flow_grpo.diffusers_patch.bagel.pipeline import BagelPipeline
+from flow_grpo.diffusers_patch.bagel.transformer import BagelTransformer
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.records import Guidance, Size
 
@@ -38,6 +41,21 @@ def call(
         **(arguments | given),
     )[0]
     return seen, [np.asarray(picture) for picture in pictures] if decode else []
+
+
+def load(path: str, dtype: torch.dtype, transformer: str | None = None) -> DiffusionPipeline:
+    """Load a pipeline as its users do. transformer: a folder of what takes its own's place.
+
+    Raises OSError if the folder or hub id is none.
+    """
+    loader, kind = DiffusionPipeline, AutoModel
+    with suppress(OSError, ValueError):  # it is of diffusers, or nowhere
+        BagelPipeline.load_config(path)
+        loader, kind = BagelPipeline, BagelTransformer
+    given = {}
+    if transformer:
+        given["transformer"] = kind.from_pretrained(transformer, torch_dtype=dtype)
+    return loader.from_pretrained(path, dtype=dtype, **given)
 
 
 def last_sigmas(pipeline: PatchedPipeline) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import diffusers
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from flow_grpo.diffusers_patch.disk import files, lora
+from flow_grpo.inputs import json_object
 from flow_grpo.records import Guidance
 
 ENCODERS = ("text_encoder", "tokenizer", "processor", "image_encoder", "feature_extractor")
@@ -26,8 +28,13 @@ class Weights:
     lora_target_modules: tuple[str, ...]
     runs_in_fp16: bool = True  # False: its activations overflow
     has_attention_backends: bool = True  # False: diffusers' class always takes torch's attention
+    compiles: bool = True  # False: its blocks' inputs are of another shape from call to call
     frames_a_latent: int = 0  # of a video's later latents; 0: the model draws images
     num_references: tuple[int, float] = (0, math.inf)  # images that a prompt must and may have
+    index_file: str = "model_index.json"  # by which a folder is known
+    single_files: tuple[str, ...] = ()  # of weights, in a folder whose parts have no folders
+    trained_part: str = ""  # of the names of all that may train
+    reads_by_transformer: bool = False  # it encodes prompts, by what does not train, and is whole
 
     @classmethod
     def from_pretrained(
@@ -73,7 +80,7 @@ class Weights:
 
         False if the velocity does not depend on it: DDP stops where one gets no gradient.
         """
-        return True
+        return self.trained_part in parameter
 
     def add_lora(self, rank: int, alpha: float, targets: list[str]) -> None:
         """Add an adapter that changes nothing yet. PEFT draws A from torch's global generator."""
@@ -96,8 +103,49 @@ class Weights:
     ) -> None:
         """Raise ValueError, before weights load, if a LoRA does not fit the transformer."""
         with init_empty_weights():
-            transformer = getattr(diffusers, config["_class_name"]).from_config(config)
-            lora.put(lora.read(path, transformer, cls.stock), transformer, rank, alpha)
+            transformer = cls.empty_transformer(config)
+            found = lora.read(path, transformer, cls.stock)
+            cls.check_targets(found.parts)
+            lora.put(found, transformer, rank, alpha)
+
+    @classmethod
+    def check_targets(cls, modules: Iterable[str]) -> None:
+        """Raise ValueError if one of a LoRA's modules, or of their names' ends, may not train."""
+        if strays := [name for name in modules if cls.trained_part not in name]:
+            raise ValueError(
+                f"{strays[0]!r} would train what reads the prompts of {cls.__name__}, which is "
+                f"done once: its LoRAs are of modules with {cls.trained_part!r} in their names."
+            )
+
+    @classmethod
+    def transformer_config(cls, find: Callable[[str], Path | None]) -> dict:
+        """Return what empty_transformer() takes, {} if it is not on this machine.
+
+        find: a file of the model's folder by its name there.
+        """
+        found = find("transformer/config.json")
+        return json_object(found) if found else {}
+
+    @classmethod
+    def empty_transformer(cls, config: dict) -> torch.nn.Module:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    @classmethod
+    def index(cls, file: Path) -> dict:
+        """Return what a model_index.json says. file: of the name index_file."""
+        return json_object(file)
+
+    @classmethod
+    def sides(cls, vae: dict, transformer: dict) -> tuple[int, int] | None:
+        """Return of what pixels an image's sides are multiples, and the most; None: unknown yet.
+
+        vae, transformer: their configs, {} where they are not on this machine.
+        """
+        if vae.get("_class_name") != "AutoencoderKL" or "patch_size" not in transformer:
+            return None
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a latent
+        largest = scale * transformer["patch_size"] * transformer.get("pos_embed_max_size", 10**6)
+        return 2 * scale, largest
 
     def save_lora(self, values: dict[str, Tensor], folder: Path) -> None:
         """Write a LoRA as diffusers and PEFT load it. values: by its parameters' names."""
@@ -105,7 +153,8 @@ class Weights:
 
     def load_transformer(self, folder: Path) -> None:
         """Put a saved transformer's weights in place. Raises ValueError if they do not fit."""
-        kind, dtype = type(self.transformer), self.transformer.dtype
+        kind = type(self.transformer)  # read in the widest of its weights' precisions
+        dtype = max((p.dtype for p in self.transformer.parameters()), key=lambda d: d.itemsize)
         variant = files.weights(folder)[0] or None
         saved = kind.from_pretrained(folder, torch_dtype=dtype, variant=variant)
         try:
@@ -141,7 +190,7 @@ class Weights:
         except OSError as error:
             raise ValueError(
                 f"config.pretrained.model={path!r}: no diffusers pipeline can be loaded ({error}). "
-                f"A folder with a model_index.json or a reachable hub id is needed."
+                f"A folder with {cls.index_file} or a reachable hub id is needed."
             ) from error
         known = {family.stock_name(): family for family in cls.variants()}
         if (found := index["_class_name"]) not in known:
@@ -179,7 +228,8 @@ class Weights:
         if guidance.interval != (0.0, 1.0) or guidance.rescale:
             raise ValueError(
                 f"{guidance}: {cls.__name__} guides at every sigma and rescales nothing. An "
-                f"interval of (0.0, 1.0) and a rescale of 0.0 are needed."
+                f"interval of (0.0, 1.0), as config.sample.guidance_interval is by default, and a "
+                f"rescale of 0.0 are needed."
             )
 
     @classmethod

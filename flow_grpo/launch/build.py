@@ -151,7 +151,14 @@ def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Promp
     for guidance in filter(None, guidances(config)):
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
-    return _start(config)
+    _check_limits(config, family)
+    engine = _start(config)
+    if engine.cuts_weights and family.reads_by_transformer:
+        raise ValueError(
+            f"{family.__name__} reads prompts by its transformer, but ZeRO-3 and FSDP cut that in "
+            f"parts. Launch it with --config_file {choose.WHOLE}."
+        )
+    return engine
 
 
 def load(
@@ -192,6 +199,25 @@ def add_trained_weights(pipeline: PatchedPipeline, config: ConfigDict) -> None:
         pipeline.add_lora(train.lora_rank, train.lora_alpha, targets)
     for name, param in transformer.named_parameters():
         param.requires_grad_("lora_" in name and pipeline.trains(name))
+
+
+def _check_limits(config: ConfigDict, family: type[PatchedPipeline]) -> None:
+    try:
+        family.check_targets(config.train.lora_targets)
+    except ValueError as error:
+        given = tuple(config.train.lora_targets)
+        raise ValueError(f"config.train.lora_targets={given}: {error}") from None
+    if config.compile and not family.compiles:
+        raise ValueError(
+            f"config.compile=True: {family.__name__}'s prompts are not padded, so each length is a "
+            f"shape to be compiled anew. Set it to False."
+        )
+    if family.reads_by_transformer and config.encoders != "keep":
+        raise ValueError(
+            f"config.encoders={config.encoders!r}: {family.__name__} has no text encoder to send "
+            f"away, its transformer reads the prompts, and needs all of itself at each step. Set "
+            f"config.encoders='keep'; each prompt is read once, as with other models."
+        )
 
 
 def _check_attention_backend(name: str, family: type[PatchedPipeline]) -> None:

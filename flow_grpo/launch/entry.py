@@ -55,8 +55,8 @@ def prepare(argv: list[str], family: type[PatchedPipeline], default_config: str)
         note = resume_from and provenance.differences(config, plan, resume_from)
         if rank == 0 and note:
             print(note, flush=True)
-        targets = family.lora_target_modules
-        engine.ranks.on_main(lambda: space.check(config, targets, claim.folder, resume_from))
+        named = family.lora_target_modules, claim.folder, resume_from, family.trained_part
+        engine.ranks.on_main(lambda: space.check(config, *named))
         run = build(config, plan, family, identity, resume_from, engine, claim)
     except BaseException:
         claim.release()

@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from flow_grpo.diffusers_patch.base import ENCODERS, PatchedPipeline
 from flow_grpo.diffusers_patch.disk import files
-from flow_grpo.diffusers_patch.registry import FAMILIES
+from flow_grpo.diffusers_patch.registry import FAMILIES, INDEX_FILES
 from flow_grpo.evaluation.evaluate import sizes
 from flow_grpo.inputs import json_object
-from flow_grpo.launch.weights import check_part
+from flow_grpo.launch.weights import check_file, check_part
 
 WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
 
@@ -27,10 +27,10 @@ def check(config: ConfigDict) -> None:
             "for example --config.pretrained.model=stabilityai/stable-diffusion-3.5-medium."
         )
     if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "model_index.json")):
+        if not _index_file(config):
             raise ValueError(
-                f"config.pretrained.model={path!r}: the folder has no model_index.json. The top "
-                f"folder of a diffusers pipeline is needed, as save_pretrained writes it."
+                f"config.pretrained.model={path!r}: the folder has no {' or '.join(INDEX_FILES)}. "
+                f"The top folder of a pipeline is needed, as save_pretrained writes it."
             )
     elif path.startswith((".", "/")) or path.count("/") != 1:
         raise ValueError(
@@ -50,27 +50,32 @@ def check(config: ConfigDict) -> None:
 def to_download(config: ConfigDict) -> str:
     """Say how to get a model that is not on this machine; "" if it is."""
     repo = config.pretrained.model
-    if _file(config, "model_index.json"):
+    if _index_file(config):
         return ""
     revision = config.pretrained.revision
     chosen = "" if revision == "main" else f" --revision {revision}"
+    others = " or ".join(name for name in INDEX_FILES if name != "model_index.json")
     return (
         f"config.pretrained.model={repo!r} is not on this machine. To download it: "
         f'hf download {repo}{chosen} --include model_index.json --include "*/*" '
-        f'--exclude "text_encoders/*". If that is refused, the model is gated: accept its licence '
-        f"on https://huggingface.co/{repo}, then `hf auth login`."
+        f'--exclude "text_encoders/*", or all of one with {others}. If that is refused, the model '
+        f"is gated: accept its licence on https://huggingface.co/{repo}, then `hf auth login`."
     )
 
 
 def index(config: ConfigDict) -> dict:
     """Return the pipeline's model_index.json, downloaded where it is not on this machine."""
     path, revision = config.pretrained.model, config.pretrained.revision
-    found = _file(config, "model_index.json")
-    try:
-        found = found or Path(hf_hub_download(path, "model_index.json", revision=revision))
-    except OSError as error:
-        raise ValueError(f"{to_download(config)} Reading its model_index.json: {error}") from None
-    return json_object(found)
+    found, errors = _index_file(config), []
+    for name in () if found else INDEX_FILES:
+        try:
+            found = Path(hf_hub_download(path, name, revision=revision))
+            break
+        except OSError as error:
+            errors.append(error)
+    if not found:
+        raise ValueError(f"{to_download(config)} Reading its model_index.json: {errors[0]}")
+    return INDEX_FILES[found.name].index(found)
 
 
 def family(config: ConfigDict) -> type[PatchedPipeline]:
@@ -86,29 +91,31 @@ def family(config: ConfigDict) -> type[PatchedPipeline]:
 
 def _check_parts(config: ConfigDict) -> None:
     """Raise ValueError for a file of a model's folder that is missing or not whole."""
-    path = config.pretrained.model
-    for name, value in index(config).items():
-        part = Path(path) / name
-        unread = config.encoders == "precompute" and name.startswith(ENCODERS)
-        if isinstance(value, list) and any(value[:1]) and (part.is_dir() or not unread):
-            try:
+    path = Path(config.pretrained.model)
+    try:
+        if single := _known(config).single_files:
+            for name in single:
+                check_file(path / name)
+            return
+        for name, value in index(config).items():
+            part = path / name
+            unread = config.encoders == "precompute" and name.startswith(ENCODERS)
+            if isinstance(value, list) and any(value[:1]) and (part.is_dir() or not unread):
                 check_part(part, not name.startswith(WITHOUT_WEIGHTS))
-            except ValueError as error:
-                raise ValueError(f"config.pretrained.model={path!r}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"config.pretrained.model={str(path)!r}: {error}") from None
 
 
 def _check_size(config: ConfigDict) -> None:
-    vae, transformer = (_read(config, part) for part in ("vae", "transformer"))
-    if vae.get("_class_name") != "AutoencoderKL" or "patch_size" not in transformer:
+    limits = _known(config).sides(_read(config, "vae"), _transformer(config))
+    if not limits:
         return  # other models are asked once they are loaded
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels a latent
+    multiple, largest = limits
     sides = [
         ("resolution" if config[key] is None else key, config[key] or config.resolution)
         for key in ("height", "width")
     ]
     sides += [("sample.eval_sizes", n) for e in sizes(config) for n in (e.height, e.width)]
-    largest = scale * transformer["patch_size"] * transformer.get("pos_embed_max_size", 10**6)
-    multiple = 2 * scale
     for key, side in sides:
         if not 0 < side <= largest or side % multiple:
             nearest = min(max(round(side / multiple), 1) * multiple, largest)
@@ -126,10 +133,26 @@ def check_lora(config: ConfigDict, key: str, path: str, *trained: float) -> None
     """
     try:
         files.lora_file(path)
-        if part := _read(config, "transformer"):  # otherwise the model is to be downloaded first
+        if part := _transformer(config):  # otherwise the model is to be downloaded first
             family(config).check_lora(path, part, *trained)
     except ValueError as error:
         raise ValueError(f"{key}={path!r}: {error}") from None
+
+
+def _known(config: ConfigDict) -> type[PatchedPipeline]:
+    """Return the class of a model on this machine; what all have in common where it is unknown."""
+    found = _index_file(config)
+    name = found and INDEX_FILES[found.name].index(found).get("_class_name")
+    return FAMILIES.get(str(name), PatchedPipeline)
+
+
+def _transformer(config: ConfigDict) -> dict:
+    """Return the transformer's config, {} if it is not on this machine."""
+    return _known(config).transformer_config(lambda name: _file(config, name))
+
+
+def _index_file(config: ConfigDict) -> Path | None:
+    return next(filter(None, (_file(config, name) for name in INDEX_FILES)), None)
 
 
 def _read(config: ConfigDict, part: str) -> dict:

@@ -7,20 +7,27 @@ import shutil
 from pathlib import Path
 
 from ml_collections import ConfigDict
-from safetensors import SafetensorError, safe_open
 
+from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.training import folders
 
 
-def check(config: ConfigDict, targets: tuple[str, ...], folder: Path, resumed: Path | None) -> None:
+def check(
+    config: ConfigDict,
+    targets: tuple[str, ...],
+    folder: Path,
+    resumed: Path | None,
+    trained_part: str = "",
+) -> None:
     """Raise ValueError where a run's folder has no room for a checkpoint.
 
-    targets: the modules that a new LoRA is of, by the ends of their names.
+    targets: the modules that a new LoRA is of, by the ends of their names. trained_part: of the
+    names of what a full fine-tune trains.
     """
     if resumed:
         needed = sum((resumed / name).stat().st_size for name in folders.read(resumed)["files"])
     else:
-        needed = 4 * _num_trained(config, targets) * (4 + config.train.ema)
+        needed = 4 * _num_trained(config, targets, trained_part) * (4 + config.train.ema)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
@@ -30,7 +37,7 @@ def check(config: ConfigDict, targets: tuple[str, ...], folder: Path, resumed: P
         )
 
 
-def _num_trained(config: ConfigDict, targets: tuple[str, ...]) -> int:
+def _num_trained(config: ConfigDict, targets: tuple[str, ...], trained_part: str) -> int:
     """Count what will train; at least 1, where the model's files are not here or tell nothing.
 
     A checkpoint has it in fp32: weights, two moments, and once more as diffusers loads it.
@@ -38,9 +45,10 @@ def _num_trained(config: ConfigDict, targets: tuple[str, ...]) -> int:
     if config.use_lora and config.train.lora_path:
         found = _shapes(Path(config.train.lora_path))
         return max(1, sum(map(math.prod, found.values())))
-    shapes = _shapes(Path(config.pretrained.model) / "transformer")
+    model = Path(config.pretrained.model)
+    shapes = _shapes(model / "transformer") or _shapes(model)
     if not config.use_lora:
-        return max(1, sum(map(math.prod, shapes.values())))
+        return max(1, sum(math.prod(v) for name, v in shapes.items() if trained_part in name))
     ends = tuple(f".{target}.weight" for target in config.train.lora_targets or targets)
     chosen = [shape for name, shape in shapes.items() if f".{name}".endswith(ends)]
     return max(1, config.train.lora_rank * sum(sum(shape[:2]) for shape in chosen))
@@ -51,8 +59,8 @@ def _shapes(path: Path) -> dict[str, list[int]]:
     shapes = {}
     for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         try:
-            with safe_open(file, "pt") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-        except (OSError, SafetensorError):
+            told = files.header(file)
+        except (OSError, ValueError):
             continue  # loading it will tell what is wrong
+        shapes |= {name: each["shape"] for name, each in told.items() if "shape" in each}
     return shapes

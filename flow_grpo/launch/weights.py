@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flow_grpo.diffusers_patch.disk import files
+from flow_grpo.diffusers_patch.registry import INDEX_FILES
 from flow_grpo.inputs import json_object
 
 BASE = "base"  # the word for a model as it was before training
@@ -32,7 +33,7 @@ def find(name: str) -> Weights:
         return Weights(name, "base")
     if path.is_file() and path.suffix == ".safetensors":
         return Weights(name, "lora", path)
-    if (path / "model_index.json").is_file():
+    if any((path / name).is_file() for name in INDEX_FILES):
         raise ValueError(
             f"{name!r} is a whole pipeline: set --config.pretrained.model to it, or name its "
             f"transformer/ to evaluate that with the rest of config.pretrained.model."
@@ -94,6 +95,13 @@ def check_part(folder: Path, has_weights: bool = True) -> None:
         raise ValueError(f"{folder} lacks the index of its weights, *{ending}. Fetch it again.")
     if has_weights and not names and not list(folder.glob("*.bin")):
         raise ValueError(f"{folder} has no .safetensors file. Fetch it again.")
+
+
+def check_file(file: Path) -> None:
+    """Raise ValueError if a file of weights is missing or not whole."""
+    if not file.is_file():
+        raise ValueError(f"{file} is missing. Fetch it again.")
+    files.header(file)
 
 
 def run_config(weights: Weights) -> dict:

@@ -13,6 +13,7 @@ from flow_grpo.parallel.plain import Plain
 FOREIGN = ("MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")  # accelerate's, not ours
 CONFIG = "scripts/accelerate_configs/{}.yaml"
 MULTI_GPU = CONFIG.format("multi_gpu")
+WHOLE = CONFIG.format("deepspeed_zero2")  # shards states and gradients, not the weights
 
 
 def shards_state() -> bool:

@@ -20,8 +20,11 @@ def leave_casts_to_autocast(transformer: nn.Module) -> None:
             layer.cast_input_dtype_enabled = False
 
 
-def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    lists = [each for each in transformer.children() if isinstance(each, nn.ModuleList)]
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks of its lists; those of what is in it, where it has none itself."""
+    lists = [each for each in module.children() if isinstance(each, nn.ModuleList)]
+    if not lists:
+        return [block for each in module.children() for block in repeated_blocks(each)]
     return [block for each in lists for block in each]
 
 

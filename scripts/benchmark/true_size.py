@@ -34,6 +34,11 @@ from transformers import (
     T5EncoderModel,
 )
 
+from flow_grpo.diffusers_patch.bagel.folder import mark_ids
+from flow_grpo.diffusers_patch.bagel.pipeline import BagelPipeline
+from flow_grpo.diffusers_patch.bagel.transformer import BagelTransformer
+from flow_grpo.diffusers_patch.registry import INDEX_FILES
+
 NUM_TEXT_LAYERS = 2  # of each text encoder; 12 to 36 are released
 
 
@@ -124,7 +129,27 @@ def zimage() -> DiffusionPipeline:
     )
 
 
+def bagel(num_layers: int = 28, vocab_size: int = 152_064) -> DiffusionPipeline:
+    """BAGEL-7B-MoT: 13.6 B parameters that draw, 28 layers of two experts."""
+    tokenizer = qwen_tokenizer()
+    start, end = mark_ids(tokenizer, "vision")
+    transformer = BagelTransformer(
+        vocab_size=vocab_size,
+        num_hidden_layers=num_layers,
+        start_of_image=start,
+        end_of_image=end,
+    )
+    torch.nn.init.normal_(transformer.latent_pos_embed.pos_embed, std=0.5)  # zeros, as it is built
+    return BagelPipeline(
+        transformer=transformer,
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
 MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], str]] = {  # and the script that trains it
+    "bagel": (bagel, "bagel"),
     "sd3_5_medium": (sd3_5_medium, "sd3"),
     "flux1_dev": (flux1_dev, "flux"),
     "zimage": (zimage, "zimage"),
@@ -133,7 +158,7 @@ MODELS: dict[str, tuple[Callable[[], DiffusionPipeline], str]] = {  # and the sc
 
 def save(name: str, folder: Path) -> Path:
     """Write a model's folder in bf16, as from_pretrained reads it, unless it is there."""
-    if not (folder / "model_index.json").exists():
+    if not any((folder / index).exists() for index in INDEX_FILES):
         device, dtype = torch.get_default_device(), torch.get_default_dtype()
         torch.manual_seed(0)
         torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")  # draws faster

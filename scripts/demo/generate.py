@@ -107,16 +107,14 @@ def check(args: argparse.Namespace) -> list[str]:
 def load(args: argparse.Namespace):
     """Load the pipeline as diffusers does, with the trained weights in it."""
     import torch
-    from diffusers import AutoModel, DiffusionPipeline
+
+    from flow_grpo.diffusers_patch import stock
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = names[args.dtype or ("bf16" if device == "cuda" else "fp32")]
-    given = {}
-    if args.transformer:
-        given["transformer"] = AutoModel.from_pretrained(args.transformer, torch_dtype=dtype)
     try:
-        pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype, **given)
+        pipe = stock.load(args.model, dtype, args.transformer)
     except OSError as error:
         raise ValueError(f"--model={args.model}: no diffusers pipeline ({error}).") from error
     if args.lora:

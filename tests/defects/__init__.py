@@ -1,6 +1,7 @@
 """Defects that trainers of this kind have had, and the test that finds each: see mutants.py."""
 
 from defects import (
+    bagel,
     brought,
     files,
     forward,
@@ -27,6 +28,7 @@ FILES = (
     brought,
     strangers,
     files,
+    bagel,
     judges,
 )
 DEFECTS = [defect for file in FILES for defect in file.DEFECTS]

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from flow_grpo.conditioning import Conditioner
+from flow_grpo.diffusers_patch.bagel.bagel import Bagel
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.diffusers_patch.flux2_klein import Flux2Klein
@@ -24,10 +25,11 @@ from flow_grpo.diffusers_patch.wan import Wan
 from flow_grpo.diffusers_patch.zimage import ZImage
 from flow_grpo.records import Guidance, PromptBatch, Size
 from flow_grpo.rollouts import Row
-from tiny import flux, flux2, qwen, sd3, wan, zimage
+from tiny import bagel, flux, flux2, qwen, sd3, wan, zimage
 from tiny.parts import LENGTH
 
 MODELS: dict[str, tuple[type[PatchedPipeline], Callable[[], DiffusionPipeline]]] = {
+    "bagel": (Bagel, bagel.bagel),
     "sd3": (SD3, sd3.sd3),
     "sd3_without_t5": (SD3, sd3.sd3_without_t5),
     "flux": (Flux, flux.flux),

@@ -77,19 +77,18 @@ def tiny_transformer(stock: type[nn.Module], **sizes) -> nn.Module:
 
 def kl_vae(stock: type[nn.Module] = AutoencoderKL, **factors: float) -> nn.Module:
     """An autoencoder that shrinks a side by 8, with latents of about unit size."""
-    vae = seeded(
-        stock,
-        sample_size=64,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        **factors,
-    )
+    sizes = {
+        "sample_size": 64,
+        "block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": 1,
+        "latent_channels": LATENT_CHANNELS,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+    vae = seeded(stock, **(sizes | factors))
     with torch.no_grad():
         vae.encoder.conv_out.weight *= 8
     return vae
