@@ -55,6 +55,7 @@ num_frames = 1
 "sample.eval_sizes" = []
 "sample.eval_num_steps" = 2
 "sample.eval_guidance_scale" = 3.0
+"sample.guidance_interval" = [0.0, 1.0]
 "sample.clean_grid" = false
 "sample.test_batch_size" = 1
 eval_reward_fn = []

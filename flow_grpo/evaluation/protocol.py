@@ -42,6 +42,7 @@ NEEDED = (  # what every file must pin
     "sample.eval_num_steps",
     "sample.eval_sizes",
     "sample.eval_guidance_scale",
+    "sample.guidance_interval",
     "sample.clean_grid",
 )
 

@@ -29,6 +29,7 @@ PAIRED = (  # for its rows to be compared with others
     "sample.eval_sizes",
     "sample.guidance_scale",
     "sample.eval_guidance_scale",
+    "sample.guidance_interval",
     "sample.clean_grid",
 )
 
