@@ -8,6 +8,7 @@ setup(
     python_requires=">=3.11,<3.14",  # those that the tests ran on
     packages=find_packages(include=["flow_grpo*", "config*", "dataset"]),
     package_data={
+        "flow_grpo.evaluation": ["protocols/*.toml"],
         "flow_grpo.rewards.judges": ["templates/*.txt"],
         "flow_grpo.report": ["*.j2", "page.css"],
     },

@@ -131,6 +131,12 @@ COMMON = {
     ),
     "sample.num_steps": Key(10, least=2, most=1000),
     "sample.eval_num_steps": Key(40, least=1, most=1000),
+    "sample.eval_sizes": Key(
+        (),
+        "HEIGHTxWIDTH[xFRAMES] at which evaluations draw, of which the alarm watches the first; "
+        "empty: as training draws",
+        of=str,
+    ),
     "sample.guidance_scale": Key(4.5, "1: no guidance", least=0, most=100),
     "sample.eval_guidance_scale": Key(None, "None: guidance_scale", of=float, least=0, most=100),
     "sample.guidance_interval": Key(
@@ -285,6 +291,10 @@ COMMON = {
     "rewards.aesthetic_head": Key(
         "", "the MLP's file, sac+logos+ava1-l14-linearMSE.pth", is_path=True
     ),
+    "rewards.siglip": Key("google/siglip-so400m-patch14-384", "of aesthetic_v2_5", is_path=True),
+    "rewards.aesthetic_v2_5_head": Key(
+        "", "the MLP's file, aesthetic_predictor_v2_5.pth", is_path=True
+    ),
     "rewards.imagereward": Key("", "ImageReward.pt", is_path=True),
     "rewards.imagereward_tokenizer": Key("google-bert/bert-base-uncased", is_path=True),
     "rewards.geneval_detector": Key("facebook/mask2former-swin-small-coco-instance", is_path=True),
@@ -304,8 +314,16 @@ COMMON = {
     "rewards.unifiedreward_model": Key("UnifiedReward-7b-v1.5"),
     "rewards.qwenvl_url": Key("http://127.0.0.1:17141/v1"),
     "rewards.qwenvl_model": Key("Qwen/Qwen2.5-VL-7B-Instruct"),
+    # The judge of vqascore, soft_tifa, dpg, rubric and editing: a model of the process, or of an
+    # endpoint that gives logprobs.
+    "rewards.vlm": Key("", "a Qwen2-VL, 2.5-VL or 3-VL; empty: rewards.vlm_url", is_path=True),
+    "rewards.vlm_revision": Key("main", "of rewards.vlm on the hub"),
+    "rewards.vlm_batch_size": Key(8, "questions a call of rewards.vlm", least=1, most=10_000),
+    "rewards.vlm_url": Key("http://127.0.0.1:17142/v1"),
+    "rewards.vlm_model": Key("Qwen/Qwen3-VL-8B-Instruct", "its name at the endpoint"),
+    "rewards.rubric": Key("", "a jsonl of questions, of the reward rubric", is_path=True),
     "rewards.judge_templates": Key(
-        "", "a folder whose <reward>.txt replaces that of the reward", is_path=True
+        "", "a folder whose .txt files replace those of the same names", is_path=True
     ),
     "rewards.judge_concurrency": Key(16, "requests at a time", least=1, most=1000),
     "rewards.judge_timeout_s": Key(120.0, "of one answer, with retries", above=0, most=10**6),

@@ -155,6 +155,13 @@ def has(config: ml_collections.ConfigDict, name: str) -> bool:
     return last in (config.get(section, ()) if section else config)
 
 
+def at(values: object, key: str) -> object:
+    """Return section.key of what JSON holds, None where it lacks that."""
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
 def check(config: ml_collections.ConfigDict, keys: Mapping[str, Key]) -> None:
     """Raise ValueError naming key, value, need and remedy unless each value is allowed.
 

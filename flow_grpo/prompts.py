@@ -112,10 +112,8 @@ def rollout_rows(
         yield [divmod(row, group_size) for row in rows]
 
 
-def eval_batches(
-    prompts: list[Prompt], batch_size: int, rank: int, world_size: int
-) -> list[list[int]]:
-    """Deal prompts to ranks, equally many batches each, of equal size.
+def eval_batches(prompts: list[Prompt], batch_size: int) -> list[list[int]]:
+    """Cut prompts into batches of equal size.
 
     Prompts whose references differ in size share no batch. What is short is filled up by rows that
     come again: whoever gathers must drop them.
@@ -129,8 +127,12 @@ def eval_batches(
         for start in range(0, len(bucket), batch_size):
             batch = bucket[start : start + batch_size]
             batches.append(batch + [batch[-1]] * (batch_size - len(batch)))
-    batches += [batches[-1]] * (-len(batches) % world_size)
-    return batches[rank::world_size]
+    return batches
+
+
+def deal(batches: list[list[int]], rank: int, world_size: int) -> list[list[int]]:
+    """Return a rank's batches: all ranks have equally many, for which the last one comes again."""
+    return (batches + batches[-1:] * (-len(batches) % world_size))[rank::world_size]
 
 
 def check(folder: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -20,6 +21,14 @@ class Size:
     height: int
     width: int
     num_frames: int = 1
+
+    @classmethod
+    def read(cls, text: str, num_frames: int = 1) -> Size:
+        """Read HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES. Raises ValueError."""
+        parts = text.split("x")
+        if len(parts) not in (2, 3) or not all(re.fullmatch(r"[1-9]\d{0,4}", p) for p in parts):
+            raise ValueError(f"{text!r}: a size such as 1024x768 or 480x832x81 is needed")
+        return cls(*map(int, parts)) if len(parts) == 3 else cls(*map(int, parts), num_frames)
 
 
 @dataclass(frozen=True)

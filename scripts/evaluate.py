@@ -3,6 +3,9 @@
     python scripts/evaluate.py --config config/testbed.py:shapes_sd3 --out logs/evaluation \\
         --checkpoint base --checkpoint logs/NAME/checkpoints/checkpoint-320
 
+With --protocol NAME the prompts, sizes, steps, judge and the rest are those of
+flow_grpo/evaluation/protocols/NAME.toml.
+
 The config's flags are those of training (config.dataset, config.eval_split, config.reward_fn,
 config.sample.eval_num_steps ...), and so are the numbers: each row is drawn from the noise that a
 run of the same seed evaluates it with. Runs on several processes under `accelerate launch` too, to
@@ -23,17 +26,22 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
+from config.base import keys_of
+from flow_grpo import keys
 from flow_grpo.cli import redacted, user_errors, user_path
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.evaluation import tables
-from flow_grpo.evaluation.evaluate import score_prompts, spread
+from flow_grpo.evaluation import protocol as protocols
+from flow_grpo.evaluation import results, tables
+from flow_grpo.evaluation.evaluate import at_sizes, score_prompts, sizes, spread
+from flow_grpo.evaluation.kept import Kept
+from flow_grpo.evaluation.protocol import Protocol
 from flow_grpo.launch import entry, model_files, preflight, provenance, settings, weights
 from flow_grpo.launch.build import build_evaluator
 from flow_grpo.launch.weights import Weights
 from flow_grpo.parallel import choose
 from flow_grpo.parallel.stop import Stopped
 from flow_grpo.prompts import Prompt
-from flow_grpo.report.sheets import captioned_sheet, side_by_side
+from flow_grpo.report.sheets import captioned_sheet
 from flow_grpo.training.checkpoint import PACKAGES
 from flow_grpo.training.claim import Results
 
@@ -52,6 +60,7 @@ MUST_AGREE = (  # for an evaluation to repeat that of the run
     "mixed_precision",
     "use_lora",
     "sample.eval_num_steps",
+    "sample.eval_sizes",
     "sample.guidance_scale",
     "sample.eval_guidance_scale",
     "sample.guidance_interval",
@@ -69,12 +78,11 @@ class Job(NamedTuple):
     prompts: list[Prompt]
     out: Path
     write_images: bool
+    protocol: Protocol | None
+    copy: str  # of the protocol's prompts: their checksum, and which one that is
+    earlier: Path | None  # an evaluation's folder, to compare with
     claim: Results | None  # of `out`, which the main process has
-
-
-class Result(NamedTuple):
-    scores: dict[str, np.ndarray]  # (N,) each
-    images: dict[int, np.ndarray]  # some rows' images
+    kept: list[Kept]  # by checkpoint, of the main process
 
 
 def main(argv: list[str]) -> None:
@@ -83,10 +91,11 @@ def main(argv: list[str]) -> None:
     with user_errors():
         job = read(argv)
         try:
-            results = [score(job, i) for i in range(len(job.checkpoints))]
+            found = [score(job, i) for i in range(len(job.checkpoints))]
             if is_main_process():
-                if len(results) == 2:
-                    write_comparison(job, *results)
+                compare(job, [each.scores for each in found], [each.images for each in found])
+                for kept in job.kept:
+                    kept.end()
                 print(f"\nEverything is in {job.out}", flush=True)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
@@ -114,24 +123,73 @@ def read(argv: list[str]) -> Job:
     )
     parser.add_argument("--out", type=user_path, required=True, help="a new folder for the results")
     parser.add_argument("--write-images", action="store_true", help="every image, losslessly")
+    parser.add_argument("--protocol", help="of flow_grpo/evaluation/protocols/, or a .toml file")
+    parser.add_argument("--compare", type=user_path, help="an earlier --out, row by row")
+    parser.add_argument("--resume", action="store_true", help="go on in --out after a kill")
     args, rest = parser.parse_known_args(argv[1:])
     config, _ = settings.load([argv[0], *rest], "config/testbed.py:shapes_sd3")
     names = args.checkpoint or [weights.BASE]
     if len(names) > 2:
         raise ValueError(f"--checkpoint was given {len(names)} times: one or two are needed.")
     choose.refuse_shards()
+    protocol, copy = args.protocol and protocols.load(args.protocol), ""
+    if protocol:
+        keys.check(config, keys_of(config))
+        model_files.check(config)
+        given = {name.removeprefix("config.") for name in settings.parse(rest)}
+        protocol.pin(config, given, model_files.family(config).stock_name())
     prompts = preflight.check_evaluation(config)
+    if len(sizes(config)) > 1:
+        raise ValueError(
+            f"config.sample.eval_sizes={tuple(config.sample.eval_sizes)}: this script draws at one "
+            f"size; name one."
+        )
+    if protocol:
+        copy = protocol.check(prompts)
+    if args.compare:
+        results.check_earlier(args.compare, config, prompts)
     found = [weights.find(name) for name in names]
     for each in found:
         weights.check_class(each, model_files.index(config))
         if each.kind == "lora":
             model_files.check_lora(config, "--checkpoint", str(each.path))
-    family, claim = model_files.family(config), None
-    if is_main_process():
-        for each in found:
-            note_differences(each, config)
-        claim = Results(args.out, "--out")
-    return Job(config, family, found, prompts, args.out, args.write_images, claim)
+    given = (args.out, args.write_images, protocol, copy, args.compare)
+    job = Job(config, model_files.family(config), found, prompts, *given, None, [])
+    return claimed(job, args.resume) if is_main_process() else job
+
+
+def claimed(job: Job, goes_on: bool) -> Job:
+    """Close --out to others and find what is scored already. Raises ValueError."""
+    for each in job.checkpoints:
+        note_differences(each, job.config)
+    first = folder_of(job, 0)
+    if goes_on and (first / "scores.csv").exists() and not Kept.is_in(first):
+        raise ValueError(f"--resume: the evaluation in --out={job.out} came to its end.")
+    claim = Results(job.out, "--out", goes_on)
+    try:
+        kept = [Kept(folder_of(job, n), asked(job, each)) for n, each in enumerate(job.checkpoints)]
+    except ValueError:
+        claim.release()
+        raise
+    return job._replace(claim=claim, kept=kept)
+
+
+def folder_of(job: Job, number: int) -> Path:
+    return job.out / ("first", "second")[number] if len(job.checkpoints) == 2 else job.out
+
+
+def asked(job: Job, checkpoint: Weights) -> dict:
+    """Return what the scores depend on, for those of a part to be used in another process."""
+    config = redacted(json.loads(job.config.to_json_best_effort()))
+    for name in ("reward_urls", "reward_token_file", "logdir", "run_name"):
+        del config[name]
+    config["rewards"] = {k: v for k, v in config["rewards"].items() if not k.endswith("_url")}
+    return {
+        "config": config,
+        "checkpoint": [checkpoint.name, *weights.stamps(checkpoint)],
+        "dataset": protocols.checksum(job.prompts),
+        "package": {name: version(name) for name in PACKAGES},
+    }
 
 
 def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> None:
@@ -148,20 +206,20 @@ def note_differences(checkpoint: Weights, config: ml_collections.ConfigDict) -> 
             )
 
 
-def score(job: Job, number: int) -> Result:
+def score(job: Job, number: int) -> results.Result:
     """Draw and score every prompt with one checkpoint; write and print what came of it."""
     checkpoint, prompts = job.checkpoints[number], job.prompts
-    folder = job.out / ("first", "second")[number] if len(job.checkpoints) == 2 else job.out
-    evaluator = build_evaluator(job.config, job.family, checkpoint, prompts)
+    folder, kept = folder_of(job, number), job.kept[number] if job.kept else None
+    (evaluator,) = at_sizes(build_evaluator(job.config, job.family, checkpoint, prompts))
     evaluator.ranks.barrier()  # all have seen --out empty
     pictures = folder / "images"
     (pictures if job.write_images else folder).mkdir(parents=True, exist_ok=True)
 
     def keep(row: int, image: np.ndarray) -> None:
         if job.write_images:
-            write_image(pictures / f"{row:06d}.png", image)
+            results.write_image(pictures / f"{row:06d}.png", image)
 
-    result = Result(*score_prompts(evaluator, prompts, spread(len(prompts)), keep))
+    result = results.Result(*score_prompts(evaluator, prompts, spread(len(prompts)), keep, kept))
     evaluator.scorer.close()
     evaluator.ranks.barrier()
     evaluator.ranks.watch.end()
@@ -171,14 +229,14 @@ def score(job: Job, number: int) -> Result:
     return result
 
 
-def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) -> None:
+def write_result(job: Job, checkpoint: Weights, folder: Path, result: results.Result) -> None:
     """Write a checkpoint's scores, their table, a sheet, and what they were made with."""
     texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
     summaries = tables.summarise(result.scores, tags, texts)
     print(tables.table(summaries))
     tables.write_csv(folder / "table.csv", summaries)
     tables.write_scores(folder / "scores.csv", result.scores, job.prompts)
-    name = shown_score(job)
+    name = results.shown_score(job.config)
     captions = [f"{texts[n]}\n{name} {result.scores[name][n]:.3f}" for n in result.images]
     captioned_sheet(list(result.images.values()), captions, 8).save(folder / "sheet.png")
     if job.write_images:
@@ -197,35 +255,28 @@ def write_result(job: Job, checkpoint: Weights, folder: Path, result: Result) ->
         "versions": {name: version(name) for name in PACKAGES},
         "config": redacted(json.loads(job.config.to_json_best_effort())),
     }
+    if job.protocol:
+        value = job.protocol.value(summaries)
+        made_with |= {"protocol": job.protocol.name, "prompts": job.copy, "score": value}
+        model = f"{Path(job.config.pretrained.model).name}, {checkpoint.name}"
+        stated = job.protocol.markdown(job.config, job.copy, value, model, made_with["revision"])
+        (folder / "protocol.md").write_text(stated)
+        print(f"\n{stated}")
     (folder / "evaluation.json").write_text(json.dumps(made_with, indent=2) + "\n")
 
 
-def write_comparison(job: Job, first: Result, second: Result) -> None:
-    """Compare two checkpoints row by row."""
-    texts, tags = [p.text for p in job.prompts], [p.tag for p in job.prompts]
-    comparisons = tables.compare(first.scores, second.scores, tags, texts)
-    print(f"\n{job.checkpoints[1].name} less {job.checkpoints[0].name}")
-    print(f"{tables.table(comparisons)}\n{tables.outcomes(comparisons)}")
-    tables.write_csv(job.out / "pairwise.csv", comparisons)
-    rows, name = list(first.images)[::2], shown_score(job)
-    before, after = first.scores[name], second.scores[name]
-    captions = [f"{texts[n]}\n{name} {before[n]:.3f} -> {after[n]:.3f}" for n in rows]
-    pairs = [side_by_side(first.images[n], second.images[n]) for n in rows]
-    captioned_sheet(pairs, captions, 4).save(job.out / "pairs.png")
-
-
-def shown_score(job: Job) -> str:
-    """Name the score of a caption: the weighted sum, or the only reward of it."""
-    trained = [name for name, weight in job.config.reward_fn.items() if weight]
-    return trained[0] if len(trained) == 1 else "avg"
-
-
-def write_image(path: Path, image: np.ndarray) -> None:
-    """Write uint8 (H, W, 3) as PNG; a video (F, H, W, 3) as an animated one."""
-    from PIL import Image
-
-    first, *rest = (Image.fromarray(frame) for frame in (image if image.ndim == 4 else image[None]))
-    first.save(path, save_all=bool(rest), append_images=rest)
+def compare(job: Job, scores: list[dict], images: list[dict]) -> None:
+    """Compare two checkpoints row by row, or the first with an earlier evaluation."""
+    names = [each.name for each in job.checkpoints]
+    if len(names) == 2:
+        print(f"\n{names[1]} less {names[0]}")
+        results.compare(job.out / "pairwise.csv", scores, job.prompts)
+        name = results.shown_score(job.config)
+        results.draw_pairs(job.out / "pairs.png", name, scores, images, job.prompts)
+    if job.earlier:
+        print(f"\n{names[0]} less {job.earlier}")
+        before = tables.read_scores(job.earlier / "scores.csv")[1]
+        results.compare(job.out / "compared.csv", [before, scores[0]], job.prompts)
 
 
 def is_main_process() -> bool:

@@ -44,11 +44,16 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "rewards.unifiedreward_url rewards.unifiedreward_model rewards.judge_timeout_s",
     "every_key.py::test_a_judge_is_asked_as_it_is_told[qwenvl]": "rewards.qwenvl_url "
     "rewards.qwenvl_model",
+    "every_key.py::test_a_judge_is_asked_as_it_is_told[vlm]": "rewards.vlm_url rewards.vlm_model",
+    "every_key.py::test_a_judge_of_the_process_is_the_one_that_it_is_told": "rewards.vlm "
+    "rewards.vlm_revision rewards.vlm_batch_size",
+    "probability.py::test_a_rubric_is_the_weighted_mean_of_its_questions": "rewards.rubric",
     "every_key.py::test_processes_read_as_they_are_told": "rewards.ocr_processes rewards.ocr_side "
     "ocr_engine",
     "every_key.py::test_embeddings_are_kept_where_it_is_told": "encoder_cache logdir",
     "every_key.py::test_a_reward_loads_from_where_it_is_told[{key}]": "rewards.clip "
-    "rewards.pickscore rewards.hpsv2 rewards.imagereward rewards.geneval_detector",
+    "rewards.pickscore rewards.hpsv2 rewards.imagereward rewards.geneval_detector "
+    "rewards.siglip",
     "preflight.py::test_a_model_of_the_hub_comes_with_the_command_that_downloads_it": ""
     "pretrained.revision",
     "names.py::test_a_tracker_whose_package_is_missing_is_refused": "tracker",
@@ -57,6 +62,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "preflight.py::test_the_plan_is_the_epochs_arithmetic": "dataset",
     "state.py::test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation": ""
     "pretrained.model resolution",
+    "eval_sizes.py::test_the_script_draws_at_that_size_too": "sample.eval_sizes",
     "state.py::test_old_checkpoints_are_pruned_and_nothing_half_written_stays": ""
     "num_checkpoint_limit",
     "watch.py::test_a_collective_waits_as_long_as_it_is_told": "collective_timeout",
@@ -104,6 +110,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "clip_rewards.py::test_aesthetic_is_the_mlp_on_the_unit_features": "rewards.aesthetic_head",
     "hacking.py::test_diversity_by_features_is_the_mean_distance_from_the_others_of_a_group": ""
     "rewards.dino",
+    "trained_judges.py::test_aesthetic_v2_5_is_the_mlp_on_siglips_unit_features": ""
+    "rewards.aesthetic_v2_5_head",
     "hpsv2.py::test_score_is_the_cosine_of_open_clips_model_done_by_hand": ""
     "rewards.hpsv2_processor",
     "hpsv3.py::test_score_is_the_mean_of_the_packages_distribution": "rewards.hpsv3",

@@ -96,7 +96,7 @@ def asking(monkeypatch) -> Iterator[Callable]:
     def run(name, reply, count=1, group=None, **changes):
         endpoint = Endpoint(reply)
         endpoints.append(endpoint)
-        urls = {"unifiedreward_url": endpoint.url, "qwenvl_url": endpoint.url}
+        urls = {f"{name}_url": endpoint.url for name in ("unifiedreward", "qwenvl", "vlm")}
         settings = loading.settings(base()) | {"judge_timeout_s": HANG_S} | urls | changes
         prompts = [f"prompt {n}" for n in range(count)]
         loading.check(name, settings, prompts, [{}] * count)

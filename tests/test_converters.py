@@ -194,3 +194,47 @@ def test_drawbench_becomes_a_test_split_with_its_categories_as_tags(tmp_path, ca
     table.write_text("Prompts,Kind\na,b\n")
     with pytest.raises(SystemExit, match="a column 'category' or 'tag' is needed"):
         call("drawbench/convert.py", table, "--out", tmp_path / "other")
+
+
+def test_geneval_2_keeps_its_atoms(tmp_path, call):
+    row = {
+        "prompt": "four white bicycles",
+        "atom_count": 3,
+        "vqa_list": [["How many bicycles are in the image?", "four"], ["Are they white?", "Yes"]],
+        "skills": ["count", "attribute"],
+    }
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    call("geneval2/convert.py", tmp_path / "data.jsonl", "--out", tmp_path)
+    (prompt,) = read(str(tmp_path), "test")
+    assert (prompt.text, prompt.tag) == ("four white bicycles", "3 atoms")
+    assert prompt.metadata["vqa_list"] == row["vqa_list"]
+    loading.check("soft_tifa", SETTINGS, [prompt.text], [prompt.metadata])
+    (tmp_path / "data.jsonl").write_text(json.dumps(row | {"vqa_list": "none"}) + "\n")
+    with pytest.raises(SystemExit, match="row 1: it lacks a prompt or a list"):
+        call("geneval2/convert.py", tmp_path / "data.jsonl", "--out", tmp_path)
+
+
+DPG = (
+    "item_id,text,keywords,proposition_id,dependency,question_natural_language\n"
+    'b,"A cat, and a red hat.",,1,0,Is there a cat?\nb,"A cat, and a red hat.",,2,0,A hat?\n'
+    'b,"A cat, and a red hat.",,3,"1,2",Is the hat on the cat?\na,Rain.,,1,0,Does it rain?\n'
+)
+
+
+def test_dpgs_questions_of_a_prompt_become_its_row(tmp_path, call):
+    (tmp_path / "dpg.csv").write_text(DPG)
+    call("dpg/convert.py", tmp_path / "dpg.csv", "--out", tmp_path, "--copies", 2)
+    prompts = read(str(tmp_path), "test")
+    assert [prompt.text for prompt in prompts] == ["A cat, and a red hat.", "Rain."] * 2
+    row = prompts[0].metadata
+    assert row["parents"] == [[], [], [0, 1]] and row["vqa_list"][1] == ["A hat?", "Yes"]
+    loading.check("dpg", SETTINGS, [p.text for p in prompts], [p.metadata for p in prompts])
+    (tmp_path / "dpg.csv").write_text(DPG.replace("1,2", "1,9"))
+    with pytest.raises(SystemExit, match="the item 'b': KeyError.9. is no question's number"):
+        call("dpg/convert.py", tmp_path / "dpg.csv", "--out", tmp_path)
+
+
+def test_parti_prompts_have_their_categories_as_tags(tmp_path, call):
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\tChallenge\na  car\tVehicles\tBasic\n")
+    call("parti/convert.py", tmp_path / "p.tsv", "--out", tmp_path)
+    assert [(p.text, p.tag) for p in read(str(tmp_path), "test")] == [("a car", "Vehicles")]

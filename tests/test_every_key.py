@@ -17,7 +17,7 @@ from config.base import base
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import encoders
 from flow_grpo.rewards import loading
-from flow_grpo.rewards.judges import chat
+from flow_grpo.rewards.judges import chat, local
 from flow_grpo.rewards.remote import servers
 from flow_grpo.rewards.rules import ocr
 from flow_grpo.training import optimizer, tracking
@@ -169,14 +169,25 @@ def test_a_server_is_called_as_it_is_told(tmp_path):
     assert servers.of(config) == wanted
 
 
-@pytest.mark.parametrize("name", ["unifiedreward", "qwenvl"])
+@pytest.mark.parametrize("name", ["unifiedreward", "qwenvl", "vlm"])
 def test_a_judge_is_asked_as_it_is_told(name, monkeypatch):
     monkeypatch.setattr(chat, "Chat", Recorded)
     config = base()
     config.rewards[f"{name}_url"], config.rewards[f"{name}_model"] = "http://h:1/v1", "mine"
     config.rewards.judge_concurrency, config.rewards.judge_timeout_s = 3, 9.0
-    loading.load(name, loading.settings(config), "cpu")
+    reward = {"vlm": "vqascore"}.get(name, name)
+    loading.load(reward, loading.settings(config), "cpu")
     assert Recorded.last.arguments == ("http://h:1/v1", "mine", 3, 9.0)
+
+
+def test_a_judge_of_the_process_is_the_one_that_it_is_told(monkeypatch):
+    config = base()
+    config.rewards.vlm, config.rewards.vlm_revision = "owner/name", "abc"
+    config.rewards.vlm_batch_size = 3
+    monkeypatch.setattr(local, "LocalJudge", Recorded)
+    loading.load("vqascore", loading.settings(config), "cpu")
+    assert Recorded.last.arguments == ("owner/name", "abc", "cpu", 3)
+    local.load.cache_clear()
 
 
 def test_processes_read_as_they_are_told(monkeypatch):
@@ -202,6 +213,7 @@ LOADED_FROM = {  # the rewards that load these first of all
     "rewards.hpsv2": "hpsv2",
     "rewards.imagereward": "imagereward",
     "rewards.geneval_detector": "geneval",
+    "rewards.siglip": "aesthetic_v2_5",
 }
 
 

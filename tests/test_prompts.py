@@ -14,6 +14,7 @@ from toy import plan_of
 from flow_grpo.prompts import (
     Prompt,
     check,
+    deal,
     epoch_prompts,
     eval_batches,
     read,
@@ -95,7 +96,7 @@ def prompts_of(*sizes):
 @pytest.mark.parametrize("sizes", [[64] * 10, [64, 32, 64, 64, 32, 64, 48], [64]])
 def test_evaluation_reaches_every_prompt_in_equal_batches_of_one_size(world, batch_size, sizes):
     prompts = prompts_of(*sizes)
-    ranks = [eval_batches(prompts, batch_size, rank, world) for rank in range(world)]
+    ranks = [deal(eval_batches(prompts, batch_size), rank, world) for rank in range(world)]
     assert len({len(batches) for batches in ranks}) == 1
     batches = [batch for rank in ranks for batch in rank]
     assert {len(batch) for batch in batches} == {min(batch_size, len(sizes))}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
 
 from flow_grpo.evaluation.intervals import paired_interval
-from flow_grpo.evaluation.tables import write_scores
+from flow_grpo.evaluation.tables import read_scores, write_scores
 from flow_grpo.prompts import Prompt
 
 SPAN = 2  # evaluations that lie between the two compared: this one and the second before it
@@ -38,15 +37,13 @@ def fallen(
     """
     if len(steps) < SPAN or not (path := _path(folder, steps[-SPAN])).is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        before = list(csv.DictReader(file))
-    texts = [prompt.text for prompt in prompts]
-    if [row["prompt"] for row in before] != texts:  # resumed with other prompts
+    (were, before), texts = read_scores(path), [prompt.text for prompt in prompts]
+    if were != texts:  # resumed with other prompts
         return []
 
     def change(name: str) -> tuple[float, float]:
         """(nan, nan), which compares as False, where an evaluation lacks the score."""
-        earlier = np.array([float(row.get(name) or "nan") for row in before])
+        earlier = before.get(name, np.full(len(texts), np.nan))
         return paired_interval(earlier, scores[name], texts)
 
     if not change("avg")[0] > 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from torch import nn
 from flow_grpo.cli import progress
 from flow_grpo.conditioning import Conditioner
 from flow_grpo.diffusers_patch.base import PatchedPipeline
+from flow_grpo.evaluation.kept import NUM_CALLS, Kept
 from flow_grpo.evaluation.tables import summarise
 from flow_grpo.parallel.engine import Ranks
 from flow_grpo.parallel.stop import Stop, Stopped
-from flow_grpo.prompts import Prompt, eval_batches
+from flow_grpo.prompts import Prompt, deal, eval_batches
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Guidance, PromptBatch, Size
 from flow_grpo.rewards.batch import Batch, scatter
@@ -100,6 +102,27 @@ class Evaluator:
             )
 
 
+def sizes(config: ConfigDict) -> list[Size]:
+    """Return the sizes at which a config's evaluations draw; [] for training's. ValueError."""
+    names = list(config.sample.eval_sizes)
+    try:
+        found = [Size.read(name, config.num_frames) for name in names]
+        if len(set(found)) < len(found):
+            raise ValueError("one of them is there twice")
+    except ValueError as error:
+        raise ValueError(f"config.sample.eval_sizes={tuple(names)}: {error}.") from None
+    return found
+
+
+def at_sizes(evaluator: Evaluator) -> list[Evaluator]:
+    """Return an evaluator for each of sizes(), of one model and one set of rewards."""
+    pipeline, schedule, found = evaluator.pipeline, evaluator.schedule, []
+    for size in sizes(evaluator.config):
+        sigmas = pipeline.sigmas(schedule.num_steps, size).to(pipeline.device)
+        found.append(replace(evaluator, size=size, schedule=replace(schedule, sigmas=sigmas)))
+    return found or [evaluator]
+
+
 def spread(num_prompts: int) -> list[int]:
     """Choose up to NUM_SHOWN rows to show, evenly over the file."""
     return np.linspace(0, num_prompts - 1, min(NUM_SHOWN, num_prompts)).astype(int).tolist()
@@ -110,20 +133,52 @@ def score_prompts(
     prompts: list[Prompt],
     shown: Container[int],
     on_image: Callable[[int, np.ndarray], None] = lambda number, image: None,
+    kept: Kept | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
     """Draw and score an image for each prompt; every rank must call it.
 
     A prompt's noise depends on the seed and its place in the list, so every evaluation of a run,
     and any other with its seed, draws from the same noise. shown: rows whose images are returned.
-    on_image: called with each row and image on the rank that drew it, now and then twice.
+    on_image: called with each row and image on the rank that drew it, now and then twice. kept: of
+    the main rank, which has what need not be drawn again, and gets what was, part by part.
     Returns the scores (N,) by name, and the shown images by row, ascending.
     """
-    config, ranks, schedule = evaluator.config, evaluator.ranks, evaluator.schedule
+    ranks, steps = evaluator.ranks, evaluator.schedule.num_steps
+    done, in_parts = ranks.broadcast_object((kept.rows, True) if kept else (set(), False))
+    batches = eval_batches(prompts, evaluator.config.sample.test_batch_size)
+    batches = [batch for batch in batches if not done >= set(batch)]
+    at_once = NUM_CALLS * ranks.num_ranks if in_parts else max(1, len(batches))
+    parts = [batches[start : start + at_once] for start in range(0, len(batches), at_once)]
+    dealt = [deal(part, ranks.rank, ranks.num_ranks) for part in parts]
+    bar = progress(sum(map(len, dealt)) * steps, "evaluate", shown=ranks.is_main)
+    columns: dict[str, np.ndarray] = {}
+    images: dict[int, np.ndarray] = {}
+    for all_of, mine in zip(parts, dealt, strict=True):
+        columns, images = _score(evaluator, prompts, mine, shown, on_image, bar.update)
+        if in_parts:
+            rows = sorted({row for batch in all_of for row in batch})
+            ranks.on_main(partial(_keep, kept, rows, columns, images))
+    bar.close()
+    return kept.result(len(prompts)) if kept else (columns, images)
+
+
+def _keep(kept: Kept, rows: list[int], columns: dict, images: dict) -> None:
+    kept.add(rows, {name: each[rows] for name, each in columns.items()}, images)
+
+
+def _score(
+    evaluator: Evaluator,
+    prompts: list[Prompt],
+    batches: list[list[int]],
+    shown: Container[int],
+    on_image: Callable[[int, np.ndarray], None],
+    on_step: Callable[[], None],
+) -> tuple[dict[str, np.ndarray], dict[int, np.ndarray]]:
+    """Draw and score this rank's batches; return what all ranks have of theirs."""
+    ranks, schedule = evaluator.ranks, evaluator.schedule
     pipeline, model = evaluator.pipeline, evaluator.model
-    batches = eval_batches(prompts, config.sample.test_batch_size, ranks.rank, ranks.num_ranks)
-    randomness, images = Randomness(config.seed, ()), {}
+    randomness, images = Randomness(evaluator.config.seed, ()), {}
     scoring = evaluator.scorer.start(held_out=True)
-    bar = progress(len(batches) * schedule.num_steps, "evaluate", shown=ranks.is_main)
     for numbers in batches:
         batch = evaluator.prompt_batch(
             [prompts[n] for n in numbers],
@@ -131,7 +186,7 @@ def score_prompts(
             evaluator.guidance,
         )
         segment = whole(np.empty((len(numbers), 0), dtype=np.int64), schedule.num_steps)
-        part = denoise(pipeline, model, batch, schedule, randomness, segment, on_step=bar.update)
+        part = denoise(pipeline, model, batch, schedule, randomness, segment, on_step=on_step)
         drawn = decode(pipeline, part.rollout)
         scoring.add(Batch(drawn, batch.prompts, batch.metadata, batch.references))
         for number, image in zip(numbers, drawn, strict=True):
@@ -139,7 +194,6 @@ def score_prompts(
             if number in shown:
                 images[number] = image
         evaluator.stop.check()
-    bar.close()
     world = ranks.gather_objects((sum(batches, []), evaluator.scores(scoring), images))
     columns = scatter(((rows, scores) for rows, scores, _ in world), len(prompts))
     images = {number: image for *_, part in world for number, image in part.items()}

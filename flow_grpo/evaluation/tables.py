@@ -120,6 +120,15 @@ def write_scores(path: Path, scores: dict[str, np.ndarray], prompts: Sequence[Pr
     write_rows(path, rows)
 
 
+def read_scores(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Read what write_scores() wrote: the prompts, and the scores {name: (N,)}, NaN where empty."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in (rows[0] if rows else ()) if name not in ("row", "prompt", "tag")]
+    scores = {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
+    return [row["prompt"] for row in rows], scores
+
+
 def write_rows(path: Path, rows: Sequence[dict]) -> None:
     """Write dicts of equal keys as csv."""
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -18,7 +18,7 @@ from config.base import base, with_objective
 from flow_grpo.cli import redacted
 from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
-from flow_grpo.evaluation.evaluate import Evaluator
+from flow_grpo.evaluation.evaluate import Evaluator, sizes
 from flow_grpo.launch import encoders, quiet
 from flow_grpo.launch.weights import Weights
 from flow_grpo.objectives.registry import find
@@ -146,7 +146,8 @@ def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Promp
     """Meet the other ranks, if the model's class suits the config. Raises ValueError."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     family.check_prompts(prompts)
-    family.check_num_frames(config.num_frames)
+    for num_frames in (config.num_frames, *(size.num_frames for size in sizes(config))):
+        family.check_num_frames(num_frames)
     for guidance in filter(None, guidances(config)):
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
@@ -171,7 +172,8 @@ def load(
     )
     height, width = config.height or config.resolution, config.width or config.resolution
     size = Size(height, width, config.num_frames)
-    pipeline.check_size(size)
+    for each in (size, *sizes(config)):
+        pipeline.check_size(each)
     pipeline.batches_guidance = config.sample.batched_guidance
     pipeline.clean_grid = config.sample.clean_grid
     if config.attention_backend:

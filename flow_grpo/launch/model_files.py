@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from flow_grpo.diffusers_patch.base import ENCODERS, PatchedPipeline
 from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.diffusers_patch.registry import FAMILIES, INDEX_FILES
+from flow_grpo.evaluation.evaluate import sizes
 from flow_grpo.inputs import json_object
 from flow_grpo.launch.weights import check_file, check_part
 
@@ -110,17 +111,18 @@ def _check_size(config: ConfigDict) -> None:
     if not limits:
         return  # other models are asked once they are loaded
     multiple, largest = limits
-    sides = {
-        key: config.resolution if config[key] is None else config[key]
+    sides = [
+        ("resolution" if config[key] is None else key, config[key] or config.resolution)
         for key in ("height", "width")
-    }
-    for key, side in sides.items():
+    ]
+    sides += [("sample.eval_sizes", n) for e in sizes(config) for n in (e.height, e.width)]
+    for key, side in sides:
         if not 0 < side <= largest or side % multiple:
             nearest = min(max(round(side / multiple), 1) * multiple, largest)
             raise ValueError(
-                f"config.{'resolution' if config[key] is None else key}={side}: this model draws "
-                f"sides that are multiples of {multiple} pixels"
-                f"{f', at most {largest}' if side > largest else ''}. The nearest is {nearest}."
+                f"config.{key}={side}: this model draws sides that are multiples of {multiple} "
+                f"pixels{f', at most {largest}' if side > largest else ''}. "
+                f"The nearest is {nearest}."
             )
 
 

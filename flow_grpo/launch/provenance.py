@@ -17,6 +17,7 @@ import torch
 from ml_collections import ConfigDict
 
 from config.base import keys_of
+from flow_grpo import keys
 from flow_grpo.cli import redacted
 from flow_grpo.parallel import choose
 from flow_grpo.plan import Plan
@@ -74,10 +75,10 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
     """Say in what a run differs from the one that wrote a checkpoint; "" if in nothing."""
     state, ours = folders.read(resumed), redacted(json.loads(config.to_json_best_effort()))
     found = [
-        f"config.{key}={_at(ours, key)!r} (was {_at(state['config'], key)!r})"
+        f"config.{key}={keys.at(ours, key)!r} (was {keys.at(state['config'], key)!r})"
         for key in keys_of(config)
         if state.get("config") and key not in (*PER_RUN, "num_epochs")
-        if _at(ours, key) != _at(state["config"], key)
+        if keys.at(ours, key) != keys.at(state["config"], key)
     ]
     if state.get("prompts", folders.digest(plan.train_prompts)) != folders.digest(
         plan.train_prompts
@@ -87,16 +88,10 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
         if (was := _at(state.get("cut"), what)) not in (None, number):
             found.append(f"{number} {what} (was {was})")
     for package in PACKAGES:
-        was = _at(state.get("versions"), package)
+        was = keys.at(state.get("versions"), package)
         if was not in (None, version(package)):
             found.append(f"{package} {version(package)} (was {was})")
     return f"{resumed} goes on with: {', '.join(found)}" if found else ""
-
-
-def _at(values: object, key: str) -> object:
-    for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
 
 
 def revision() -> str | None:

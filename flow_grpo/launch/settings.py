@@ -30,7 +30,7 @@ def load(argv: list[str], default: str) -> tuple[ConfigDict, str]:
             f"{USAGE}\nEvery key, its default, unit and range: config/base.py; of an objective's "
             f"own: its file in flow_grpo/objectives/."
         )
-    given = _given(argv[1:])
+    given = parse(argv[1:])
     target = given.pop("config", default)
     config = _run_config(target)
     with_objective(config, given.get("config.objective", config.objective))
@@ -41,7 +41,7 @@ def load(argv: list[str], default: str) -> tuple[ConfigDict, str]:
     return config, target.partition(":")[2] or "default"
 
 
-def _given(arguments: list[str]) -> dict[str, str]:
+def parse(arguments: list[str]) -> dict[str, str]:
     """Read "--config.KEY=VALUE" and "--config.KEY VALUE" into {"config.KEY": "VALUE"}."""
     given, rest = {}, iter(arguments)
     for argument in rest:

@@ -50,6 +50,14 @@ def find(name: str) -> Weights:
     )
 
 
+def stamps(weights: Weights) -> list[list]:
+    """Return the names, sizes and times of change of the files that hold the weights."""
+    path = weights.path
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    held = [] if weights.kind == "base" else [(each, each.stat()) for each in found]
+    return [[each.name, stat.st_size, stat.st_mtime_ns] for each, stat in held]
+
+
 def check_class(weights: Weights, model_index: dict) -> None:
     """Raise ValueError if a transformer is of another class than the base's."""
     if weights.kind != "transformer":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from flow_grpo.rewards.base import Reward
 from flow_grpo.rewards.clip.aesthetic import Aesthetic
+from flow_grpo.rewards.clip.aesthetic_v2_5 import AestheticV25
 from flow_grpo.rewards.clip.clipscore import ClipScore
 from flow_grpo.rewards.clip.dino_diversity import DinoDiversity
 from flow_grpo.rewards.clip.hpsv2 import HPSv2
@@ -16,7 +17,10 @@ from flow_grpo.rewards.clip.pickscore import PickScore
 from flow_grpo.rewards.judges.deqa import DeQA
 from flow_grpo.rewards.judges.hpsv3 import HPSv3
 from flow_grpo.rewards.judges.qwenvl import QwenVL
+from flow_grpo.rewards.judges.rubric import Editing, Rubric
+from flow_grpo.rewards.judges.trained import EditReward, EditScore, VideoAlign
 from flow_grpo.rewards.judges.unifiedreward import UnifiedReward, UnifiedRewardPairs
+from flow_grpo.rewards.judges.vqa import DPG, SoftTIFA, VQAScore
 from flow_grpo.rewards.rules.geneval import GenEval
 from flow_grpo.rewards.rules.jpeg import jpeg_compressibility, jpeg_incompressibility
 from flow_grpo.rewards.rules.ocr import OCR, VideoOCR
@@ -24,9 +28,14 @@ from flow_grpo.rewards.rules.shapes import shapes, shapes_dense, shapes_strict
 
 REWARDS: dict[str, type[Reward] | Callable] = {
     "aesthetic": Aesthetic,
+    "aesthetic_v2_5": AestheticV25,
     "clipscore": ClipScore,
     "deqa": DeQA,
     "dino_diversity": DinoDiversity,
+    "dpg": DPG,
+    "editing": Editing,
+    "editreward": EditReward,
+    "editscore": EditScore,
     "geneval": GenEval,
     "hpsv2": HPSv2,
     "hpsv3": HPSv3,
@@ -37,10 +46,14 @@ REWARDS: dict[str, type[Reward] | Callable] = {
     "ocr": OCR,
     "pickscore": PickScore,
     "qwenvl": QwenVL,
+    "rubric": Rubric,
     "shapes": shapes,
     "shapes_dense": shapes_dense,
     "shapes_strict": shapes_strict,
+    "soft_tifa": SoftTIFA,
     "unifiedreward": UnifiedReward,
     "unifiedreward_pairs": UnifiedRewardPairs,
+    "videoalign": VideoAlign,
     "video_ocr": VideoOCR,
+    "vqascore": VQAScore,
 }

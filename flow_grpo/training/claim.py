@@ -50,9 +50,9 @@ class Held:
 
 
 class Results(Held):
-    """A new folder for results of one process."""
+    """A new folder for results of one process; or with `goes_on` one that has some."""
 
-    def __init__(self, folder: Path, key: str):
+    def __init__(self, folder: Path, key: str, goes_on: bool = False):
         """key: what named it. Raises ValueError if it is not empty, in use or can't be used."""
         super().__init__()
         try:
@@ -65,7 +65,7 @@ class Results(Held):
             ) from None
         if self._lock is None:
             raise ValueError(f"{key}={folder}: in use by {holder(folder)}. Name another folder.")
-        if rest:
+        if rest and not goes_on:
             self.release()
             raise ValueError(f"{key}={folder} is not empty. Name a new folder, or delete it.")
 

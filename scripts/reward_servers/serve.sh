@@ -15,4 +15,4 @@ if [[ "$(cat "$venv/.installed" 2>/dev/null)" != "$server $packages" ]]; then
     "$venv/bin/pip" install --quiet $server $packages
     echo "$server $packages" >"$venv/.installed"
 fi
-PYTHONPATH=. exec "$venv/bin/python" -m flow_grpo.reward_server --reward "$name" "$@"
+PYTHONPATH=".${EXTRA_PYTHONPATH:+:$EXTRA_PYTHONPATH}" exec "$venv/bin/python" -m flow_grpo.reward_server --reward "$name" "$@"

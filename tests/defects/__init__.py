@@ -5,6 +5,7 @@ from defects import (
     brought,
     files,
     forward,
+    judges,
     losses,
     preference,
     ratio,
@@ -28,5 +29,6 @@ FILES = (
     strangers,
     files,
     bagel,
+    judges,
 )
 DEFECTS = [defect for file in FILES for defect in file.DEFECTS]

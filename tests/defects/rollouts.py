@@ -98,7 +98,7 @@ DEFECTS = [
         "evaluation-noise-anew",
         "other noise at every evaluation",
         EVALUATE,
-        "Randomness(config.seed, ())",
+        "Randomness(evaluator.config.seed, ())",
         "Randomness(np.random.randint(2**31), ())",
         "test_state.py::test_a_learning_rate_of_zero_changes_no_weight_and_no_evaluation",
     ),

@@ -99,7 +99,7 @@ def _pipeline(stock: type[DiffusionPipeline], zero_cond_t: bool = False) -> Diff
             latents_mean=[-0.7, 0.1, 0.5, -0.2],
             latents_std=[2.8, 1.4, 2.3, 1.1],
         ),
-        "text_encoder": _encoder(tokenizer),
+        "text_encoder": encoder(tokenizer),
         "tokenizer": tokenizer,
     }
     if not edits:
@@ -119,7 +119,7 @@ def _words(template: str) -> list[str]:
     return sorted(found, key=lambda piece: not piece.startswith("Ġ")) + list(WORDS)
 
 
-def _encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def encoder(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     number = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(

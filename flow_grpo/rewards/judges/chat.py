@@ -8,9 +8,10 @@ from __future__ import annotations
 import base64
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from typing import Any, Generic, TypeVar
 
 import httpx
 import numpy as np
@@ -32,10 +33,15 @@ RETRIED = (408, 429, 500, 502, 503, 504)
 MAX_TOKENS, MAX_BYTES, MAX_VALUES = 2048, 2**20, 2**14  # of an answer
 WAKE_S = 1.0  # for a loop that has much to do to notice that time is up
 Question = tuple[Sequence[np.ndarray], str]  # images, uint8 (H, W, 3), and the text about them
+T = TypeVar("T")
 
 
-class Chat:
-    """Asks one endpoint `concurrency` questions at a time. timeout_s: of one, retries included."""
+class Chat(Generic[T]):
+    """Asks one endpoint `concurrency` questions at a time. timeout_s: of one, retries included.
+
+    wants: what a request says besides the question. read: what is taken out of an answer's first
+    choice; it raises LookupError, TypeError or ValueError where that is not there.
+    """
 
     def __init__(
         self,
@@ -45,14 +51,17 @@ class Chat:
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        wants: Mapping[str, Any] | None = None,
+        read: Callable[[dict], T] | None = None,
     ):
+        self._wants, self._read = wants or {"max_tokens": MAX_TOKENS}, read or said
         key = os.environ.get("FLOW_GRPO_JUDGE_KEY", "")
         self.url, self.model, self.timeout_s = url.rstrip("/"), model, timeout_s
         self._clock, self._sleep = clock, sleep
         self._loop = Loop("judge-http", connect(key, self.url.startswith("https:"), concurrency))
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="judge")
 
-    def ask(self, questions: Sequence[Question]) -> list[str | None]:
+    def ask(self, questions: Sequence[Question]) -> list[T | None]:
         """Return the answers, None for a question that got none.
 
         Raises ConnectionError, naming the URL and the last reason, if no question got one.
@@ -67,11 +76,11 @@ class Chat:
             )
         return [None if isinstance(answer, Exception) else answer for answer in answers]
 
-    def _ask(self, question: Question) -> str | Exception:
+    def _ask(self, question: Question) -> T | Exception:
         request = {
             "model": self.model,
             "temperature": 0,
-            "max_tokens": MAX_TOKENS,
+            **self._wants,
             "messages": [{"role": "user", "content": _content(*question)}],
         }
         deadline = self._clock() + self.timeout_s
@@ -87,7 +96,7 @@ class Chat:
             reraise=True,
         )
         try:
-            return _text(retrying(self._post, request, deadline))
+            return self._taken(retrying(self._post, request, deadline))
         except (httpx.HTTPError, ValueError, TimeoutError) as error:
             return error
 
@@ -109,6 +118,13 @@ class Chat:
             raise TimeoutError(f"no complete answer in {self.timeout_s:g} s") from None
         response.raise_for_status()
         return body
+
+    def _taken(self, body: bytes) -> T:
+        """Read an answer. Raises ValueError if it is none."""
+        try:
+            return self._read(loads(body, MAX_VALUES)[0]["choices"][0])
+        except (Malformed, TooLarge, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"no message in the answer ({error!r:.300})") from error
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -132,12 +148,13 @@ def _content(images: Sequence[np.ndarray], text: str) -> list[dict]:
     return [*parts, {"type": "text", "text": text}]
 
 
-def _text(body: bytes) -> str:
-    """Take the message out of an answer. Raises ValueError if there is none."""
-    try:
-        text = loads(body, MAX_VALUES)[0]["choices"][0]["message"]["content"]
-    except (Malformed, TooLarge, LookupError, TypeError) as error:
-        raise ValueError(f"no message in the answer ({error!r:.300})") from error
+def said(choice: dict) -> str:
+    """Return an answer's text; "" if it was cut, or refused."""
+    text = choice["message"]["content"]
+    if choice.get("finish_reason") in ("length", "content_filter"):
+        return ""
+    if choice["message"].get("refusal"):
+        return ""
     if not isinstance(text, str):
-        raise ValueError(f"a message of {type(text).__name__}")
+        raise TypeError(f"a message of {type(text).__name__}")
     return text

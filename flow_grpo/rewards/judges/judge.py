@@ -10,7 +10,7 @@ import numpy as np
 
 from flow_grpo import inputs
 from flow_grpo.cli import redacted
-from flow_grpo.rewards.base import Reward, check_package, only_images
+from flow_grpo.rewards.base import Reward, Settings, check_package, only_images
 from flow_grpo.rewards.batch import Batch
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -54,6 +54,29 @@ def number(text: str, highest: float) -> float | None:
     return math.nan if wrong else float(found["number"])
 
 
+def check_endpoint(settings: Settings, name: str) -> None:
+    """Raise ValueError unless config.rewards.<name>_url can be asked from here."""
+    url = settings[f"{name}_url"]
+    if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#@]*)?", url):
+        raise ValueError(
+            f"config.rewards.{name}_url={redacted(url)!r}: an endpoint such as "
+            f"http://127.0.0.1:17140/v1 is needed. A key is read from FLOW_GRPO_JUDGE_KEY, and "
+            f"from no URL: a run writes these into its files."
+        )
+    for package in ("httpx", "tenacity"):
+        check_package(package, "rewards")
+
+
+def template(settings: Settings, name: str) -> str:
+    """Read the text of a question. Raises ValueError if it has no place for the prompt."""
+    own = Path(settings["judge_templates"] or TEMPLATES) / f"{name}.txt"
+    path = own if own.is_file() else TEMPLATES / own.name
+    text = inputs.text(path).strip()
+    if "{prompt}" not in text:
+        raise ValueError(f"{path} has no {{prompt}}: the judge must see the prompt.")
+    return text
+
+
 class JudgeReward(Reward):
     """Score each image by the number that follows `pattern`, where it is last, in an answer.
 
@@ -70,31 +93,13 @@ class JudgeReward(Reward):
 
     @classmethod
     def check(cls, settings, prompts, metadata) -> None:
-        url = settings[f"{cls.endpoint}_url"]
-        if not re.fullmatch(r"https?://[^/\s?#@]+(/[^\s?#@]*)?", url):
-            raise ValueError(
-                f"config.rewards.{cls.endpoint}_url={redacted(url)!r}: an endpoint such as "
-                f"http://127.0.0.1:17140/v1 is needed. A key is read from FLOW_GRPO_JUDGE_KEY, and "
-                f"from no URL: a run writes these into its files."
-            )
-        for package in ("httpx", "tenacity"):
-            check_package(package, "rewards")
-        cls.template(settings)
-
-    @classmethod
-    def template(cls, settings) -> str:
-        """Read the text of the question. Raises ValueError if it has no place for the prompt."""
-        own = Path(settings["judge_templates"] or TEMPLATES) / f"{cls.name}.txt"
-        path = own if own.is_file() else TEMPLATES / own.name
-        text = inputs.text(path).strip()
-        if "{prompt}" not in text:
-            raise ValueError(f"{path} has no {{prompt}}: the judge must see the prompt.")
-        return text
+        check_endpoint(settings, cls.endpoint)
+        template(settings, cls.name)
 
     def __init__(self, settings, device):
         from flow_grpo.rewards.judges.chat import Chat  # httpx is an extra
 
-        self.question = self.template(settings)
+        self.question = template(settings, self.name)
         self.judge = Chat(
             settings[f"{self.endpoint}_url"],
             settings[f"{self.endpoint}_model"],
