@@ -39,7 +39,7 @@ from flow_grpo.launch import entry, model_files, preflight, provenance, settings
 from flow_grpo.launch.build import build_evaluator
 from flow_grpo.launch.weights import Weights
 from flow_grpo.parallel import choose
-from flow_grpo.parallel.stop import Stopped
+from flow_grpo.parallel.faults.stop import Stopped
 from flow_grpo.prompts import Prompt
 from flow_grpo.report.sheets import captioned_sheet
 from flow_grpo.training.checkpoint import PACKAGES

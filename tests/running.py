@@ -23,7 +23,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
 from flow_grpo.objectives.registry import OBJECTIVES
-from flow_grpo.parallel import stop
+from flow_grpo.parallel.faults import stop
 from flow_grpo.training import collect
 from flow_grpo.training.run import Run
 

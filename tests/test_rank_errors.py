@@ -14,9 +14,9 @@ import torch
 from forking import FSDP, ON_CPU, on_ranks, zero
 from waiting import HANG_S, wait_until
 
-from flow_grpo.parallel import regroup
+from flow_grpo.parallel.faults import regroup
+from flow_grpo.parallel.faults.stop import Stopped
 from flow_grpo.parallel.plain import Plain
-from flow_grpo.parallel.stop import Stopped
 from flow_grpo.training import checkpoint, collect, folders, loop
 
 KEYS = {"num_epochs": 3, "save_freq": 10, "train__ema": True, "train__ema_update_every": 1}

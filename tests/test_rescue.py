@@ -9,7 +9,7 @@ import running
 import torch
 
 from flow_grpo.launch import entry
-from flow_grpo.parallel.stop import Stopped
+from flow_grpo.parallel.faults.stop import Stopped
 from flow_grpo.training import folders, loop
 
 pytestmark = pytest.mark.usefixtures("fresh_logs")

@@ -9,7 +9,7 @@ from forking import ON_CPU, on_ranks
 
 from flow_grpo.parallel import choose
 from flow_grpo.parallel.engine import Ranks
-from flow_grpo.parallel.stop import PATIENCE_S, POLL_S, SIGNALS, Stop, Stopped
+from flow_grpo.parallel.faults.stop import PATIENCE_S, POLL_S, SIGNALS, Stop, Stopped
 
 
 class Clock:

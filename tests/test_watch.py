@@ -13,7 +13,8 @@ from waiting import wait_until
 
 from config.base import base
 from flow_grpo.launch import build
-from flow_grpo.parallel import choose, watch
+from flow_grpo.parallel import choose
+from flow_grpo.parallel.faults import watch
 
 SHORT_S = 0.05
 

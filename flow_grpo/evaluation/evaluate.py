@@ -18,7 +18,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.kept import NUM_CALLS, Kept
 from flow_grpo.evaluation.tables import summarise
 from flow_grpo.parallel.engine import Ranks
-from flow_grpo.parallel.stop import Stop, Stopped
+from flow_grpo.parallel.faults.stop import Stop, Stopped
 from flow_grpo.prompts import Prompt, deal, eval_batches
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Guidance, PromptBatch, Size

@@ -24,7 +24,7 @@ from flow_grpo.launch.weights import Weights
 from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose, speed
 from flow_grpo.parallel.engine import Engine
-from flow_grpo.parallel.stop import Stop
+from flow_grpo.parallel.faults.stop import Stop
 from flow_grpo.plan import Plan
 from flow_grpo.prompts import Prompt
 from flow_grpo.records import Size

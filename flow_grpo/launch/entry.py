@@ -11,7 +11,7 @@ from flow_grpo.launch import model_files, preflight, provenance, settings, space
 from flow_grpo.launch.build import build, start
 from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose
-from flow_grpo.parallel.stop import Stopped
+from flow_grpo.parallel.faults.stop import Stopped
 from flow_grpo.report import output
 from flow_grpo.training import folders, loop
 from flow_grpo.training.claim import Claim

@@ -85,7 +85,7 @@ def differences(config: ConfigDict, plan: Plan, resumed: Path) -> str:
     ):
         found.append("other training prompts")
     for what, number in folders.cut(plan).items():
-        if (was := _at(state.get("cut"), what)) not in (None, number):
+        if (was := keys.at(state.get("cut"), what)) not in (None, number):
             found.append(f"{number} {what} (was {was})")
     for package in PACKAGES:
         was = keys.at(state.get("versions"), package)

@@ -13,8 +13,9 @@ from accelerate.utils import operations
 from safetensors import SafetensorError
 from torch import Tensor, distributed, nn
 
-from flow_grpo.parallel import regroup, state
-from flow_grpo.parallel.watch import Watch
+from flow_grpo.parallel import state
+from flow_grpo.parallel.faults import regroup
+from flow_grpo.parallel.faults.watch import Watch
 
 POLICY = "policy"  # before a weight's name and /, where snapshots' weights stand beside it
 Parts = dict[str, Tensor]  # by a trained weight's name: what this rank holds of a value of it

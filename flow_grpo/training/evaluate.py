@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from flow_grpo.evaluation import alarm, looks
 from flow_grpo.evaluation.evaluate import at_sizes, metrics, score_prompts, spread
-from flow_grpo.parallel.stop import Stopped
+from flow_grpo.parallel.faults.stop import Stopped
 from flow_grpo.records import Size
 from flow_grpo.report.recorded import read_metrics
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from flow_grpo.cli import progress
 from flow_grpo.objectives.base import Micro, Objective
-from flow_grpo.parallel.stop import Stopped
+from flow_grpo.parallel.faults.stop import Stopped
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, Point
 from flow_grpo.report.output import redraw

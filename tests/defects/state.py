@@ -9,7 +9,7 @@ ENGINE = "flow_grpo/parallel/engine.py"
 OPTIMIZER = "flow_grpo/training/optimizer.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 PROVENANCE = "flow_grpo/launch/provenance.py"
-WATCH = "flow_grpo/parallel/watch.py"
+WATCH = "flow_grpo/parallel/faults/watch.py"
 
 DEFECTS = [
     Defect(

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, distributed_c10d
 
-from flow_grpo.parallel.watch import Watch
+from flow_grpo.parallel.faults.watch import Watch
 
 MEETING = timedelta(minutes=1)  # a rank may be drawing images until it waits for the others
 PAUSE_S = 0.05

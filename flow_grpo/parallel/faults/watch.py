@@ -178,7 +178,7 @@ class Watch:
     def _orphaned(self) -> str:
         """Say that the store is gone; "" if its main rank ended, or this rank's launcher died.
 
-        At a launcher's death ranks save, as parallel/stop.py has it, and need no store to do so.
+        At a launcher's death ranks save, as faults/stop.py has it, and need no store to do so.
         """
         self._over.wait(BEAT_S)  # a process is orphaned a little after its parent's connections end
         if self._ended(0) or os.getppid() != self._parent:
