@@ -95,6 +95,8 @@ def rescue(run: Run, error: Exception, metrics_bytes: int) -> Exception:
         if first != run.ranks.rank:
             error = Stopped(f"rank {first} failed: {words}")
         if not lost:
+            if problem:
+                error.add_note(problem)
             return error
     if isinstance(error, Unwritten):
         problem = "see above"

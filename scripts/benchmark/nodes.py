@@ -26,7 +26,7 @@ from nodes_page import write_page
 
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.launch import entry
-from flow_grpo.training import folders
+from flow_grpo.training import digests, folders
 
 ROOT = Path(__file__).parents[2]
 LOGS = ROOT / "logs" / "nodes"
@@ -187,13 +187,16 @@ def measure(fault: str, engine: str) -> dict:
 def judged(runs: Runs, before: int) -> dict:
     """Tell how far the run came, what was saved of it, and what it said."""
     saved = folders.checkpoints(runs.folder)
-    states = [folders.read(folder) for folder in saved]  # which checks every file's digest
+    states = [folders.read(folder) for folder in saved]
+    files = [state["files"] for state in states]
+    broken = [digests.problem(*each) for each in zip(saved, files, strict=True)]
     output = runs.output.read_text()
     said = [line for line in output.splitlines() if re.search(r"rank \d|stopped by|store of", line)]
     return {
         "finished": runs.num_epochs(),
         "saved": max((state["epoch"] for state in states), default=0),
         "checkpoints": len(saved) - before,
+        "broken": [problem for problem in broken if problem],
         "said": said,
     }
 
@@ -255,7 +258,7 @@ def main() -> int:
                 with file.open("a") as out:
                     out.write(json.dumps(row) + "\n")
     write_page(rows, list(FAULTS), list(ENGINES), TIMEOUT_S)
-    return int(any(row["left"] for row in rows))
+    return int(any(row["left"] or row["broken"] for row in rows))
 
 
 if __name__ == "__main__":

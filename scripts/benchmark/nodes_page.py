@@ -24,7 +24,7 @@ WHAT = {
     "error": "an error on rank 1, in its loss",
     "hang": "rank 1 hangs in its loss, {timeout_s} s allowed",
     "stop-rank": "`kill -STOP` of rank 1, {timeout_s} s allowed",
-    "end-node": "two machines: none, the run comes to its end",
+    "end-node": "two machines: none; seconds of the whole run",
     "kill-node": "two machines: `kill -9` of all of the second",
     "kill-main-node": "two machines: `kill -9` of all of the first",
     "term-node": "two machines: SIGTERM to the second's launcher",
@@ -36,9 +36,9 @@ Two ranks of the testbed on one machine; or one on each of two "machines", netwo
 a cable joins, which `scripts/multi_node/sd3/main.sh RANK` starts. In the midst of the run, after
 its third epoch at least, something happens. A cell: seconds until the last process of the run was
 gone, launchers included; then the epochs that are saved, of those that were finished (every second
-one is saved anyway). Each checkpoint left was read to its last byte's digest; {left} processes
-were left. `config.collective_timeout={timeout_s}`, where 300 is the default: what waits for it
-takes longer by the difference. All over gloo; NCCL was not measured.
+one is saved anyway). Of the checkpoints left, every file's digest was compared: {broken} were
+broken. {left} processes were left. `config.collective_timeout={timeout_s}`, where 300 is the
+default: what waits for it takes longer by the difference. All over gloo; NCCL was not measured.
 
 """
 
@@ -47,7 +47,9 @@ def write_page(rows: list[dict], faults: list[str], engines: list[str], timeout_
     """Write the section anew. rows: what nodes.py measured, by fault and engine."""
     found = {(row["fault"], row["engine"]): row for row in rows}
     shown = [name for name in engines if any(row["engine"] == name for row in rows)]
-    head = HEAD.format(section=SECTION, left=sum(row["left"] for row in rows), timeout_s=timeout_s)
+    left = sum(row["left"] for row in rows)
+    broken = sum(len(row["broken"]) for row in rows)
+    head = HEAD.format(section=SECTION, left=left, broken=broken, timeout_s=timeout_s)
     table = [f"| fault | {' | '.join(NAMES[name] for name in shown)} |", "|---" * (len(shown) + 1)]
     table[1] += "|"
     told = []
@@ -59,8 +61,9 @@ def write_page(rows: list[dict], faults: list[str], engines: list[str], timeout_
             of_fault = [found[fault, name] for name in shown if (fault, name) in found]
             told += [f"* {what} ({NAMES[row['engine']]}): {_said(row)}" for row in of_fault[-1:]]
     machine = provenance.machine()
+    command = f"OMP_NUM_THREADS=1 python scripts/benchmark/nodes.py --engines {' '.join(shown)}"
     made = (
-        f"```bash\nOMP_NUM_THREADS=1 python scripts/benchmark/nodes.py\n```\n\nMachine: "
+        f"```bash\n{command}\n```\n\nMachine: "
         f"{machine['cores']} cores of an {machine['cpu']}, shared with other work, "
         f"{machine['memory_gib']:.0f} GiB, no GPU; torch {version('torch')}, accelerate "
         f"{version('accelerate')}, DeepSpeed {version('deepspeed')}."
@@ -79,7 +82,8 @@ def _cell(row: dict | None) -> str:
 
 def _said(row: dict) -> str:
     """Join the lines that name a rank, without paths and commands."""
-    lines = [re.sub(r"^\[\w+\]: |\. To continue it.*", "", line) for line in row["said"]]
+    lines = [re.sub(r"^\[\w+\]: |(\. )?To continue it.*", "", line) for line in row["said"]]
+    lines = [line for line in lines if line]
     lines = [re.sub(r"in /\S+/logs/", "in logs/", line) for line in dict.fromkeys(lines)]
     lines = [re.sub(r"\[/\S+/gloo/\S+\] ", "", line) for line in lines]
     return "; ".join(f'"{line}"' for line in lines) or "nothing"
