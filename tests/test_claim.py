@@ -13,6 +13,7 @@ import pytest
 from config.base import base
 from flow_grpo.launch import preflight
 from flow_grpo.parallel.engine import Ranks
+from flow_grpo.parallel.faults.watch import Watch
 from flow_grpo.training import claim
 from flow_grpo.training.claim import FILE, Claim
 
@@ -32,6 +33,7 @@ class Alone:
 
     is_main = True
     on_main = Ranks.on_main
+    watch = Watch(0, 1)
 
     def broadcast_object(self, value):
         return value

@@ -281,10 +281,11 @@ def test_a_run_resumed_with_other_data_or_another_reward_says_so(run, case):
     with config.unlocked():
         config.update_from_flattened_dict({k: v for k, v in changed.items() if k != "reward_fn"})
         config.reward_fn = changed.get("reward_fn", config.reward_fn)
-    note = provenance.differences(config, SimpleNamespace(train_prompts=prompts), saved)
+    plan = SimpleNamespace(train_prompts=prompts, world_size=1, num_updates=2)
+    note = provenance.differences(config, plan, saved)
     assert told in note and bool(told) == bool(note)
     older = make(run, "checkpoint-2")
-    assert provenance.differences(config, SimpleNamespace(train_prompts=prompts), older) == ""
+    assert provenance.differences(config, plan, older) == ""
 
 
 @pytest.mark.parametrize(
