@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from forking import ON_CPU, on_ranks
+from ml_collections import ConfigDict
 from torch import distributed
 from waiting import wait_until
 
@@ -41,9 +42,7 @@ def until_all_have_begun(mine: watch.Watch) -> None:
     wait_until(lambda: len(mine._seen) == mine.num_ranks)
 
 
-def has_patience(folder: Path) -> None:
-    config = base()
-    config.mixed_precision, config.collective_timeout = "no", 17.0
+def has_patience(folder: Path, config: ConfigDict) -> None:
     build._start(config)
     group = distributed.distributed_c10d._get_default_group()
     waits = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
@@ -51,7 +50,10 @@ def has_patience(folder: Path) -> None:
 
 
 def test_a_collective_waits_as_long_as_it_is_told(tmp_path):
-    on_ranks(2, ON_CPU, has_patience, tmp_path)
+    config = base()
+    config.mixed_precision, config.collective_timeout = "no", 17.0
+    config.collective_timeout = config.collective_timeout  # as this process reads it
+    on_ranks(2, ON_CPU, has_patience, tmp_path, config)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["17.0", "17.0"]
 
 
