@@ -133,10 +133,31 @@ def test_a_rank_that_nothing_wakes_ends_with_the_reason_and_where_it_waited(tmp_
     assert "distributed.all_reduce(torch.zeros(1))" in said
 
 
+def until_all_are_in_update(mine: watch.Watch) -> None:
+    """Where silence counts sooner than while a model loads; and let the others see it."""
+    mine.phase, looks = "update", mine._looks
+    wait_until(lambda: mine._looks > looks + 1)
+    wait_until(lambda: [sign[1] for sign, _ in mine._seen.values()] == ["update"] * 2)
+
+
+def loads(folder: Path) -> None:
+    mine = start()
+    until_all_have_begun(mine)
+    watch.SILENCE_S = -1.0
+    assert not mine.gone([0, 1])  # all are in their start
+    until_all_are_in_update(mine)
+    assert mine.gone([1 - mine.rank])
+    mine.end()
+
+
+def test_silence_counts_later_while_a_model_loads(tmp_path):
+    on_ranks(2, ON_CPU, loads, tmp_path)
+
+
 def is_stopped(folder: Path) -> None:
     is_main = os.environ["RANK"] == "0"
     mine = start(**{"SILENCE_S": 1.0, "QUIET_S": SHORT_S} if is_main else {})
-    until_all_have_begun(mine)
+    until_all_are_in_update(mine)
     if not is_main:
         os.kill(os.getpid(), signal.SIGSTOP)
     os.dup2(os.open(folder / "said", os.O_CREAT | os.O_WRONLY), 2)
@@ -147,12 +168,12 @@ def test_a_rank_without_a_sign_of_life_is_given_up_and_killed_on_ones_own_machin
     here = ON_CPU | {"GROUP_RANK": "0"}
     on_ranks(2, here, is_stopped, tmp_path, statuses=[1, -signal.SIGKILL])
     said = (tmp_path / "said").read_text()
-    assert "rank 0 ends: no sign of rank 1 (in start for" in said and "silent for" in said
+    assert "rank 0 ends: no sign of rank 1 (in update for" in said and "silent for" in said
 
 
 def ends(folder: Path) -> None:
     mine = start()
-    until_all_have_begun(mine)
+    until_all_are_in_update(mine)
     if mine.rank == 1:
         mine.end()
     else:

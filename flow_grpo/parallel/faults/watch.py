@@ -22,6 +22,7 @@ from torch.distributed import DistError, PrefixStore, Store, distributed_c10d
 
 BEAT_S = 1.0  # from one sign of life to the next
 SILENCE_S = 40.0  # without one: the process has died, its machine is gone, or it is stopped
+LOAD_SILENCE_S = 300.0  # the same while it loads: a reader of files may hold Python's lock
 QUIET_S = 10.0  # the same, where a rank has failed already; or this one, until it gives up too
 GRACE_S = 45.0  # for a rank, once another one has failed, to draw its images and to meet it
 CUT_GRACE_S = 15.0  # where it can only wait inside of a layer, from which nothing wakes it
@@ -121,8 +122,7 @@ class Watch:
 
     def gone(self, ranks: Iterable[int]) -> bool:
         """Tell whether one of these ranks has ended, or is silent for too long."""
-        most_s = QUIET_S if self._resigned else SILENCE_S
-        return any(self._ended(n) or self._silence_s(n) > most_s for n in ranks)
+        return any(self._ended(n) or self._is_silent(n) for n in ranks)
 
     def others(self, ranks: Iterable[int] | None = None) -> str:
         """Say what these ranks do, by default all others."""
@@ -186,7 +186,12 @@ class Watch:
         return "the store of the ranks is gone: its machine, or who kept it there, has died"
 
     def _silent(self) -> list[int]:
-        return [n for n in self._seen if not self._ended(n) and self._silence_s(n) > SILENCE_S]
+        return [n for n in self._seen if not self._ended(n) and self._is_silent(n)]
+
+    def _is_silent(self, rank: int) -> bool:
+        loads = rank in self._seen and self._seen[rank][0][1] in ("start", "load")
+        usual_s = LOAD_SILENCE_S if loads else SILENCE_S
+        return self._silence_s(rank) > (QUIET_S if self._resigned else usual_s)
 
     def _silence_s(self, rank: int) -> float:
         return BEAT_S * (self._looks - self._seen[rank][1]) if rank in self._seen else 0.0
