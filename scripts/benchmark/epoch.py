@@ -20,12 +20,12 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.launch import entry
 from flow_grpo.training import collect, loop
@@ -151,6 +151,12 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds[3:])
 
 
+def family_of(script: str) -> type[PatchedPipeline]:
+    """Return the class of the models that train_<script>.py trains."""
+    known = FAMILIES.values()
+    return next(each for each in known if each.__module__.split(".")[-1] == script)
+
+
 def measure(
     name: str, argv: list[str], profiled_epoch: int, flops: dict[str, float] | None
 ) -> dict:
@@ -158,10 +164,8 @@ def measure(
 
     name: the training script's, without "train_". flops: of each phase, None: they are counted.
     """
-    module = import_module(f"flow_grpo.diffusers_patch.{name}")
-    family = next(each for each in FAMILIES.values() if each.__module__ == module.__name__)
     start = time.perf_counter()
-    run = entry.prepare(argv, family, "")
+    run = entry.prepare(argv, family_of(name), "")
     loaded = time.perf_counter() - start
     run.timer = meter = Meter(run.ranks.device, profiled_epoch, flops)
     peak = matmul_peak(run.ranks.device, run.pipeline.input_dtype)

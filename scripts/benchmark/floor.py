@@ -17,17 +17,16 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.launch import entry
 from flow_grpo.training import collect, loop
 from flow_grpo.training.run import Run
+from scripts.benchmark.epoch import family_of
 
 PHASES = ("rollout", "update")
 
@@ -150,10 +149,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--script", default="sd3", help="that trains it: sd3, flux ...")
     parser.add_argument("--epochs", type=int, default=6, help="that are timed")
     args, given = parser.parse_known_args(argv[1:])
-    module = import_module(f"flow_grpo.diffusers_patch.{args.script}")
-    family = next(each for each in FAMILIES.values() if each.__module__ == module.__name__)
     more = ["--config.tracker=none", f"--config.num_epochs={args.epochs + 1}", *given]
-    run = entry.prepare([argv[0], f"--config={args.config}", *more], family, args.config)
+    run = entry.prepare(
+        [argv[0], f"--config={args.config}", *more], family_of(args.script), args.config
+    )
     found = compare(run, args.epochs)
     print("| phase | run, s | floor, s | ratio |\n|---|---|---|---|")
     for phase, pairs in found.items():

@@ -17,15 +17,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 
 import torch
 from tqdm import tqdm
 
-from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.launch import entry
 from flow_grpo.training.run import Run
-from scripts.benchmark.epoch import train_epoch
+from scripts.benchmark.epoch import family_of, train_epoch
 
 
 class Clock:
@@ -51,10 +49,8 @@ class Clock:
 
 
 def prepare(config: str, keys: list[str], script: str, number: int) -> Run:
-    module = import_module(f"flow_grpo.diffusers_patch.{script}")
-    family = next(each for each in FAMILIES.values() if each.__module__ == module.__name__)
     argv = ["levers.py", f"--config={config}", *keys, f"--config.run_name=levers-{number}"]
-    return entry.prepare(argv, family, config)
+    return entry.prepare(argv, family_of(script), config)
 
 
 def measure(run: Run, epoch: int) -> dict[str, float]:
