@@ -95,10 +95,10 @@ def test_two_ranks_make_the_epoch_of_one_with_twice_the_batches(files, tmp_path,
     for key, value in whole.items():
         assert torch.equal(torch.cat([half[key] for half in halves]), value), key
     assert whole["advantages"].unique().numel() > 8
-    first, second = (running.metrics(files / "logs" / name)[:2] for name in ("one", "two"))
-    assert [row["kind"] for row in first] == ["eval", "update"]
-    assert first[0] == second[0] and close(first[1], second[1])
-    assert first[1]["kl"] > 0
+    first, second = (running.metrics(files / "logs" / name)[:3] for name in ("one", "two"))
+    assert [row["kind"] for row in first] == ["look", "eval", "update"]
+    assert first[:2] == second[:2] and close(first[2], second[2])
+    assert first[2]["kl"] > 0
     ours, theirs = (running.weights(folder) for folder in (one.folder, files / "logs" / "two"))
     for key in ours:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-5)
