@@ -1,16 +1,24 @@
 """Every known defect is found by the test that names it; mutants.py puts it in."""
 
+import os
 import re
 from dataclasses import replace
 
 import mutants
 import pytest
 from defects import DEFECTS
+from filelock import FileLock
 
 
 @pytest.fixture(scope="module")
-def unmutated():
-    mutants.check_unmutated(DEFECTS)
+def unmutated(tmp_path_factory):
+    """Where several processes share the defects, one of them checks, and the others wait."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "unmutated.lock"):
+        if not (shared / "unmutated").exists():
+            mutants.check_unmutated(DEFECTS)
+            (shared / "unmutated").touch()
 
 
 @pytest.mark.slow
