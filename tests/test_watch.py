@@ -144,7 +144,9 @@ def loads(folder: Path) -> None:
     mine = start()
     until_all_have_begun(mine)
     watch.SILENCE_S = -1.0
-    assert not mine.gone([0, 1])  # all are in their start
+    assert not mine.gone([0, 1])  # all are in their start, until all have seen it
+    (folder / str(mine.rank)).touch()
+    wait_until(lambda: len(list(folder.iterdir())) == mine.num_ranks)
     until_all_are_in_update(mine)
     assert mine.gone([1 - mine.rank])
     mine.end()

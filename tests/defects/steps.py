@@ -85,7 +85,7 @@ DEFECTS = [
         SHIPPED,
         RUN,
         "config.sample, groups, config.seed, epoch,",
-        "config.sample, groups, config.seed, epoch + self.ranks.rank,",
+        "config.sample, groups, config.seed, epoch + torch.distributed.get_rank(),",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
