@@ -84,8 +84,8 @@ DEFECTS = [
         "window-of-the-rank",
         SHIPPED,
         RUN,
-        "config.sample, groups, config.seed, epoch,",
-        "config.sample, groups, config.seed, epoch + torch.distributed.get_rank(),",
+        "return trained_steps(self.config, self.plan, groups, epoch)",
+        "return trained_steps(self.config, self.plan, groups, epoch + self.ranks.rank)",
         "test_ranks.py::test_two_ranks_weigh_their_rows_and_update_their_weights_as_one_does",
     ),
     Defect(
