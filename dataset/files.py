@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import hashlib
 import json
@@ -116,6 +117,33 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write a .jsonl of metadata, the same bytes on every system."""
     write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def arguments(description: str, file: str, copies: int | None = None) -> argparse.ArgumentParser:
+    """Declare what a converter of one table is told. file: its own. copies: the default, if any."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser.add_argument("download", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(file).parent)
+    if copies:
+        said = "rows of each prompt, each a noise"
+        parser.add_argument("--copies", type=int, default=copies, help=said)
+    return parser
+
+
+def write_test(download: Path, folder: Path, rows: list[dict], copies: int = 1) -> None:
+    """Write test_metadata.jsonl of an evaluation set, `copies` times. Raises ValueError if empty.
+
+    download: what they were read from.
+    """
+    if not rows or copies < 1:
+        raise ValueError(
+            f"{download} has {len(rows)} prompts, for {copies} rows of each; at least 1 of each is "
+            f"needed."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "test_metadata.jsonl", rows * copies)
+    print(f"{folder}/test_metadata.jsonl: {len(rows)} prompts, {copies} rows of each")
 
 
 def write_by_image(folder: Path, rows: Sequence[Mapping[str, Any]], num_test: int) -> None:

@@ -33,6 +33,7 @@ class Passes(NamedTuple):
     frozen: float  # once an update, in each inner epoch
     prepared: float  # before the first update of an epoch
     share: float = 1.0  # of the rows that train, if all groups have the usual number
+    reference: tuple[float, float] = (0.0, 0.0)  # of frozen and prepared ones, the reference's
 
 
 @dataclass(frozen=True)
@@ -91,19 +92,32 @@ class Plan:
         return Part(first, num_batches * total // size, num_batches)
 
     def passes(
-        self, config: ml_collections.ConfigDict, of_row: Passes, guided: bool, num_sampled: int
+        self,
+        config: ml_collections.ConfigDict,
+        of_row: Passes,
+        guided: bool,
+        num_sampled: int,
+        guides_reference: bool | None = None,
     ) -> dict[str, int]:
         """Count an epoch's passes of one image through the transformer, on all ranks.
 
-        of_row: what an objective predicts at a row. num_sampled: steps, of all rows.
+        of_row: what an objective predicts at a row. num_sampled: steps, of all rows. Guided: by two
+        passes; of the reference None: as what trains.
         """
         train, rows = config.train, self.num_groups * self.group_size
-        trained = rows * of_row.share * (2 if guided and train.cfg else 1)
+        trains = 2 if guided and train.cfg else 1
+        more = 0 if guides_reference is None else 1 + guides_reference - trains
+        rows = rows * of_row.share
+        trained = rows * trains
+        frozen, prepared = (
+            trains * every + more * of_reference
+            for every, of_reference in zip(of_row[1:3], of_row.reference, strict=True)
+        )
         return {
             "sampling": num_sampled * (2 if guided else 1),
             "forward and backward": round(trained * of_row.trained * train.num_inner_epochs),
-            "frozen predictions": round(trained * of_row.frozen * train.num_inner_epochs),
-            "before the first update": round(trained * of_row.prepared),
+            "frozen predictions": round(rows * frozen * train.num_inner_epochs),
+            "before the first update": round(rows * prepared),
         }
 
     def in_order(self, rows: list[np.ndarray], epoch: int) -> Updates:

@@ -65,6 +65,7 @@ MUST_AGREE = (  # for an evaluation to repeat that of the run
     "sample.eval_guidance_scale",
     "sample.guidance_interval",
     "sample.batched_guidance",
+    "sample.clean_grid",
     "sample.test_batch_size",
 )
 
@@ -188,6 +189,7 @@ def asked(job: Job, checkpoint: Weights) -> dict:
         "config": config,
         "checkpoint": [checkpoint.name, *weights.stamps(checkpoint)],
         "dataset": protocols.checksum(job.prompts),
+        "--write-images": job.write_images,
         "package": {name: version(name) for name in PACKAGES},
     }
 
@@ -211,6 +213,7 @@ def score(job: Job, number: int) -> results.Result:
     checkpoint, prompts = job.checkpoints[number], job.prompts
     folder, kept = folder_of(job, number), job.kept[number] if job.kept else None
     (evaluator,) = at_sizes(build_evaluator(job.config, job.family, checkpoint, prompts))
+    evaluator.ranks.watch.phase = "eval"
     evaluator.ranks.barrier()  # all have seen --out empty
     pictures = folder / "images"
     (pictures if job.write_images else folder).mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -28,17 +27,6 @@ from flow_grpo.launch import model_files, settings, space, weights
 from flow_grpo.parallel import speed
 from flow_grpo.records import Guidance
 from scripts import export_bagel
-
-ATTENTION = (
-    r"self_attn\.([qkv]_proj(_moe_gen)?\.(weight|bias)|(o_proj|[qk]_norm)(_moe_gen)?\.weight)"
-)
-MLP = r"mlp(_moe_gen)?\.(gate|up|down)_proj\.weight"
-NORM = r"(input|post_attention)_layernorm(_moe_gen)?\.weight"
-RELEASED = re.compile(
-    rf"language_model\.model\.(embed_tokens|norm(_moe_gen)?)\.weight|language_model\.lm_head\.weight|"
-    rf"language_model\.model\.layers\.\d+\.({ATTENTION}|{MLP}|{NORM})|latent_pos_embed\.pos_embed|"
-    rf"(time_embedder\.mlp\.[02]|vae2llm|llm2vae)\.(weight|bias)"
-)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +59,12 @@ def test_the_released_file_is_read_key_for_key_at_its_true_size(tmp_path):
     assert len(speed.repeated_blocks(model)) == 28
 
 
-@pytest.mark.parametrize(("use_lora", "mib"), [(True, "2,464"), (False, "99,573")])
+@pytest.mark.parametrize(("use_lora", "mib"), [(True, "2,464"), (False, "130,402")])
 def test_a_checkpoint_s_room_is_known_before_weights_load(use_lora, mib, tmp_path, monkeypatch):
-    """16 bytes for each of 161,480,704 weights, or 6,525,628,928: fp32, moments, an export."""
+    """16 bytes for each of 161,480,704 weights, or 6,525,628,928: fp32, moments, an export.
+
+    And 4 for each of the released file's 8.1 billion others, of which the export has most.
+    """
     argv = running.arguments(
         tmp_path, pretrained__model=bagel_released.write(tmp_path), use_lora=use_lora
     )
@@ -88,7 +79,7 @@ def test_a_folder_that_is_written_has_the_released_files_and_names(folder):
     names = {file.name for file in folder.iterdir()}
     assert {"ema.safetensors", "ae.safetensors", "llm_config.json", "tokenizer.json"} <= names
     held = load_file(folder / "ema.safetensors")
-    assert all(RELEASED.fullmatch(name) for name in held)
+    assert set(held) < set(bagel_released.shapes())
     vae = load_file(folder / "ae.safetensors")
     assert vae["encoder.mid.attn_1.q.weight"].shape == (8, 8, 1, 1)
     assert {"decoder.up.3.block.1.norm1.weight", "decoder.up.1.upsample.conv.bias"} < set(vae)
@@ -118,7 +109,7 @@ def test_the_vae_s_names_are_those_of_diffusers_own_converter(folder):
 
 def test_the_vae_has_the_released_number_of_weights_at_its_true_size():
     with torch.device("meta"):
-        vae = AutoencoderKL(**disk.vae_config((128, 256, 512, 512), num_blocks=2, num_channels=16))
+        vae = AutoencoderKL.from_config(disk.vae_config((128, 256, 512, 512), 2, 16))
     state = vae.state_dict()
     assert len({disk.released_vae_name(name) for name in state}) == 244
     assert sum(value.numel() for value in state.values()) == 83_819_683

@@ -44,9 +44,7 @@ def trained(logs: Path, name: str, files: Path, keys: dict, accumulate: int) -> 
     keys = keys | {"train__gradient_accumulation_steps": accumulate, "run_name": name}
     run = running.prepare(running.arguments(files, **keys), Bagel)
     loop.train(run)
-    run.evaluator.scorer.close()
-    run.tracker.close()
-    run.claim.release()
+    run.close()
 
 
 @pytest.fixture(scope="module")

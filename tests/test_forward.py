@@ -551,8 +551,8 @@ def test_an_old_policy_that_lags_is_asked_in_a_first_update_too(kind):
 def test_the_passes_that_a_plan_counts_leave_out_what_is_known():
     sample = {"sample__num_batches_per_epoch": 4, "train__gradient_accumulation_steps": 2}
     one = {**sample, "forward__num_times": 3}
-    assert objective("awm", **one).passes(0) == (3, 1.5, 0, 1)  # the second of two updates
-    assert objective("awm", **one, forward__decay="slow").passes(0) == (3, 3, 0, 1)
-    assert objective("vgrpo", **one).passes(0) == (3, 3, 0, 1)
-    assert objective("ram", **one).passes(0) == (3, 3, 0, 1)
-    assert objective("dgpo", **one, forward__antithetic=True).passes(0) == (6, 12, 0, 1)
+    assert objective("awm", **one).passes(0)[:4] == (3, 1.5, 0, 1)  # the second of two updates
+    assert objective("awm", **one, forward__decay="slow").passes(0)[:4] == (3, 3, 0, 1)
+    assert objective("vgrpo", **one).passes(0)[:4] == (3, 3, 0, 1)
+    assert objective("ram", **one).passes(0) == (3, 3, 0, 1, (3, 0))
+    assert objective("dgpo", **one, forward__antithetic=True).passes(0) == (6, 12, 0, 1, (6, 0))

@@ -8,10 +8,12 @@ import tiny
 import torch
 from tiny import LENGTH, prompt_batch
 
+from config.base import base
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.diffusers_patch.zimage import ZImage
 from flow_grpo.objectives.base import Micro
+from flow_grpo.objectives.registry import find
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Conditioning, Guidance, Size
 from flow_grpo.training import collect
@@ -157,6 +159,16 @@ def test_a_run_trains_the_guidance_of_its_model(
     points = config.nft.num_times if name == "zimage" else config.sample.sde_window_size
     assert passes["sampling"] == pictures * config.sample.num_steps * sampled
     assert passes["forward and backward"] == pictures * points * trained
+
+
+def test_a_guided_reference_that_nothing_compares_with_is_refused(files, tmp_path):
+    argv = running.arguments(files, train__reference_guidance=3.0, logdir=tmp_path)
+    with pytest.raises(ValueError, match="reference_guidance=3.0: .*=grpo has no reference here"):
+        running.prepare(argv)
+    config = base("crd")
+    config.train.reference_guidance, config.forward.norm_beta = 3.0, 0.1
+    with pytest.raises(ValueError, match="norm_beta=0.1 compares .* guides the latter alone"):
+        find("crd").check(config, tiny.MODELS["sd3"][0])
 
 
 def test_the_reference_may_be_guided_where_neither_images_nor_policy_are(files, tmp_path):

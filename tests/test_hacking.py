@@ -107,6 +107,8 @@ def test_the_page_says_which_signs_a_run_shows():
         "step 8" in alarm and "differ 0.60 times" in alike and "2.00 times as colourful" in colours
     )
     assert "1.12 times the reference's" in norm
+    collapsed = replace(calm, epochs=[{"diversity": 0.5}, {"diversity": 0.3}, {"diversity": 0.0}])
+    assert facts.signs(collapsed) == ["A prompt's images differ 0.00 times as much as at first."]
 
 
 @pytest.mark.slow

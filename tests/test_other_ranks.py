@@ -38,9 +38,7 @@ def trained(files: Path, logs: Path, num_ranks: int, name: str, **keys) -> None:
         loop.train(run)
     finally:
         collect.weigh = honest
-    run.evaluator.scorer.close()
-    run.tracker.close()
-    run.claim.release()
+    run.close()
 
 
 def checkpoint(logs: Path, name: str, updates: int) -> Path:

@@ -234,6 +234,12 @@ def test_online_the_weights_that_sample_become_the_policys_every_so_many_steps(n
 
 
 def test_rows_that_do_not_train_are_not_counted_as_forwards():
-    assert objective("dpo", dpo__num_times=3).passes(0) == (3, 3, 0, 0.5)
-    assert objective("sft", sft__num_times=2).passes(0) == (2, 0, 0, 0.25)
-    assert objective("sft", train__beta=1.0, sft__weights="reward").passes(0) == (1, 1, 0, 1.0)
+    assert objective("dpo", dpo__num_times=3).passes(0) == (3, 3, 0, 0.5, (3, 0))
+    assert objective("sft", sft__num_times=2).passes(0) == (2, 0, 0, 0.25, (0, 0))
+    assert objective("sft", train__beta=1.0, sft__weights="reward").passes(0) == (
+        1,
+        1,
+        0,
+        1.0,
+        (1, 0),
+    )

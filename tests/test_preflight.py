@@ -89,6 +89,14 @@ def test_passes_through_the_transformer_are_counted(config):
         {"objective": "nft", "nft__steps": (0, 2), "nft__decay": "on_policy"},
         {"objective": "vgrpo"},
         {"objective": "dgpo", "forward__num_times": 2, "forward__antithetic": True},
+        {"objective": "crd", "train__reference_guidance": 3.0},
+        {"train__beta": 0.1, "train__reward_kl": 1.0, "train__reference_guidance": 3.0},
+        {
+            "sample__guidance_scale": 4.0,
+            "train__cfg": True,
+            "train__beta": 0.1,
+            "train__reference_guidance": 1.0,
+        },
     ],
 )
 def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, changed):
@@ -107,8 +115,8 @@ def test_the_counted_passes_are_those_that_an_epoch_makes(files, tmp_path, chang
 
     run.pipeline.transformer.register_forward_pre_hook(count, with_kwargs=True)
     sampled = collect.roll_out(run, 0)
-    arranged, _ = collect.weigh(run, sampled, collect.score(run, sampled), 0)
     phase = ""
+    arranged, _ = collect.weigh(run, sampled, collect.score(run, sampled), 0)
     loop.update(run, sampled, arranged, 0)
     counted = run.passes()
     assert rows["sampling"] == counted["sampling"] > 0

@@ -108,21 +108,23 @@ def p(value):
     return math.log(value)
 
 
+LAST = "The", p(1e-5)  # of those that are listed: others are less likely
 SHARES = [  # what is listed, the answer, the others, what its probability is
     ([("Yes", p(0.9))], "yes", (), 0.9),
     ([("Yes", p(0.5)), ("yes", p(0.2)), (" Yes", p(0.1)), ("No", p(0.1))], "yes", (), 0.8),
     ([("No", p(0.9))], "yes", (), np.nan),
-    ([("Yes", p(0.6)), ("No", p(0.2))], "yes", ("no",), 0.75),
-    ([("Yes", p(0.6)), ("No", p(0.2))], "no", ("yes",), 0.25),
+    ([("Yes", p(0.6)), ("No", p(0.2)), LAST], "yes", ("no",), 0.75),
+    ([("Yes", p(0.6)), ("No", p(0.2)), LAST], "no", ("yes",), 0.25),
     ([("Yes", p(0.9)), ("It", p(0.05))], "yes", ("no",), np.nan),  # no: up to .05 of .95
     ([("Yes", p(0.9)), ("It", p(0.001))], "yes", ("no",), 1),
     ([("No", p(0.9)), ("It", p(0.001))], "yes", ("no",), 0),
     ([("It", p(0.9)), ("The", p(0.05))], "yes", ("no",), np.nan),
+    ([("Yes", p(0.7)), ("It", p(0.0069))], "yes", ("no",), np.nan),  # NO, no, No and others
     ([("Yesterday", p(0.9)), ("yes", p(0.05))], "yes", (), 0.05),
     ([("3", p(0.5)), ("three", p(0.2)), ("2", p(0.2))], "three", (), 0.7),
     ([("3", p(0.5)), (" 3", p(0.2)), ("13", p(0.2))], "Three", (), 0.7),
-    ([("A", p(0.5)), ("B", p(0.3)), ("C", p(0.2))], "B", ("A", "C"), 0.3),
-    ([("A", p(0.5)), ("B", p(0.3)), ("D", p(0.001))], "B", ("A", "C"), 0.375),
+    ([("A", p(0.5)), ("B", p(0.3)), ("C", p(0.2)), LAST], "B", ("A", "C"), 0.3),
+    ([("A", p(0.5)), ("B", p(0.3)), LAST], "B", ("A", "C"), 0.375),
     ([("A", p(0.5)), ("B", p(0.3)), ("D", p(0.1))], "B", ("A", "C"), np.nan),
     ([], "yes", (), np.nan),
     ([], "yes", ("no",), np.nan),
@@ -196,7 +198,7 @@ def test_a_grade_that_was_cut_or_refused_is_no_grade(ask):
         assert np.isnan(found["qwenvl"]).all() and found["qwenvl_unparsed"].tolist() == [True]
 
 
-def rows(judge_says, name, metadata, monkeypatch, references=None, **changes):
+def rows(judge_says, name, metadata, references=None, **changes):
     """Score rows by a reward whose judge says what `judge_says(question)` does."""
     settings = loading.settings(base()) | changes
     prompts = [f"prompt {n}" for n in range(len(metadata))]
@@ -244,10 +246,10 @@ ATOMS = [
 
 
 @pytest.mark.parametrize(("atoms", "gm", "am"), ATOMS)
-def test_soft_tifa_is_the_geometric_mean_of_a_prompts_atoms(atoms, gm, am, monkeypatch):
+def test_soft_tifa_is_the_geometric_mean_of_a_prompts_atoms(atoms, gm, am):
     questions = [[f"Q{n}?", "Yes"] for n in range(len(atoms))]
     said = {f"Q{n}? Answer in one word.": value for n, value in enumerate(atoms)}
-    found = rows(lambda q: said[q.text], "soft_tifa", [{"vqa_list": questions}], monkeypatch)
+    found = rows(lambda q: said[q.text], "soft_tifa", [{"vqa_list": questions}])
     np.testing.assert_allclose(found["soft_tifa"], [gm], atol=1e-9, equal_nan=True)
     np.testing.assert_allclose(found["soft_tifa_am"], [am], atol=1e-9, equal_nan=True)
     assert found["soft_tifa_unparsed"].tolist() == [sum(map(np.isnan, atoms))]
@@ -275,7 +277,7 @@ def test_a_question_counts_as_no_where_one_does_that_it_depends_on(said, parents
     np.testing.assert_array_equal(depends(np.array(said, float), parents), wanted)
 
 
-def test_skills_are_means_of_their_own_atoms_and_lost_ones_are_counted(monkeypatch):
+def test_skills_are_means_of_their_own_atoms_and_lost_ones_are_counted():
     metadata = [
         {
             "vqa_list": [["How many cats?", "two"], ["Are there cats?", "Yes"], ["Red?", "Yes"]],
@@ -285,7 +287,7 @@ def test_skills_are_means_of_their_own_atoms_and_lost_ones_are_counted(monkeypat
         {"vqa_list": [["Birds?", "Yes"]]},
     ]
     said = {"How": 0.2, "Are": 0.5, "Red?": 0.8, "Dogs?": 0.4, "Any?": 0.6, "Birds?": None}
-    found = rows(lambda q: said[q.text.split()[0]], "soft_tifa", metadata, monkeypatch)
+    found = rows(lambda q: said[q.text.split()[0]], "soft_tifa", metadata)
     np.testing.assert_allclose(found["soft_tifa_count"], [0.2, np.nan, np.nan])
     np.testing.assert_allclose(found["soft_tifa_object"], [0.5, 0.5, np.nan])
     np.testing.assert_allclose(found["soft_tifa"], [0.08 ** (1 / 3), 0.24**0.5, np.nan])
@@ -293,23 +295,23 @@ def test_skills_are_means_of_their_own_atoms_and_lost_ones_are_counted(monkeypat
     assert found["soft_tifa_unparsed"].tolist() == [0, 0, 0]
 
 
-def test_dpg_is_the_share_of_yes(monkeypatch):
+def test_dpg_is_the_share_of_yes():
     asked = [["A?", "Yes"], ["B?", "Yes"], ["C?", "Yes"]]
     metadata = [{"vqa_list": asked, "parents": [[], [0], []]}, {"vqa_list": asked}]
     said = iter([0.1, 0.9, 0.9, 0.1, 0.9, 0.9])
-    found = rows(lambda q: next(said), "dpg", metadata, monkeypatch)
+    found = rows(lambda q: next(said), "dpg", metadata)
     np.testing.assert_allclose(found["dpg"], [1 / 3, 2 / 3])
     with pytest.raises(ValueError, match='"parents"'):
-        rows(None, "dpg", [metadata[0] | {"parents": [[7], [], []]}], monkeypatch)
+        rows(None, "dpg", [metadata[0] | {"parents": [[7], [], []]}])
 
 
 @pytest.mark.parametrize("atoms", [None, [], "Q", [["Q"]], [["Q", 1]], [["Q", "Yes", "a"]]])
-def test_rows_without_atoms_are_refused_at_the_start(atoms, monkeypatch):
+def test_rows_without_atoms_are_refused_at_the_start(atoms):
     with pytest.raises(ValueError, match='has no "vqa_list" of \\[question, answer\\]'):
-        rows(None, "soft_tifa", [{"vqa_list": atoms}], monkeypatch)
+        rows(None, "soft_tifa", [{"vqa_list": atoms}])
 
 
-def test_a_rubric_is_the_weighted_mean_of_its_questions(monkeypatch, tmp_path):
+def test_a_rubric_is_the_weighted_mean_of_its_questions(tmp_path):
     rubric = [
         {"question": "Is it {prompt}?", "weight": 3, "name": "fits"},
         {"question": "Has it a watermark?", "answer": "no"},
@@ -318,7 +320,7 @@ def test_a_rubric_is_the_weighted_mean_of_its_questions(monkeypatch, tmp_path):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rubric))
     seen, said = [], iter([0.5, 0.8, 0.2])
     score = lambda q: seen.append(q) or next(said)  # noqa: E731
-    found = rows(score, "rubric", [{}], monkeypatch, rubric=str(tmp_path / "r.jsonl"))
+    found = rows(score, "rubric", [{}], rubric=str(tmp_path / "r.jsonl"))
     np.testing.assert_allclose(found["rubric"], [(3 * 0.5 + 0.8 + 0.2) / 5])
     assert found["rubric_fits"].tolist() == [0.5]
     assert [(q.text, q.answer, q.others) for q in seen] == [
@@ -342,21 +344,20 @@ def test_a_rubric_is_the_weighted_mean_of_its_questions(monkeypatch, tmp_path):
         ("[]", "question"),
     ],
 )
-def test_a_rubrics_mistake_is_named_with_its_line(row, wrong, tmp_path, monkeypatch):
+def test_a_rubrics_mistake_is_named_with_its_line(row, wrong, tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text('{"question": "Q"}\n' + row + "\n")
     with pytest.raises(ValueError, match=f"r.jsonl, line 2: {wrong}"):
-        rows(None, "rubric", [{}], monkeypatch, rubric=str(path))
+        rows(None, "rubric", [{}], rubric=str(path))
 
 
-def test_an_editing_judge_sees_the_references_and_the_edited_picture_last(monkeypatch):
+def test_an_editing_judge_sees_the_references_and_the_edited_picture_last():
     seen, said = [], iter([0.5, 0.8, 0.2, 1.0, 1.0, 0.0])
     references = [(PICTURES[3],), (PICTURES[4], PICTURES[5])]
     found = rows(
         lambda q: seen.append(q) or next(said),
         "editing",
         [{"image": "a.png"}] * 2,
-        monkeypatch,
         references,
     )
     np.testing.assert_allclose(found["editing"], [0.08 ** (1 / 3), 0])
@@ -367,7 +368,7 @@ def test_an_editing_judge_sees_the_references_and_the_edited_picture_last(monkey
         assert f"prompt {number // 3}" in question.text
         assert (question.answer, question.others) == ("yes", ("no",))
     with pytest.raises(ValueError, match="has no reference image"):
-        rows(None, "editing", [{}], monkeypatch)
+        rows(None, "editing", [{}])
 
 
 def test_a_run_trains_on_a_judge_and_an_endpoint_gives_it_the_same(folders, files, ask, tmp_path):
@@ -393,8 +394,9 @@ def test_a_run_trains_on_a_judge_and_an_endpoint_gives_it_the_same(folders, file
         metrics.append(running.metrics(run.folder))
     endpoint.close()
     for ours, theirs in zip(*metrics, strict=True):
-        if ours["kind"] in ("eval", "rollout"):
-            found = [key for key in ours if key.startswith("vqascore")]
+        if ours["kind"] in ("eval", "epoch"):
+            found = [key for key in ours if "vqascore" in key]
+            assert found
             np.testing.assert_allclose(
                 *([row[k] for k in found] for row in (ours, theirs)), atol=1e-5
             )

@@ -37,9 +37,7 @@ def trained(files: Path, logs: Path, name: str) -> None:
 
     running.watch_scores(run, given)
     loop.train(run)
-    run.evaluator.scorer.close()
-    run.tracker.close()
-    run.claim.release()
+    run.close()
 
 
 def both(files: Path, logs: Path) -> None:

@@ -22,7 +22,7 @@ GROUPED = ("crd", "dgpo")  # whose sums over a group are read, too
 
 
 @pytest.mark.parametrize(
-    "name", ["sd3", "flux_kontext", "flux2_klein", "qwenimage_edit", "wan", "zimage"]
+    "name", ["sd3", "flux_kontext", "flux2_klein", "qwenimage_edit", "wan", "zimage", "bagel"]
 )
 def test_denoising_reads_nothing_from_the_device(name):
     model = tiny.patched(name)

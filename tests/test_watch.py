@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def start(**constants: float) -> watch.Watch:
     return ranks.watch
 
 
-def told(mine: watch.Watch, act) -> str:
+def told(act) -> str:
     """Return what a call raises."""
     try:
         act()
@@ -52,7 +53,6 @@ def has_patience(folder: Path, config: ConfigDict) -> None:
 def test_a_collective_waits_as_long_as_it_is_told(tmp_path):
     config = base()
     config.mixed_precision, config.collective_timeout = "no", 17.0
-    config.collective_timeout = config.collective_timeout  # as this process reads it
     on_ranks(2, ON_CPU, has_patience, tmp_path, config)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["17.0", "17.0"]
 
@@ -77,9 +77,9 @@ def fails(folder: Path) -> None:
     if mine.rank == 1:
         mine.post("OSError: no luck")
     else:
-        said = told(mine, mine.meet)
+        said = told(mine.meet)
         assert said == "rank 1 failed: OSError: no luck"
-        assert told(mine, lambda: choose_gather(mine)) == said  # nothing is asked of it any more
+        assert told(lambda: choose_gather(mine)) == said  # nothing is asked of it any more
         store = mine.post("a second one")
         assert mine.first(store) == (1, "OSError: no luck") and mine.fine(store) == []
         mine.check()  # who ends as well is not ended
@@ -105,9 +105,9 @@ def hangs(folder: Path) -> None:
     else:
         until_all_have_begun(mine)
         wait_until(lambda: mine._seen[1][0][1].startswith("reward"))
-        said = told(mine, lambda: mine.meet(SHORT_S))
+        said = told(lambda: mine.meet(SHORT_S))
         (folder / "found").write_text(said)
-        assert said.startswith("waited 0 s for rank 1 (in reward of epoch 3 for")
+        assert re.match(r"waited \d+ s for rank 1 \(in reward of epoch 3 for", said)
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path):
@@ -191,7 +191,7 @@ def test_a_rank_that_has_ended_is_not_missed(tmp_path):
 
 def loses_its_store(folder: Path) -> None:
     """The store is the main rank's here, as where no launcher keeps it."""
-    mine = start(GRACE_S=SHORT_S)
+    mine = start(QUIET_S=SHORT_S)
     until_all_have_begun(mine)
     distributed.barrier()
     if mine.rank == 0:

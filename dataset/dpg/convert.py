@@ -9,9 +9,8 @@ for none) and question_natural_language.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dataset.files import read_tables, write_rows
+from dataset.files import arguments, read_tables, write_test
 from flow_grpo.cli import user_errors
 
 COLUMNS = {
@@ -28,12 +27,8 @@ def convert(args: argparse.Namespace) -> None:
     items: dict[str, list[dict]] = {}
     for row in read_tables(args.download, COLUMNS):
         items.setdefault(row["item"], []).append(row)
-    if not items or args.copies < 1:
-        raise ValueError(f"{args.download} has {len(items)} items, and --copies={args.copies}.")
     rows = [_row(item, asked) for item, asked in items.items()]
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_rows(args.out / "test_metadata.jsonl", rows * args.copies)
-    print(f"{args.out}/test_metadata.jsonl: {len(rows)} prompts, {args.copies} rows of each")
+    write_test(args.download, args.out, rows, args.copies)
 
 
 def _row(item: str, asked: list[dict]) -> dict:
@@ -49,11 +44,5 @@ def _row(item: str, asked: list[dict]) -> dict:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("download", type=Path)
-    parser.add_argument("--copies", type=int, default=4, help="rows of each prompt, each a noise")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     with user_errors():
-        convert(parser.parse_args())
+        convert(arguments(__doc__, __file__, copies=4).parse_args())

@@ -8,9 +8,8 @@ Each row keeps its atoms ("vqa_list", "skills"); its number of atoms becomes the
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from dataset.files import read_tables, write_rows
+from dataset.files import arguments, read_tables, write_test
 from flow_grpo.cli import user_errors
 
 COLUMNS = {name: (name,) for name in ("prompt", "atom_count", "vqa_list", "skills")}
@@ -31,16 +30,9 @@ def convert(args: argparse.Namespace) -> None:
                 "skills": skills,
             }
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_rows(args.out / "test_metadata.jsonl", rows)
-    print(f"{args.out}/test_metadata.jsonl: {len(rows)} prompts")
+    write_test(args.download, args.out, rows)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("download", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     with user_errors():
-        convert(parser.parse_args())
+        convert(arguments(__doc__, __file__).parse_args())

@@ -49,9 +49,10 @@ def load(path: str, dtype: torch.dtype, transformer: str | None = None) -> Diffu
     Raises OSError if the folder or hub id is none.
     """
     loader, kind = DiffusionPipeline, AutoModel
-    with suppress(OSError, ValueError):  # it is of diffusers, or nowhere
-        BagelPipeline.load_config(path)
-        loader, kind = BagelPipeline, BagelTransformer
+    if not (Path(path) / DiffusionPipeline.config_name).is_file():
+        with suppress(OSError):  # it is of diffusers, or nowhere
+            BagelPipeline.load_config(path)
+            loader, kind = BagelPipeline, BagelTransformer
     given = {}
     if transformer:
         given["transformer"] = kind.from_pretrained(transformer, torch_dtype=dtype)

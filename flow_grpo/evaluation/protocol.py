@@ -16,10 +16,12 @@ from ml_collections import ConfigDict
 from config.base import COMMON
 from flow_grpo import keys
 from flow_grpo.cli import did_you_mean
+from flow_grpo.evaluation.evaluate import sizes
 from flow_grpo.evaluation.intervals import NUM_RESAMPLES
 from flow_grpo.evaluation.tables import Summary
 from flow_grpo.inputs import MEAN_OF_TAGS
 from flow_grpo.prompts import Prompt
+from flow_grpo.records import Size
 
 FOLDER = Path(__file__).parent / "protocols"
 PARTS = {  # of a file: their keys
@@ -95,9 +97,11 @@ class Protocol:
 
     def _check_judge(self, config: ConfigDict) -> None:
         """Refuse another judge in the process; what an endpoint serves can't be seen from here."""
-        model, revision = (self.config.get(f"rewards.vlm_{key}") for key in ("model", "revision"))
+        named = [self.config.get(f"rewards.vlm_{key}") for key in ("model", "revision")]
+        model, revision = named
+        wanted = [name.rpartition("/")[2] for name in named if name]
         path = config.rewards.vlm
-        if path and model and model.rpartition("/")[2] not in path and revision not in path:
+        if path and wanted and not any(name in path for name in wanted):
             raise ValueError(
                 f"--config.rewards.vlm={path}: --protocol={self.name} pins {model} at {revision}. "
                 f"Name it so, or a folder that has the model's name or the revision in its own."
@@ -117,12 +121,24 @@ class Protocol:
                 f"--protocol={self.name}: the prompts' checksum is {found}; those of "
                 f"{self.dataset} have {', '.join(self.sha256)}. Restore that folder."
             )
+        if self.over == MEAN_OF_TAGS and len({prompt.tag for prompt in prompts}) < 2:
+            raise ValueError(
+                f"--protocol={self.name} takes the mean over tags, and these prompts have not two. "
+                f"README.md of {self.dataset} says how it is made of your download."
+            )
         return f"{found[:12]} ({self.sha256.get(found, 'a copy not known to the protocol')})"
 
     def value(self, summaries: Sequence[Summary]) -> str:
         """Format the score with its interval."""
         tag = "" if self.over == "all" else self.over
-        (row,) = (each for each in summaries if (each.score, each.tag) == (self.score, tag))
+        by_name = {(each.score, each.tag): each for each in summaries}
+        if (self.score, tag) not in by_name:
+            there = ", ".join(sorted({each.score for each in summaries}))
+            raise ValueError(
+                f"--protocol={self.name}: [result] score={self.score!r} is not among the scores "
+                f"{there}. All are in scores.csv; correct the file for the next evaluation."
+            )
+        row = by_name[self.score, tag]
         numbers = (self.times * each for each in (row.mean, row.low, row.high))
         mean, low, high = (f"{n:.2f}" if self.times == 100 else f"{n:.4f}" for n in numbers)
         missing = f", {row.num_missing} rows without a score" if row.num_missing else ""
@@ -135,14 +151,16 @@ class Protocol:
         sample, judge = config.sample, self.judge
         if "rewards.vlm_model" in self.config:
             judge += f" ({config.rewards.vlm or 'at an endpoint, as it is named there'})"
-        frames = f" x {config.num_frames} frames" if config.num_frames > 1 else ""
+        trained = Size(config.height, config.width, config.num_frames)
+        size = next(iter(sizes(config)), trained)
+        frames = f" x {size.num_frames} frames" if size.num_frames > 1 else ""
         cells = {
             "protocol": self.name,
             "model": model,
             f"{self.score}, {self.over}": value,
             "pictures": f"{self.rows}, {self.per_prompt} a prompt",
             "prompts": copy,
-            "size": f"{config.height} x {config.width}{frames}",
+            "size": f"{size.height} x {size.width}{frames}",
             "steps": str(sample.eval_num_steps),
             "guidance": f"{sample.eval_guidance_scale:g}",
             "judge": judge,

@@ -25,10 +25,9 @@ PAIRED = (  # for its rows to be compared with others
     "width",
     "num_frames",
     "reward_fn",
+    "ocr_engine",
     "sample.eval_num_steps",
     "sample.eval_sizes",
-    "sample.guidance_scale",
-    "sample.eval_guidance_scale",
     "sample.guidance_interval",
     "sample.clean_grid",
 )
@@ -54,12 +53,25 @@ def check_earlier(folder: Path, config: ConfigDict, prompts: list[Prompt]) -> No
         raise ValueError(f"--compare={folder}: no folder of an evaluation ({error}).") from None
     ours = json.loads(config.to_json_best_effort())
     changed = [key for key in PAIRED if keys.at(theirs, key) != keys.at(ours, key)]
+    changed += ["sample.eval_guidance_scale"] * (_scale(theirs) != _scale(ours))
+    before, now = _judged_by(theirs), _judged_by(ours)
+    changed += [f"rewards.{n}" for n in before | now if before.get(n) != now.get(n)]
     changed += ["dataset"] if texts != [prompt.text for prompt in prompts] else []
     if changed:
         raise ValueError(
             f"--compare={folder} was evaluated with another config.{', config.'.join(changed)}: "
             f"its rows can't be paired with these. Evaluate both alike."
         )
+
+
+def _scale(config: dict) -> object:
+    found = keys.at(config, "sample.eval_guidance_scale")
+    return keys.at(config, "sample.guidance_scale") if found is None else found
+
+
+def _judged_by(config: dict) -> dict[str, object]:
+    """Return the settings of rewards, but for where their servers are."""
+    return {k: v for k, v in config.get("rewards", {}).items() if not k.endswith("_url")}
 
 
 def compare(path: Path, scores: Sequence[dict[str, np.ndarray]], prompts: list[Prompt]) -> None:

@@ -167,13 +167,19 @@ def load(
     """Load the model, as yet without what trains. Raises ValueError if it does not suit."""
     family = family.variant(config.pretrained.model, config.pretrained.revision)
     quiet.say_once()
+    engine.ranks.watch.phase = "load"
     pipeline = encoders.load_pipeline(
         config, family, prompts, engine.ranks, transformer_waits=engine.cuts_weights
     )
     height, width = config.height or config.resolution, config.width or config.resolution
     size = Size(height, width, config.num_frames)
-    for each in (size, *sizes(config)):
-        pipeline.check_size(each)
+    pipeline.check_size(size)
+    for each in sizes(config):
+        try:
+            pipeline.check_size(each)
+        except ValueError as error:
+            given = tuple(config.sample.eval_sizes)
+            raise ValueError(f"config.sample.eval_sizes={given}: {error}") from None
     pipeline.batches_guidance = config.sample.batched_guidance
     pipeline.clean_grid = config.sample.clean_grid
     if config.attention_backend:
@@ -207,6 +213,14 @@ def _check_limits(config: ConfigDict, family: type[PatchedPipeline]) -> None:
     except ValueError as error:
         given = tuple(config.train.lora_targets)
         raise ValueError(f"config.train.lora_targets={given}: {error}") from None
+    if config.train.reference_guidance is not None:
+        anywhere = Schedule(torch.linspace(1, 0, config.sample.num_steps + 1))
+        if "reference" not in find(config.objective)(config, anywhere).snapshots:
+            raise ValueError(
+                f"config.train.reference_guidance={config.train.reference_guidance}: "
+                f"config.objective={config.objective} has no reference here. Give its KL a weight, "
+                f"or leave this out."
+            )
     if config.compile and not family.compiles:
         raise ValueError(
             f"config.compile=True: {family.__name__}'s prompts are not padded, so each length is a "

@@ -101,8 +101,6 @@ def execute(run: Run) -> int:
             error.add_note(f"To continue it: {run.again}")
         raise
     finally:
-        run.evaluator.scorer.close()
-        run.tracker.close()
-        run.claim.release()
+        run.close()
     run.engine.leave()
     return status

@@ -30,6 +30,11 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     if config.run_name:
         _check_name(config.run_name)
     windows.check(config.sample)
+    if config.hacking_alarm != "none" and not config.eval_reward_fn:
+        raise ValueError(
+            f"config.hacking_alarm={config.hacking_alarm}: it watches the held-out rewards, and "
+            f"there are none. Name some, as --config.eval_reward_fn=\"('clipscore',)\"."
+        )
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
@@ -67,11 +72,6 @@ def _check_rewards(config: ConfigDict) -> None:
                 f"config.eval_reward_fn={held_out}: {name!r} is trained. Name rewards that have no "
                 f"weight in config.reward_fn."
             )
-    if config.hacking_alarm != "none" and not held_out:
-        raise ValueError(
-            f"config.hacking_alarm={config.hacking_alarm}: it watches the held-out rewards, and "
-            f"there are none. Name some, as --config.eval_reward_fn=\"('clipscore',)\"."
-        )
     for key, given in {"reward_fn": dict(config.reward_fn), "eval_reward_fn": held_out}.items():
         for name in given:
             try:

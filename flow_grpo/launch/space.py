@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from flow_grpo.diffusers_patch.disk import files
+from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.training import folders
 
 
@@ -28,6 +29,9 @@ def check(
         needed = sum((resumed / name).stat().st_size for name in folders.read(resumed)["files"])
     else:
         needed = 4 * _num_trained(config, targets, trained_part) * (4 + config.train.ema)
+        if trained_part and not config.use_lora:  # the export has what does not train, too
+            rest = (shape for name, shape in _shapes(config).items() if trained_part not in name)
+            needed += DTYPES[config.mixed_precision].itemsize * sum(map(math.prod, rest))
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
@@ -45,13 +49,17 @@ def _num_trained(config: ConfigDict, targets: tuple[str, ...], trained_part: str
     if config.use_lora and config.train.lora_path:
         found = shapes_of(Path(config.train.lora_path))
         return max(1, sum(map(math.prod, found.values())))
-    model = Path(config.pretrained.model)
-    shapes = shapes_of(model / "transformer") or shapes_of(model)
+    shapes = _shapes(config)
     if not config.use_lora:
         return max(1, sum(math.prod(v) for name, v in shapes.items() if trained_part in name))
     ends = tuple(f".{target}.weight" for target in config.train.lora_targets or targets)
     chosen = [shape for name, shape in shapes.items() if f".{name}".endswith(ends)]
     return max(1, config.train.lora_rank * sum(sum(shape[:2]) for shape in chosen))
+
+
+def _shapes(config: ConfigDict) -> dict[str, list[int]]:
+    model = Path(config.pretrained.model)
+    return shapes_of(model / "transformer") or shapes_of(model)
 
 
 def shapes_of(path: Path) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flow_grpo import rollouts, sde, windows
-from flow_grpo.conditioning import collate
+from flow_grpo.conditioning import collate, guidances
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator
 from flow_grpo.objectives.base import Micro, Objective, Values, Velocity
@@ -51,16 +51,22 @@ def calls(
 
 
 def passes(
-    config: ml_collections.ConfigDict, plan: Plan, objective: Objective, guided: bool, epoch: int
+    config: ml_collections.ConfigDict,
+    plan: Plan,
+    objective: Objective,
+    pipeline: PatchedPipeline,
+    epoch: int,
 ) -> dict[str, int]:
     """Count an epoch's passes of one image through the transformer, on all ranks."""
+    guided = guidances(config)
     world = [calls(config, plan, objective, rank, epoch) for rank in range(plan.world_size)]
     of_all = [call for of_rank in world for call in of_rank]
     num_kept = sum(int(call.segment.stochastic.sum()) for call in of_all)
     return plan.passes(
         config,
         objective.passes(num_kept / (plan.num_groups * plan.group_size)),
-        guided=guided,
+        guided=pipeline.needs_negative(guided.training),
+        guides_reference=guided.reference and pipeline.needs_negative(guided.reference),
         num_sampled=rollouts.num_forwards(of_all) if config.sample.source == "model" else 0,
     )
 
@@ -161,8 +167,7 @@ class Run:
         return calls(self.config, self.plan, self.objective, rank, epoch, part)
 
     def passes(self) -> dict[str, int]:
-        guided = self.pipeline.needs_negative(self.guidance)
-        return passes(self.config, self.plan, self.objective, guided, self.epoch)
+        return passes(self.config, self.plan, self.objective, self.pipeline, self.epoch)
 
     def excess_noise(self) -> float:
         """Return by how much a stochastic step's noise exceeds the next sigma, at most.
@@ -184,6 +189,13 @@ class Run:
         if train.ema and done % train.ema_update_every == 0:
             self.snapshots.update("ema", ema_decay(train.ema_decay, done - 1))
         self.objective.after_update(self.snapshots, done, metrics)
+
+    def close(self) -> None:
+        """End what it started, and let its folder go."""
+        self.evaluator.scorer.close()
+        self.tracker.close()
+        if self.claim:
+            self.claim.release()
 
     def log(self, kind: str, metrics: dict[str, float]) -> None:
         self.tracker.log(kind, self.epoch, self.updater.num_updates, metrics)

@@ -174,8 +174,7 @@ def measure(
         for epoch in range(run.config.num_epochs):
             train_epoch(run, epoch)
     finally:
-        run.evaluator.scorer.close()
-        run.tracker.close()
+        run.close()
     pictures = run.plan.num_groups * run.plan.group_size
     epoch = [sum(each) for each in zip(*(meter.seconds[phase] for phase in PHASES), strict=True)]
     on_gpu = run.ranks.device.type == "cuda"

@@ -89,17 +89,18 @@ def replay(calls: list[Call], optimizer: torch.optim.Optimizer) -> None:
             output.float().mean().backward()
 
 
+def now(device: torch.device) -> float:
+    """Return the seconds of all of this process's threads; of the clock where a GPU works."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(act: Callable[[], None], device: torch.device) -> float:
-    """Time the process, all of its threads; on a GPU the clock."""
-    clock = time.process_time
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        clock = time.perf_counter
-    start = clock()
+    start = now(device)
     act()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
+    return now(device) - start
 
 
 def compare(run: Run, num_epochs: int) -> dict[str, list[tuple[float, float]]]:
@@ -160,9 +161,7 @@ def main(argv: list[str]) -> None:
         cells = [f"{statistics.median(each):.2f}" for each in zip(*pairs, strict=True)]
         spread = f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
         print(f"| {phase} | {' | '.join(cells)} | {spread} |")
-    run.evaluator.scorer.close()
-    run.tracker.close()
-    run.claim.release()
+    run.close()
 
 
 if __name__ == "__main__":

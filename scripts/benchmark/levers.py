@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from flow_grpo.launch import entry
 from flow_grpo.training.run import Run
 from scripts.benchmark.epoch import family_of, train_epoch
+from scripts.benchmark.floor import now
 
 
 class Clock:
@@ -32,17 +32,11 @@ class Clock:
     def __init__(self, device: torch.device):
         self.device, self.seconds = device, {}
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = self.now()
+        start = now(self.device)
         yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self.now() - start
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now(self.device) - start
 
     def report(self) -> dict[str, float]:
         return {f"seconds/{phase}": value for phase, value in self.seconds.items()}
@@ -55,10 +49,11 @@ def prepare(config: str, keys: list[str], script: str, number: int) -> Run:
 
 def measure(run: Run, epoch: int) -> dict[str, float]:
     """Train an epoch; return its seconds by phase, and in all."""
-    clock = run.timer = Clock(run.ranks.device)
-    start = clock.now()
+    device = run.ranks.device
+    clock = run.timer = Clock(device)
+    start = now(device)
     train_epoch(run, epoch)
-    return {"sample": 0.0, "update": 0.0} | clock.seconds | {"epoch": clock.now() - start}
+    return {"sample": 0.0, "update": 0.0} | clock.seconds | {"epoch": now(device) - start}
 
 
 def main(argv: list[str]) -> None:
@@ -90,9 +85,7 @@ def main(argv: list[str]) -> None:
         cells += [f"{middle['sample']:.2f}", f"{middle['update']:.2f}"]
         cells += [f"**{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"]
         print(f"| {' | '.join(cells)} |")
-        run.evaluator.scorer.close()
-        run.tracker.close()
-        run.claim.release()
+        run.close()
 
 
 if __name__ == "__main__":

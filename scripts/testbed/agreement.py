@@ -51,7 +51,6 @@ def gradients(name: str, out: Path, num_epochs: int, seed: int) -> tuple[Tensor,
     """Return each epoch's gradient (num_epochs, P) at the base, and an epoch's CPU seconds."""
     keys = {"logdir": out, "run_name": f"{name.replace(' ', '-')}-{os.getpid()}", "seed": seed}
     keys |= {"num_epochs": num_epochs, "train.hold_start": False, "train.ema": False} | RUNS[name]
-    keys |= {"train.ema_decay": 0.97}  # unused
     given = [f"--config.{key}={value}" for key, value in keys.items()]
     run = prepare(["agreement.py", f"--config={CONFIG}", *given], SD3, CONFIG)
     found, kept = [], Kept(run)
@@ -64,8 +63,7 @@ def gradients(name: str, out: Path, num_epochs: int, seed: int) -> tuple[Tensor,
         found.append(torch.stack(kept.of_epoch).mean(0))
         kept.of_epoch.clear()
     seconds = (time.process_time() - start) / num_epochs
-    run.tracker.close()
-    run.claim.release()
+    run.close()
     return torch.stack(found), seconds
 
 

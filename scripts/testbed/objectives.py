@@ -18,7 +18,6 @@ is so far. A finished job is not repeated. Checkpoints are deleted as soon as th
 """
 
 import argparse
-import csv
 import json
 import platform
 import shutil
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from flow_grpo.diffusers_patch.sd3 import SD3
 from flow_grpo.evaluation.intervals import paired_interval
-from flow_grpo.evaluation.tables import write_rows
+from flow_grpo.evaluation.tables import read_scores, write_rows
 from flow_grpo.launch.entry import prepare
 from flow_grpo.report.output import read_metrics
 
@@ -126,8 +125,7 @@ def epochs_of(out: Path, name: str, seconds: float, more: list[str]) -> int:
     """Return how many epochs of a run take so many CPU seconds, by their passes of the model."""
     run = prepare(command(out / "counted", name, "run", 0, 1, more)[1:], SD3, CONFIG)
     passes = run.passes()
-    run.tracker.close()
-    run.claim.release()
+    run.close()
     cost = sum(passes.values()) + (BACKWARD - 1) * passes["forward and backward"]
     return max(2, round(seconds / (cost * FORWARD_S)))
 
@@ -142,20 +140,24 @@ def train(out: Path, name: str, kind: str, seed: int, num_epochs: int, more: lis
     return json.loads(note.read_text())
 
 
-def scores(folder: Path, split: str, seed: int, checkpoint: Path | None) -> list[dict[str, str]]:
-    """Return the rows of scores.csv of a split drawn with a checkpoint, or with the base."""
+def scores(
+    folder: Path, split: str, seed: int, checkpoint: Path | None
+) -> tuple[list[str], np.ndarray]:
+    """Return a split's prompts and strict scores, drawn with a checkpoint, or with the base."""
     if not (folder / "scores.csv").exists():
         order = [sys.executable, str(ROOT / "scripts/evaluate.py"), "--config", CONFIG]
-        order += [f"--config.seed={seed}", f"--config.eval_split={split}", "--out", str(folder)]
+        order += [
+            f"--config.seed={seed}",
+            f"--config.eval_split={split}",
+            "--out",
+            str(folder),
+            "--resume",
+        ]
         order += ["--checkpoint", str(checkpoint)] if checkpoint else []
         folder.mkdir(parents=True, exist_ok=True)
         execute(order, folder.with_suffix(".log"))
-    with (folder / "scores.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def strict(rows: list[dict[str, str]]) -> np.ndarray:
-    return np.array([float(row["shapes_strict"]) for row in rows])
+    prompts, columns = read_scores(folder / "scores.csv")
+    return prompts, columns["shapes_strict"]
 
 
 def row_of(out: Path, split: str, name: str, kind: str, seed: int, spent: dict) -> dict:
@@ -164,14 +166,12 @@ def row_of(out: Path, split: str, name: str, kind: str, seed: int, spent: dict) 
     note = out / split / f"{job}.json"
     if note.exists():
         return json.loads(note.read_text())
-    base = scores(out / split / f"base-{seed}", split, seed, None)
-    before, prompts = strict(base), [row["prompt"] for row in base]
+    prompts, before = scores(out / split / f"base-{seed}", split, seed, None)
     checkpoints = list((out / job / "checkpoints").iterdir())
     saved = {int(path.name.removeprefix("checkpoint-")): path for path in checkpoints}
 
     def after(step: int) -> np.ndarray:
-        folder = out / split / f"{job}-{step}"
-        return strict(scores(folder, split, seed, saved[step]))
+        return scores(out / split / f"{job}-{step}", split, seed, saved[step])[1]
 
     last = after(max(saved))
     low, high = paired_interval(before, last, prompts)

@@ -14,7 +14,6 @@ scripts/evaluate.py. Writes testbed.csv (all evaluations), testbed_changes.csv a
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -28,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flow_grpo.evaluation.intervals import paired_interval
-from flow_grpo.evaluation.tables import write_rows
+from flow_grpo.evaluation.tables import read_scores, write_rows
 from flow_grpo.report.output import read_metrics
 
 HERE = Path(__file__).parent
@@ -72,8 +71,8 @@ def execute(command: list[str], log: Path) -> dict[str, float]:
     return spent | {"wall_seconds": time.monotonic() - start}
 
 
-def test_scores(out: Path, config: str, kind: str, seed: int) -> list[dict[str, str]]:
-    """Return the rows of scores.csv of a result ("base", or a job's) on the seed's noise."""
+def test_scores(out: Path, config: str, kind: str, seed: int) -> tuple[list[str], np.ndarray]:
+    """Return prompts and strict scores of a result ("base", or a job's) on the seed's noise."""
     folder = out / "test" / f"{kind}-{seed}"
     if not (folder / "scores.csv").exists():
         command = [sys.executable, str(ROOT / "scripts/evaluate.py"), "--config", config]
@@ -86,17 +85,16 @@ def test_scores(out: Path, config: str, kind: str, seed: int) -> list[dict[str, 
             command += ["--checkpoint", str(last)]
         folder.mkdir(parents=True, exist_ok=True)
         execute(command, out / f"test-{kind}-{seed}.log")
-    with (folder / "scores.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    prompts, columns = read_scores(folder / "scores.csv")
+    return prompts, columns["shapes_strict"]
 
 
 def change(out: Path, config: str, kind: str, seed: int) -> dict[str, str | float]:
     """Compare a job's result with the base, row by row on the same noise."""
-    before, after = (test_scores(out, config, name, seed) for name in ("base", kind))
-    first, second = (
-        np.array([float(row["shapes_strict"]) for row in rows]) for rows in (before, after)
+    (prompts, first), (_, second) = (
+        test_scores(out, config, name, seed) for name in ("base", kind)
     )
-    low, high = paired_interval(first, second, [row["prompt"] for row in before])
+    low, high = paired_interval(first, second, prompts)
     spent = json.loads((out / f"{kind}-{seed}.json").read_text())
     values = {
         "before": first.mean(),

@@ -6,13 +6,13 @@ The prompts are spread evenly over those of the evaluation's sheets; none is cho
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from flow_grpo.evaluation.evaluate import spread
+from flow_grpo.evaluation.tables import read_scores
 from flow_grpo.report.images import read_sheet, sheet_path
 from flow_grpo.report.recorded import load
 from flow_grpo.report.sheets import captioned_sheet
@@ -42,8 +42,7 @@ def main() -> None:
 
 def scores(run: Path, step: int, name: str) -> list[float]:
     """Return a score of every evaluation prompt."""
-    with (run / "evaluations" / f"{step:06d}.csv").open(encoding="utf-8") as file:
-        return [float(row[name]) for row in csv.DictReader(file)]
+    return read_scores(run / "evaluations" / f"{step:06d}.csv")[1][name].tolist()
 
 
 def stack(first: Image.Image, second: Image.Image) -> np.ndarray:

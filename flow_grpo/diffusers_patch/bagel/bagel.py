@@ -43,7 +43,6 @@ class Bagel(PatchedPipeline):
     has_attention_backends = False
     compiles = False
     ragged_text = True
-    num_references = (0, 0)
 
     @torch.no_grad()
     def encode(self, prompt: str, images: tuple, max_length: int) -> Cond:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen2Tokenizer
 
 from flow_grpo.diffusers_patch.bagel.transformer import GENERATION, BagelTransformer
 from flow_grpo.diffusers_patch.disk import files
+from flow_grpo.diffusers_patch.disk.released import FLUX1_DEV
 from flow_grpo.inputs import json_object
 
 CONFIG, WEIGHTS, VAE = "llm_config.json", "ema.safetensors", "ae.safetensors"
@@ -122,7 +122,7 @@ def read_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
         num_blocks = sum(first(0, j) in held for j in range(9))
         num_channels = held["decoder.conv_in.weight"].shape[1]
         with torch.device("meta"):
-            vae = AutoencoderKL(**vae_config(widths, num_blocks, num_channels))
+            vae = AutoencoderKL.from_config(vae_config(widths, num_blocks, num_channels))
         for name, empty in vae.state_dict().items():
             value = held.pop(released_vae_name(name))
             state[name] = value.reshape(empty.shape).to(dtype, copy=True)
@@ -138,19 +138,8 @@ def read_vae(folder: Path, dtype: torch.dtype) -> AutoencoderKL:
 
 def vae_config(widths: Sequence[int], num_blocks: int, num_channels: int) -> dict:
     """Return the VAE's config. num_blocks: of each level. num_channels: of latents."""
-    return {
-        "sample_size": 1024,
-        "block_out_channels": list(widths),
-        "layers_per_block": num_blocks,
-        "latent_channels": num_channels,
-        "norm_num_groups": min(32, widths[0]),
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-    }
+    own = {"block_out_channels": list(widths), "norm_num_groups": min(32, widths[0])}
+    return FLUX1_DEV.vae | own | {"layers_per_block": num_blocks, "latent_channels": num_channels}
 
 
 def released_vae_name(name: str) -> str:
@@ -199,11 +188,12 @@ def export(base: Path, transformer: Path, out: Path) -> int:
     shutil.copyfile(base / WEIGHTS, out)
     start = _start(out)
     with out.open("r+b") as opened:
-        for name, (file, _) in found.items():
-            with safe_open(file, "pt") as held:
-                value = held.get_tensor(name).to(DTYPES[told[name]["dtype"]]).contiguous()
-            opened.seek(start + told[name]["data_offsets"][0])
-            opened.write(value.view(torch.uint8).numpy().tobytes())
+        for file in {file for file, _ in found.values()}:
+            names = [name for name, (place, _) in found.items() if place == file]
+            for name, value in _values(file, files.header(file), names):
+                released = value.to(DTYPES[told[name]["dtype"]]).contiguous()
+                opened.seek(start + told[name]["data_offsets"][0])
+                opened.write(released.view(torch.uint8).numpy().tobytes())
     return len(found)
 
 

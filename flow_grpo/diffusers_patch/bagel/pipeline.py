@@ -24,8 +24,6 @@ SHIFT = 3.0
 class BagelPipeline(DiffusionPipeline, CogView4LoraLoaderMixin):
     """Draws from text. The mixin is any that loads a LoRA of a transformer alone."""
 
-    model_cpu_offload_seq = "transformer->vae"
-
     def __init__(
         self,
         transformer: BagelTransformer,
@@ -44,7 +42,10 @@ class BagelPipeline(DiffusionPipeline, CogView4LoraLoaderMixin):
     def load_config(cls, path: str, revision: str = "main", **_: object) -> dict:
         """Return what a model_index.json would say. Raises OSError if this is no such folder."""
         if not Path(path).is_dir():
-            hf_hub_download(path, disk.CONFIG, revision=revision)
+            try:
+                hf_hub_download(path, disk.CONFIG, revision=revision)
+            except ValueError as error:  # no name that the hub could have
+                raise OSError(f"{path} is no folder and no hub id") from error
         elif not (Path(path) / disk.CONFIG).is_file():
             raise OSError(f"{path} has no {disk.CONFIG}")
         return {"_class_name": cls.__name__, "transformer": ["flow_grpo", "BagelTransformer"]}

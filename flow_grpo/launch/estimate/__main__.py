@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         config, _ = settings.load([argv[0], *given], "")
         found = estimate(config, args.gpus, on_gpu=not args.cpu)
     memory = args.gpu_memory or MEMORY_GIB
-    if not args.gpu_memory and torch.cuda.is_available():
+    if not (args.gpu_memory or args.cpu) and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / GIB
     print(report(found, memory * GIB))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.disk.released import RELEASED, Released
 from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.diffusers_patch.weights import ENCODERS
+from flow_grpo.evaluation.evaluate import sizes
 from flow_grpo.inputs import json_object
 from flow_grpo.launch import build, encoders, model_files, space
 from flow_grpo.launch.estimate.live import AsOnGPU, Live
@@ -32,14 +34,16 @@ def describe(config: ConfigDict) -> tuple[Released, str]:
     Raises ValueError if it is neither on this machine nor among the released ones, or no family's.
     """
     name = config.pretrained.model
-    index = model_files.file_of(config, "model_index.json")
-    if index is None and name not in RELEASED:
+    needed = ("model_index.json", "transformer/config.json", "vae/config.json")
+    index, *others = (model_files.file_of(config, file) for file in needed)
+    here = index is not None and None not in others
+    if name in RELEASED and not (here and Path(name).is_dir()):
+        return RELEASED[name], f"{name} as it was released"
+    if not here:
         raise ValueError(
             f"config.pretrained.model={name!r} is no stock pipeline here, and its sizes are not "
-            f"known. Name a folder with model_index.json, or one of {', '.join(RELEASED)}."
+            f"known. Name a folder with {', '.join(needed)}, or one of {', '.join(RELEASED)}."
         )
-    if index is None:
-        return RELEASED[name], f"{name} as it was released; it is not on this machine"
     found, folder = json_object(index), index.parent
     parts = [part for part, each in found.items() if part.startswith(ENCODERS[0]) and any(each)]
     return Released(
@@ -105,6 +109,7 @@ class Fake:
         guidance, eval_guidance, _ = guidances(self.config)
         micro = sample.train_batch_size if train.batch_size is None else train.batch_size
         decoded = max(sample.train_batch_size, sample.test_batch_size)
+        drawn = {self.size, *sizes(self.config)}
         trained_with = guidance if train.cfg else pipeline.unguided
         autocasts = autocasts and self.dtype != torch.float32
         calls: list[int] = []
@@ -115,12 +120,17 @@ class Fake:
             again = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), precision())}
             return checkpoint(block, *inputs, **again)
 
-        def predict(num_rows: int, guidance: Guidance) -> Tensor:
+        def predict(num_rows: int, guidance: Guidance, size: Size = self.size) -> Tensor:
             with torch.autocast("cpu", self.dtype, enabled=autocasts):
-                return self._velocity(num_rows, guidance)
+                return self._velocity(num_rows, guidance, size)
 
         def decode() -> None:
-            pipeline.decode(latents, self.size)
+            for size in drawn:
+                pipeline.decode(self._latents(decoded, size), size)
+
+        def evaluate() -> None:
+            for size in drawn:
+                predict(sample.test_batch_size, eval_guidance, size)
 
         def update() -> None:
             velocity = predict(micro * train.stacked_points, trained_with)
@@ -132,7 +142,6 @@ class Fake:
         with MODE:
             for param in pipeline.transformer.parameters():
                 param.grad = torch.zeros_like(param) if param.requires_grad else None
-            latents = self._latents(decoded)
             with Live(tensors) as live, precision():
                 with torch.no_grad():
                     hook = pipeline.transformer.register_forward_pre_hook(
@@ -140,20 +149,20 @@ class Fake:
                     )
                     sampling = live.rise(lambda: predict(sample.train_batch_size, guidance))
                     hook.remove()
-                    other = live.rise(lambda: predict(sample.test_batch_size, eval_guidance))
+                    other = live.rise(evaluate)
                     decoding = live.rise(decode)
                 return Peaks(max(sampling, other), decoding, live.rise(update), len(calls))
 
-    def _velocity(self, num_rows: int, guidance: Guidance) -> Tensor:
+    def _velocity(self, num_rows: int, guidance: Guidance, size: Size) -> Tensor:
         rows, pipeline = self._conditioning(num_rows), self.pipeline
         names = ("positive", "negative") if pipeline.needs_negative(guidance) else ("positive",)
-        conditioning = Conditioning(dict.fromkeys(names, rows), guidance, self.size)
-        latents, sigma = self._latents(num_rows), torch.ones(num_rows)
+        conditioning = Conditioning(dict.fromkeys(names, rows), guidance, size)
+        latents, sigma = self._latents(num_rows, size), torch.ones(num_rows)
         return pipeline.velocity(pipeline.transformer, latents, sigma, conditioning)
 
-    def _latents(self, num_rows: int) -> Tensor:
-        noise = torch.zeros(num_rows, *self.pipeline.noise_shape(self.size))
-        return self.pipeline.initial_latents(self.size, noise)
+    def _latents(self, num_rows: int, size: Size) -> Tensor:
+        noise = torch.zeros(num_rows, *self.pipeline.noise_shape(size))
+        return self.pipeline.initial_latents(size, noise)
 
     def _conditioning(self, num_rows: int) -> dict[str, Tensor]:
         """Return rows of the longest prompts, as wide as the transformer's config says."""

@@ -27,19 +27,26 @@ CONDITIONINGS = 2**31  # that a Conditioner keeps at most
 OCR = 0.4 * GIB  # of each of its processes
 MODELS = {  # parameters of the rewards' published models, and bytes of each
     "clip": (427_616_513, 4),
+    "dinov2": (86_580_480, 4),
     "deqa": (8_200_000_000, 2),
     "hpsv2": (986_109_441, 4),
     "hpsv3": (8_291_000_000, 2),
     "imagereward": (447_000_000, 4),
     "mask2former": (69_000_000, 4),
     "pickscore": (986_109_441, 4),
+    "siglip": (428_225_600, 4),
 }
-USES = {  # which of them a reward loads; others load none, or ask a server
-    "aesthetic": ("clip",),
-    "clipscore": ("clip",),
-    "geneval": ("clip", "mask2former"),
-    "image_similarity": ("clip",),
-} | {name: (name,) for name in ("deqa", "hpsv2", "hpsv3", "imagereward", "pickscore")}
+USES = (
+    {  # which of them a reward loads; a judge in rewards.vlm and rewards of one's own are left out
+        "aesthetic": ("clip",),
+        "aesthetic_v2_5": ("siglip",),
+        "clipscore": ("clip",),
+        "dino_diversity": ("dinov2",),
+        "geneval": ("clip", "mask2former"),
+        "image_similarity": ("clip",),
+    }
+    | {name: (name,) for name in ("deqa", "hpsv2", "hpsv3", "imagereward", "pickscore")}
+)
 
 
 class Row(NamedTuple):
@@ -133,7 +140,7 @@ def _epoch(config: ConfigDict, found: plan.Plan, fake: Fake) -> tuple:
     )
     objective = find(config.objective)(config, schedule)
     guided = pipeline.needs_negative(guidances(config).training)
-    return objective, guided, run.passes(config, found, objective, guided, epoch=0)
+    return objective, guided, run.passes(config, found, objective, pipeline, epoch=0)
 
 
 def _row(config: ConfigDict, of: Estimate, kind: Kind, peaks: Peaks, guided: bool) -> Row:

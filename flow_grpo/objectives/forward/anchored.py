@@ -102,6 +102,14 @@ class Forward(Objective):
                 f"which config.{cls.section}.kl_beta=0 does not measure. Set the latter above 0, "
                 f"or config.forward.reset_kl=0; forward.reset_every counts updates."
             )
+        guided = config.train.reference_guidance is not None
+        for key in ("reset_kl", "norm_beta"):
+            if guided and forward[key]:
+                raise ValueError(
+                    f"config.forward.{key}={forward[key]} compares the policy with the reference, "
+                    f"and config.train.reference_guidance guides the latter alone. Set "
+                    f"config.forward.{key}=0, or leave the guidance out."
+                )
         asked = config.sample.source == "model"
         if config.forward.uncertain < 1 and (all(config.reward_fn.values()) or not asked):
             raise ValueError(
@@ -183,7 +191,8 @@ class Forward(Objective):
             micros = sample.train_batch_size * sample.num_batches_per_epoch // micro
             updates = micros // train.gradient_accumulation_steps * train.num_inner_epochs
             frozen -= (1 + self.replays) / updates
-        return Passes(points, points * frozen, 0)
+        by_reference = points * ("reference" in self.compared)
+        return Passes(points, points * frozen, 0, reference=(by_reference, 0))
 
     def after_update(
         self, snapshots: Snapshots, num_updates: int, metrics: dict[str, float]

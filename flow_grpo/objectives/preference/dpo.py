@@ -97,7 +97,8 @@ class DPO(Objective):
         return Loss(-logsigmoid(margin).repeat_interleave(2), stats)
 
     def passes(self, num_kept: float) -> Passes:
-        return Passes(len(self.noising), len(self.noising), 0, share=self.share)
+        points = len(self.noising)
+        return Passes(points, points, 0, share=self.share, reference=(points, 0))
 
     def after_update(
         self, snapshots: Snapshots, num_updates: int, metrics: dict[str, float]

@@ -78,7 +78,8 @@ class SFT(Objective):
 
     def passes(self, num_kept: float) -> Passes:
         points = len(self.noising)
-        return Passes(points, points * bool(self.beta), 0, share=self.share)
+        frozen = points * bool(self.beta)
+        return Passes(points, frozen, 0, share=self.share, reference=(frozen, 0))
 
     def after_update(
         self, snapshots: Snapshots, num_updates: int, metrics: dict[str, float]

@@ -154,8 +154,9 @@ class GRPO(Objective):
         return OldStep(rows.log_probs[:, point.column], mean)
 
     def passes(self, num_kept: float) -> Passes:
-        before = num_kept * (self.replays + bool(self.reward_kl))
-        return Passes(num_kept, num_kept * bool(self.beta), before)
+        by_reference = num_kept * bool(self.beta), num_kept * bool(self.reward_kl)
+        before = num_kept * self.replays + by_reference[1]
+        return Passes(num_kept, by_reference[0], before, reference=by_reference)
 
     def gate_limits(self) -> dict[str, float]:
         if self.replays:

@@ -147,10 +147,12 @@ class Watch:
                 failure = self._orphaned()
             if over:
                 return
-            if failure and not self._resigned:
+            if not failure:
+                heard_at = 0.0
+            elif not self._resigned:
                 heard_at = heard_at or time.monotonic()
                 self.failure = failure
-                grace_s = QUIET_S if failure.startswith(SILENT) else self._grace_s
+                grace_s = self._grace_s if failure.startswith("rank ") else QUIET_S
                 if time.monotonic() - heard_at > grace_s:
                     self._leave()
             self._over.wait(BEAT_S)

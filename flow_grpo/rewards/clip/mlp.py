@@ -1,4 +1,4 @@
-"""The heads of aesthetic and imagereward: linear layers one after another, nothing between them."""
+"""Heads of rewards on an encoder: linear layers one after another, nothing between them."""
 
 from __future__ import annotations
 

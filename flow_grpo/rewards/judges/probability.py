@@ -37,13 +37,12 @@ def share(listed: Sequence[tuple[str, float]], answer: str, others: Sequence[str
     listed: the likeliest tokens with their log-probabilities. NaN where the answer is not listed
     (without others), or where what is not listed could move the share by more than MOST_UNSEEN.
     """
-    masses = [
-        sum(math.exp(each) for token, each in listed if token in forms([one]))
-        for one in (answer, *others)
-    ]
+    counted = [forms([one]) for one in (answer, *others)]
+    masses = [sum(math.exp(each) for token, each in listed if token in of) for of in counted]
     if not others or not sum(masses):
         return masses[0] if masses[0] else math.nan
-    unseen = masses.count(0) * math.exp(min(each for _, each in listed))
+    num_unseen = len(set().union(*counted) - {token for token, _ in listed})
+    unseen = num_unseen * math.exp(min(each for _, each in listed))
     return math.nan if unseen > MOST_UNSEEN * sum(masses) else masses[0] / sum(masses)
 
 

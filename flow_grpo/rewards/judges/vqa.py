@@ -46,7 +46,7 @@ class ProbabilityReward(Reward):
     """Score by probabilities of answers: of the model in `rewards.vlm`, or at `rewards.vlm_url`.
 
     A score is NaN where one of its questions has none. `<name>_unanswered` counts a row's questions
-    that got no answer, `<name>_unparsed` those whose answer was cut, refused or of other words.
+    that got no answer, `<name>_unparsed` those whose answer was refused or of other words.
     """
 
     name: str
