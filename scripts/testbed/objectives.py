@@ -86,7 +86,7 @@ RUNS: dict[str, dict] = {  # by name: the keys that differ
         "train.step_weight": "none",
     },
     "dppo": RATIO | {"objective": "flow_dppo", "dppo.threshold": 1e-4},
-    "dpo online": OFFLINE | {"objective": "dpo", "train.beta": 100.0},
+    "dpo online": OFFLINE | {"objective": "dpo", "train.beta": 100.0, "train.ref_update_step": 20},
     "sft online": OFFLINE | {"objective": "sft"},
     "rwr online": OFFLINE | {"objective": "sft", "sft.weights": "reward"},
     "nft": IMAGES
