@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -275,7 +276,18 @@ def test_a_comparison_draws_the_other_run_over_this_one(folder, tmp_path, capsys
     drawn = charts.evaluation(run, [control]) + charts.tags(run, [control])
     assert [[s.label for s in chart.series] for chart in drawn] == [["mine", "control"]] * 4
     assert [chart.title for chart in drawn[1:]] == ["long", "short", "mean_of_tags"]
-    assert [s.dashed for s in drawn[0].series] == [False, True]
+    assert [s.dash for s in drawn[0].series] == ["", "dashed"]
+    (mean, *_) = charts.rewards(run, [control])
+    assert [s.label for s in mean.series] == ["mine", "control"]
+
+
+def test_every_run_compared_has_a_line_of_its_own_and_controls_are_grey(folder):
+    run = recorded.load(folder)
+    shuffled = {"train": run.config["train"] | {"shuffle_advantages": True}}
+    control = replace(run, config=run.config | shuffled)
+    lines = charts.lines(run, [*[run] * 5, control, *[run] * 5])
+    assert lines[6] == (control, ("var(--ink-soft)", "dotted"))
+    assert len({look for _, look in lines}) == 12
 
 
 def test_a_folder_without_a_run_is_refused_by_hand_and_only_warned_of_in_training(tmp_path):

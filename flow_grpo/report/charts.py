@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flow_grpo.report.plots import Chart, Series, colour, padded, ramp
+from flow_grpo.report.plots import DASHES, NUM_COLOURS, Chart, Series, colour, padded, ramp
 from flow_grpo.report.recorded import Recorded, interval
 
 UPDATE_VALUES = {
@@ -17,10 +17,9 @@ PHASES = ("sample", "reward", "update", "eval", "save")
 
 def evaluation(run: Recorded, others: list[Recorded]) -> list[Chart]:
     """One chart per score, with its interval; the runs compared with lie over it."""
-    runs = list(enumerate((run, *others)))
     charts = []
     for name in run.scores():
-        series = [_evaluated(one, name, None, one.name, i, one is not run) for i, one in runs]
+        series = [_evaluated(one, name, None, one.name, *look) for one, look in lines(run, others)]
         charts.append(Chart(name, "", series, markers=True))
     return _present(charts)
 
@@ -31,28 +30,32 @@ def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
     values = [row[name] for row in run.evals for name in names if name in row]
     if others or not all(0 <= value <= 1 for value in values):  # shares have one scale
         names = names[:1]
-    shown = [(run, name, name) for name in names]
+    shown = [(run, name, name, colour(i)) for i, name in enumerate(names)]
     if others:
-        shown = [(one, names[0], one.name) for one in (run, *others)]
+        shown = [(one, names[0], one.name, *look) for one, look in lines(run, others)]
     charts = []
     for tag in run.tags():
-        series = [
-            _evaluated(one, name, tag, label, i, one is not run)
-            for i, (one, name, label) in enumerate(shown)
-        ]
+        series = [_evaluated(one, name, tag, *look) for one, name, *look in shown]
         charts.append(Chart(tag, "", series, markers=True, width="narrow"))
     limits = padded([one for chart in charts for one in chart.series])
     return [replace(chart, limits=limits) for chart in _present(charts)]
 
 
-def rewards(run: Recorded) -> list[Chart]:
-    """The training reward, its spread, and what teaches nothing."""
+def rewards(run: Recorded, others: list[Recorded]) -> list[Chart]:
+    """The training reward, over which those of the runs compared lie, its spread, what is equal."""
     names = ["avg", *run.trained] if len(run.trained) > 1 else ["avg"]
     means = {f"reward/{name}": name for name in names}
     band = [_over(run.epochs, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
     equal = {"reward/zero_std_fraction": ""}
+    mean = _of_epochs(run, "Mean reward", "of an epoch's images", means)
+    if others:
+        series = [
+            _over(one.epochs, "reward/avg", one.name, shade, dash=dash)
+            for one, (shade, dash) in lines(run, others)
+        ]
+        mean = replace(mean, series=series)
     charts = [
-        _of_epochs(run, "Mean reward", "of an epoch's images", means),
+        mean,
         Chart("Mean reward ± standard deviation", "over an epoch's images", band, "epoch"),
         _of_epochs(run, "Groups of equal scores", "they teach nothing", equal),
     ]
@@ -114,26 +117,45 @@ def speed(run: Recorded) -> list[Chart]:
     return _present(charts)
 
 
+def lines(run: Recorded, others: list[Recorded]) -> list[tuple[Recorded, tuple[str, str]]]:
+    """Return each run with its line's colour and dash: controls in grey, so that they recede."""
+    found, number = [(run, (colour(0), ""))], 0
+    for one in others:
+        if one.config["train"].get("shuffle_advantages"):
+            found.append((one, ("var(--ink-soft)", DASHES[-1])))
+            continue
+        again, place = divmod(number, NUM_COLOURS - 1)
+        found.append((one, (colour(1 + place), DASHES[again % len(DASHES)])))
+        number += 1
+    return found
+
+
 def _evaluated(
-    run: Recorded, name: str, tag: str | None, label: str, number: int, dashed: bool
+    run: Recorded, name: str, tag: str | None, label: str, shade: str, dash: str = ""
 ) -> Series:
     key = f"{name}/{tag}" if tag else name
     rows = [row for row in run.evals if key in row]
     ends = [interval(row, name, tag) for row in rows]
     low, high = map(list, zip(*ends, strict=True)) if rows and None not in ends else (None, None)
     x, y = [row["step"] for row in rows], [row[key] for row in rows]
-    return Series(label, x, y, colour(number), low, high, dashed)
+    return Series(label, x, y, shade, low, high, dash)
 
 
 def _over(
-    rows: list[dict], key: str, label: str, shade: str, spread: str = "", origin: float = 0.0
+    rows: list[dict],
+    key: str,
+    label: str,
+    shade: str,
+    spread: str = "",
+    origin: float = 0.0,
+    dash: str = "",
 ) -> Series:
     """spread: the key of a band's half width. origin: is taken off the line's values."""
     held = [row for row in rows if key in row]
     x = [row["epoch" if row["kind"] == "epoch" else "step"] for row in held]
     y = [row[key] - origin for row in held]
     if not spread:
-        return Series(label, x, y, shade)
+        return Series(label, x, y, shade, dash=dash)
     low = [row[key] - row[spread] for row in held]
     high = [row[key] + row[spread] for row in held]
     return Series(label, x, y, shade, low, high)

@@ -48,7 +48,7 @@ def render(run: Recorded, others: list[Recorded]) -> str:
     drawings = {
         "evaluation": charts.evaluation(run, others),
         "tags": charts.tags(run, others),
-        "rewards": charts.rewards(run),
+        "rewards": charts.rewards(run, others),
         "denoising": charts.denoising(run),
         "hacking": charts.hacking(run),
         "updates": charts.updates(run),

@@ -13,6 +13,7 @@ WIDTHS, HEIGHT = {"wide": 340, "narrow": 240}, 180  # of the drawing; the page s
 LEFT, RIGHT, TOP, BOTTOM = 48, 6, 10, 38  # what is left of that for the axes' numbers
 MOST_POINTS = 240
 NUM_COLOURS = 6  # --series-1 ... of page.css
+DASHES = ("dashed", "dotted")  # classes of page.css
 Scale = Callable[[float | np.ndarray], np.ndarray]  # from values to places in the drawing
 
 
@@ -24,7 +25,7 @@ class Series:
     colour: str  # in CSS
     low: list[float] | None = None  # a band around y
     high: list[float] | None = None
-    dashed: bool = False
+    dash: str = ""  # of the line: "", or one of DASHES
 
 
 @dataclass(frozen=True)
