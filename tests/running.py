@@ -14,7 +14,7 @@ from pathlib import Path
 import tiny
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -96,11 +96,13 @@ def lora(folder: Path) -> dict:
     }
 
 
-def save_random_lora(pipeline: Path, folder: Path, rank: int = 4) -> None:
+def save_random_lora(
+    pipeline: Path, folder: Path, rank: int = 4, family: type[PatchedPipeline] = SD3
+) -> None:
     """Write a LoRA whose B is not zero, so that nothing passes because the adapter does nothing."""
-    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline)
+    pipe = DiffusionPipeline.from_pretrained(pipeline)
     torch.manual_seed(1)
-    targets = list(SD3.lora_target_modules)
+    targets = list(family.lora_target_modules)
     pipe.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
     with torch.no_grad():
         for name, param in pipe.transformer.named_parameters():
