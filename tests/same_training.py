@@ -140,8 +140,8 @@ def compare(cell: Cell, files: Path, one: Path, two: Path) -> Seen:
 
 
 def apart(one: float, other: float) -> float:
-    """Return the relative difference; below 1e-7 a loss is a difference of equal numbers."""
-    return max(0.0, abs(one - other) - 1e-7) / max(abs(other), 1e-7)
+    """Return the relative difference; a loss below 1e-4 is a difference of equal numbers."""
+    return abs(one - other) / max(abs(other), 1e-4)
 
 
 def resumed(cell: Cell, logs: Path) -> None:
