@@ -1,5 +1,7 @@
 """Between scoring and the updates: who trains when, and this rank's share of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ def arrange(
     scores: (N,) fp64. shuffle: a control that deals advantages and weights, or the scores of an
     objective that selects by them, to random leaves.
     """
+    if rows.sizes is not None and len(rows.sizes.unique()) > 1:
+        plan = replace(plan, row_sizes=rows.sizes.numpy())
     dealt = torch.arange(len(rows))  # the row whose outcome each gets
     if shuffle:
         leaves = torch.nonzero(rows.leaf).flatten()
@@ -41,7 +45,10 @@ def check(arranged: Arranged, rows: RowTable, plan: Plan) -> None:
         assert all(each == sizes[0] for each in sizes), f"ranks' micro-batches differ: {sizes}"
         for rank, of_rank in enumerate(update):
             for micro in of_rank:
-                assert (rows.rank[_numbers(micro)] == rank).all(), "a row stays on its rank"
+                numbers = _numbers(micro)
+                assert (rows.rank[numbers] == rank).all(), "a row stays on its rank"
+                alike = rows.sizes is None or len(rows.sizes[numbers].unique()) == 1
+                assert alike, "a micro-batch mixes sizes"
 
 
 def total_weight(arranged: Arranged, update: list[list[np.ndarray]], num_points: int) -> float:
