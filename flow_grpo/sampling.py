@@ -85,8 +85,7 @@ def denoise(
     (B, ...) fp32, the states of the rows' parents; used where a row has one. save: indices of
     sigmas whose states are returned. Steps that are not stochastic are the schedule's solver's.
     """
-    schedule = schedule.at(batch.size)
-    latents = _initial(pipeline, batch, schedule, randomness)
+    latents, schedule = _initial(pipeline, batch, schedule, randomness), schedule.at(batch.size)
     device, sigmas = latents.device, schedule.sigmas
     if start is not None:
         goes_on = _to(device, np.flatnonzero(segment.parent[:, 0] >= 0))
