@@ -22,9 +22,18 @@ from flow_grpo.records import Arranged, PromptBatch, Rollout, RowTable
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rollouts import states_to_save
 from flow_grpo.sampling import Denoised, decode, denoise, parents
-from flow_grpo.training.arrange import arrange
+from flow_grpo.training.arrange import Drawn, Sampled, arrange
 from flow_grpo.training.run import Run
-from flow_grpo.training.sampled import Drawn, Ranked, Sampled
+
+
+class Ranked:
+    """The scores of a prompt's own answers: the earlier is the better."""
+
+    def __init__(self, members: list[int]):
+        self._scores = -np.array(members, dtype=np.float64)
+
+    def result(self, patience_s: float) -> dict[str, np.ndarray]:
+        return {"avg": self._scores}
 
 
 def collect(run: Run, epoch: int, for_gate: bool = False) -> tuple[Sampled, dict[str, np.ndarray]]:

@@ -14,8 +14,8 @@ from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, Point
 from flow_grpo.report.output import redraw
 from flow_grpo.training import arrange, collect
+from flow_grpo.training.arrange import Sampled
 from flow_grpo.training.checkpoint import save
-from flow_grpo.training.sampled import Sampled
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
 from flow_grpo.training.run import Run
