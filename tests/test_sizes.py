@@ -21,6 +21,7 @@ from flow_grpo.evaluation.evaluate import at_sizes, score_prompts
 from flow_grpo.launch import provenance
 from flow_grpo.records import Size
 from flow_grpo.report.images import read_sheet
+from flow_grpo.sampling import decode
 from flow_grpo.training import collect, folders, loop
 from flow_grpo.training.gate import gate
 
@@ -102,6 +103,27 @@ def test_each_picture_of_an_epoch_is_that_of_a_run_of_its_size_alone(files, data
     assert seen == set(rows) and len(rows) == 24
     assert len(grids) == 2  # the shift is by the number of tokens
     assert mixed.schedule.sigmas.isnan().all()  # so that a loss of one's own can't take the wrong
+
+
+def test_an_advantage_stays_beside_its_picture(files, data, tmp_path):
+    run = running.prepare(arguments(files, data, "mixed", logdir=tmp_path))
+    sampled = collect.roll_out(run, 0)
+    scores = collect.score(run, sampled)
+    collect.weigh(run, sampled, scores, 0)
+    images = [image.astype(float) for image in sampled.images]
+    found = {}  # by the place of its picture in the order of scores
+    for rollout, _ in sampled.parts:
+        for n, drawn in enumerate(decode(run.pipeline, rollout)):
+            apart = [
+                np.abs(image - drawn).mean() if image.shape == drawn.shape else np.inf
+                for image in images
+            ]
+            found[int(np.argmin(apart))] = rollout.advantages[n].item()
+    assert len(sampled.parts) > 1 and sorted(found) == list(range(16))
+    groups = scores["avg"].reshape(4, 4)
+    expected = (groups - groups.mean(1, keepdims=True)) / groups.std(1, keepdims=True)
+    ours = [found[n] for n in range(16)]
+    np.testing.assert_allclose(ours, expected.ravel(), rtol=1e-2)  # a std has 1e-4 added to it
 
 
 @pytest.fixture(scope="module")
