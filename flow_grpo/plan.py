@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import ml_collections
@@ -12,6 +13,7 @@ from flow_grpo import prompts, randomness
 from flow_grpo.prompts import Prompt
 from flow_grpo.records import Size
 
+_epoch_prompts = lru_cache(maxsize=2)(prompts.epoch_prompts)
 PUBLISHED_GROUPS, PUBLISHED_GROUP_SIZE = 48, 24  # an epoch of Flow-GRPO (arXiv:2505.05470)
 
 
@@ -86,7 +88,7 @@ class Plan:
     def asked(self, groups: Iterable[int], epoch: int) -> dict[int, Prompt]:
         """Return the prompt of each group slot of an epoch; of a refill's at random."""
         count = len(self.train_prompts)
-        planned = prompts.epoch_prompts(count, self.num_groups, self.seed, epoch)
+        planned = _epoch_prompts(count, self.num_groups, self.seed, epoch)
 
         def number(slot: int) -> int:
             if slot < self.num_groups:
@@ -97,12 +99,16 @@ class Plan:
 
     def sizes_of(self, groups: Iterable[int], epoch: int) -> list[int]:
         """Number the sizes of each group slot's prompt: rows of one number may share a call."""
-        distinct = dict.fromkeys(prompt.sizes for prompt in self.train_prompts)
-        numbers, groups = {sizes: n for n, sizes in enumerate(distinct)}, list(groups)
-        if len(numbers) < 2:
+        groups = list(groups)
+        if len(self._numbers) < 2:
             return [0] * len(groups)
         asked = self.asked(dict.fromkeys(groups), epoch)
-        return [numbers[asked[group].sizes] for group in groups]
+        return [self._numbers[asked[group].sizes] for group in groups]
+
+    @cached_property
+    def _numbers(self) -> dict[tuple, int]:
+        distinct = dict.fromkeys(prompt.sizes for prompt in self.train_prompts)
+        return {sizes: number for number, sizes in enumerate(distinct)}
 
     def whole(self, sample: ml_collections.ConfigDict) -> Part:
         """Return the part that every epoch draws."""

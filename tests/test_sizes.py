@@ -185,7 +185,11 @@ WAYS = {
     "trunk": {"sample__branching": "trunk", "sample__sde_window_range": (1, 4)},
     "shared": {"sample__branching": "shared_prefix", "sample__same_latent": True},
     "tree": {"sample__branching": "tree"},
-    "strides": {"sample__branching": "strides"},
+    "strides": {
+        "sample__branching": "strides",
+        "sample__num_image_per_prompt": 8,
+        "sample__num_batches_per_epoch": 8,
+    },
     "replayed": {"train__old_log_prob": "replay", "train__step_weight": "std", "train__beta": 0.1},
     "guarded": {"objective": "grpo_guard", "train__num_inner_epochs": 2},
     "nft": {"objective": "nft"},
