@@ -181,7 +181,7 @@ def reference_kl(run: Run, parts: list[Drawn]) -> np.ndarray:
             rows = rollout.rows(numbers)
             points = run.objective.points(rows, Randomness(run.config.seed, (run.epoch,)))
             micros.append(Micro(rows, points, run.predictor(rows), [None] * len(points)))
-            leaves.append(held[numbers.cpu().numpy()])
+            leaves.append(held[numbers.numpy()])
     num_calls = max(run.ranks.gather_objects(len(micros)))  # sizes cut ranks' rows differently
     with torch.no_grad():
         padded = micros + micros[-1:] * (num_calls - len(micros))
