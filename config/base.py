@@ -87,7 +87,9 @@ COMMON = {
     ),
     "ocr_engine": Key("rapidocr", "their scores differ", choices=("rapidocr", "paddleocr")),
     # What is drawn, and how the model computes.
-    "resolution": Key(512, "pixels; height and width override it", least=1, most=16_384),
+    "resolution": Key(
+        512, "pixels; height and width override it, and a prompt's size both", least=1, most=16_384
+    ),
     "height": Key(None, "pixels; None: resolution", of=int, least=1, most=16_384),
     "width": Key(None, "pixels; None: resolution", of=int, least=1, most=16_384),
     "reference_area": Key(

@@ -1,7 +1,9 @@
 """The arithmetic of an epoch: groups, micro-batches, updates, passes through the transformer."""
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import ml_collections
@@ -9,7 +11,9 @@ import numpy as np
 
 from flow_grpo import prompts, randomness
 from flow_grpo.prompts import Prompt
+from flow_grpo.records import Size
 
+_epoch_prompts = lru_cache(maxsize=2)(prompts.epoch_prompts)
 PUBLISHED_GROUPS, PUBLISHED_GROUP_SIZE = 48, 24  # an epoch of Flow-GRPO (arXiv:2505.05470)
 
 
@@ -19,6 +23,10 @@ class Part(NamedTuple):
     first: int  # slot
     num_groups: int
     num_batches: int  # calls of each rank, if no row shares a step
+
+    @property
+    def groups(self) -> range:
+        return range(self.first, self.first + self.num_groups)
 
 
 # [inner epoch][update][rank] -> micro-batches: numbers of rows among all ranks'. ~n is row n once
@@ -48,10 +56,13 @@ class Plan:
     seed: int
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
+    row_sizes: np.ndarray | None = None  # (N,) of an epoch's rows, as sizes_of(); None: one size
 
     def __str__(self) -> str:
+        sizes = dict.fromkeys(str(prompt.size) for prompt in self.train_prompts)
+        named = f" of {', '.join(sizes)}" if len(sizes) > 1 else ""
         return (
-            f"{self.world_size} rank(s), {len(self.train_prompts)} prompts; an epoch: "
+            f"{self.world_size} rank(s), {len(self.train_prompts)} prompts{named}; an epoch: "
             f"{self.num_groups} groups x {self.group_size} = {self.num_groups * self.group_size} "
             f"images, {self.num_updates} optimizer step(s) a pass"
         )
@@ -73,6 +84,31 @@ class Plan:
         if self.group_size < PUBLISHED_GROUP_SIZE:
             few.append("smaller groups")
         return f"published runs have {published}; here: {', '.join(few)}"
+
+    def asked(self, groups: Iterable[int], epoch: int) -> dict[int, Prompt]:
+        """Return the prompt of each group slot of an epoch; of a refill's at random."""
+        count = len(self.train_prompts)
+        planned = _epoch_prompts(count, self.num_groups, self.seed, epoch)
+
+        def number(slot: int) -> int:
+            if slot < self.num_groups:
+                return planned[slot]
+            return randomness.rng(self.seed, "refill", epoch, slot).randrange(count)
+
+        return {slot: self.train_prompts[number(slot)] for slot in groups}
+
+    def sizes_of(self, groups: Iterable[int], epoch: int) -> list[int]:
+        """Number the sizes of each group slot's prompt: rows of one number may share a call."""
+        groups = list(groups)
+        if len(self._numbers) < 2:
+            return [0] * len(groups)
+        asked = self.asked(dict.fromkeys(groups), epoch)
+        return [self._numbers[asked[group].sizes] for group in groups]
+
+    @cached_property
+    def _numbers(self) -> dict[tuple, int]:
+        distinct = dict.fromkeys(prompt.sizes for prompt in self.train_prompts)
+        return {sizes: number for number, sizes in enumerate(distinct)}
 
     def whole(self, sample: ml_collections.ConfigDict) -> Part:
         """Return the part that every epoch draws."""
@@ -170,18 +206,25 @@ class Plan:
     def _packed(
         self, of_ranks: list[list[np.ndarray]], rows: list[np.ndarray]
     ) -> list[list[np.ndarray]]:
-        """Make an update's micro-batches of its sets, equally many of equal size on all ranks."""
+        """Make an update's micro-batches of its sets, equally many of equal length on all ranks.
+
+        The pictures of one have equal sizes.
+        """
         size, packed = self.micro_batch_size, [[] for _ in of_ranks]
         for micros, sets in zip(packed, of_ranks, strict=True):
+            latest: dict[int, list[int]] = {}  # of each size
             for each in sets:
                 assert len(each) <= size, f"a set of {len(each)} rows in a micro-batch of {size}"
-                if not micros or len(micros[-1]) + len(each) > size:
+                (alike,) = {0} if self.row_sizes is None else {*self.row_sizes[each].tolist()}
+                if alike not in latest or len(latest[alike]) + len(each) > size:
                     micros.append([])
-                micros[-1] += each.tolist()
+                    latest[alike] = micros[-1]
+                latest[alike] += each.tolist()
         for micros, mine in zip(packed, rows, strict=True):
             micros += [[] for _ in range(max(map(len, packed)) - len(micros))]
             for micro in micros:
-                micro += [~mine[0]] * (size - len(micro))
+                fill = mine[0] if self.row_sizes is None or not micro else micro[0]
+                micro += [~fill] * (size - len(micro))
         return [[np.array(micro, dtype=np.int64) for micro in micros] for micros in packed]
 
 
@@ -209,8 +252,8 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
             f"not divide the {num_micro_batches} micro-batches of a rank's epoch. Change it, or "
             f"config.sample.num_batches_per_epoch."
         )
-    train_prompts = prompts.read(config.dataset, "train")
-    sizes = {prompt.image_sizes for prompt in train_prompts}
+    train_prompts = prompts.read(config.dataset, "train", size_of(config))
+    sizes = {prompt.sizes for prompt in train_prompts}
     calls = {
         "sample.train_batch_size": sample.train_batch_size,
         "train.batch_size": micro_batch_size,
@@ -218,8 +261,8 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
     for key, batch_size in calls.items():
         if len(sizes) > 1 and group_size % batch_size:
             raise ValueError(
-                f"config.{key}={batch_size}: the reference images have {len(sizes)} sizes, so a "
-                f"call must stay within one prompt's group. A divisor of "
+                f"config.{key}={batch_size}: the prompts' pictures or reference images have "
+                f"{len(sizes)} sizes, so a call must stay within one prompt's group. A divisor of "
                 f"sample.num_image_per_prompt {group_size} is needed."
             )
     return Plan(
@@ -237,4 +280,13 @@ def make(config: ml_collections.ConfigDict, world_size: int) -> Plan:
 
 
 def eval_prompts(config: ml_collections.ConfigDict) -> list[Prompt]:
-    return prompts.read(config.dataset, config.eval_split)[: config.eval_max_samples or None]
+    """Read what is evaluated; sample.eval_sizes hold for all prompts, whatever size they name."""
+    found = prompts.read(config.dataset, config.eval_split, size_of(config))
+    found = found[: config.eval_max_samples or None]
+    return [replace(each, size=None) for each in found] if config.sample.eval_sizes else found
+
+
+def size_of(config: ml_collections.ConfigDict) -> Size:
+    """Return the size of prompts that name none."""
+    height, width = config.height or config.resolution, config.width or config.resolution
+    return Size(height, width, config.num_frames)

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from flow_grpo import inputs, randomness
 from flow_grpo.cli import user_errors
+from flow_grpo.records import Size
 
 SPLITS = ("train", "dev", "test")
 ANSWERS = (("chosen", "rejected"), ("picture",))  # of a jsonl row: paths, from its file's folder
@@ -28,6 +29,13 @@ class Prompt:
     images: tuple[str, ...] = ()  # paths of the reference images
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) of each
     answers: tuple[str, ...] = ()  # paths of the images to train on: chosen, rejected; or picture
+    size: Size | None = None  # at which it is drawn; None: as the evaluation says
+    where: str = field(default="", compare=False)  # file and line, if it is a jsonl's
+
+    @property
+    def sizes(self) -> tuple:
+        """What the rows of a call must have in common: the picture's size and the references'."""
+        return self.size, self.image_sizes
 
     @property
     def tag(self) -> str:
@@ -47,11 +55,11 @@ class Prompt:
 _read_image = lru_cache(maxsize=256)(inputs.picture)
 
 
-def read(folder: str, split: str) -> list[Prompt]:
+def read(folder: str, split: str, size: Size | None = None) -> list[Prompt]:
     """Read folder/{split}.txt (a prompt a line) or folder/{split}_metadata.jsonl (see inputs.rows).
 
-    A jsonl row reaches the rewards as metadata; it may have ANSWERS. Raises ValueError naming file,
-    line and fault.
+    A jsonl row reaches the rewards as metadata; it may have ANSWERS, and a "size" (see Size.read).
+    size: of prompts that name none. Raises ValueError naming file, line and fault.
     """
     root = Path(folder)
     text, rows = root / f"{split}.txt", root / f"{split}_metadata.jsonl"
@@ -64,16 +72,16 @@ def read(folder: str, split: str) -> list[Prompt]:
             f"this folder; there is {found}.{hint if found == 'neither' else ''}"
         )
     if text.is_file():
-        prompts = [Prompt(line) for _, line in inputs.lines(text)]
+        prompts = [Prompt(line, size=size) for _, line in inputs.lines(text)]
     else:
-        prompts = [_prompt(root, *row) for row in inputs.rows(rows, "prompt")]
+        prompts = [_prompt(root, size, *row) for row in inputs.rows(rows, "prompt")]
     if not prompts:
         path = text if text.is_file() else rows
         raise ValueError(f"config.dataset={folder!r}: {path} has no prompts.")
     return prompts
 
 
-def _prompt(root: Path, where: str, row: dict, images: list[Path]) -> Prompt:
+def _prompt(root: Path, size: Size | None, where: str, row: dict, images: list[Path]) -> Prompt:
     keys = next((keys for keys in ANSWERS if set(keys) & set(row)), ())
     named = [row.get(key) for key in keys]
     if not all(isinstance(name, str) for name in named):
@@ -84,10 +92,13 @@ def _prompt(root: Path, where: str, row: dict, images: list[Path]) -> Prompt:
     answers = [root / name for name in named]
     try:
         sizes, _ = tuple(map(inputs.size, images)), [*map(inputs.size, answers)]
+        if (named := row.get("size")) is not None:
+            size = Size.read(str(named), size.num_frames if size else 1)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     references, answers = (tuple(map(str, paths)) for paths in (images, answers))
-    return Prompt(row["prompt"].strip(inputs.MARKS), row, references, sizes, answers)
+    text = row["prompt"].strip(inputs.MARKS)
+    return Prompt(text, row, references, sizes, answers, size, where)
 
 
 def epoch_prompts(num_prompts: int, num_groups: int, seed: int, epoch: int) -> list[int]:
@@ -115,13 +126,13 @@ def rollout_rows(
 def eval_batches(prompts: list[Prompt], batch_size: int) -> list[list[int]]:
     """Cut prompts into batches of equal size.
 
-    Prompts whose references differ in size share no batch. What is short is filled up by rows that
-    come again: whoever gathers must drop them.
+    Prompts that differ in `sizes` share no batch. What is short is filled up by rows that come
+    again: whoever gathers must drop them.
     """
     batch_size = min(batch_size, len(prompts))
     buckets: dict[tuple, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        buckets.setdefault(prompt.image_sizes, []).append(number)
+        buckets.setdefault(prompt.sizes, []).append(number)
     batches = []
     for bucket in buckets.values():
         for start in range(0, len(bucket), batch_size):
@@ -164,6 +175,8 @@ def _facts(split: str, rows: list[Prompt], num_distinct: int) -> Iterator[str]:
     yield f"{split}: {len(rows)} rows, {len(rows) - num_distinct} of them repeated"
     if tags := Counter(row.tag for row in rows if row.tag):
         yield f"{split} tags: {', '.join(f'{tag} {n}' for tag, n in tags.most_common())}"
+    if named := Counter(str(row.size) for row in rows if row.size):
+        yield f"{split} sizes, height x width: {', '.join(f'{n} {k}' for n, k in named.items())}"
     if pictures:
         sizes = Counter(size for row in rows for size in row.image_sizes)
         shown = ", ".join(f"{width} x {height}: {n}" for (width, height), n in sizes.most_common(5))

@@ -22,6 +22,9 @@ class Size:
     width: int
     num_frames: int = 1
 
+    def area(self) -> int:
+        return self.height * self.width * self.num_frames
+
     @classmethod
     def read(cls, text: str, num_frames: int = 1) -> Size:
         """Read HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES. Raises ValueError."""
@@ -29,6 +32,10 @@ class Size:
         if len(parts) not in (2, 3) or not all(re.fullmatch(r"[1-9]\d{0,4}", p) for p in parts):
             raise ValueError(f"{text!r}: a size such as 1024x768 or 480x832x81 is needed")
         return cls(*map(int, parts)) if len(parts) == 3 else cls(*map(int, parts), num_frames)
+
+    def __str__(self) -> str:
+        frames = f"x{self.num_frames}" if self.num_frames > 1 else ""
+        return f"{self.height}x{self.width}{frames}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,7 @@ class PromptBatch:
     @staticmethod
     def cat(parts: list[PromptBatch]) -> PromptBatch:
         first, counts = parts[0], [len(part.branches["positive"]) for part in parts[:-1]]
+        assert all(part.size == first.size for part in parts), "rows of several sizes"
         offsets = torch.tensor([0, *counts]).cumsum(0).tolist()
         names = [name for name in OF_ROWS if getattr(first, name) is not None]
         return replace(
@@ -224,6 +232,7 @@ class RowTable:
     steps: Tensor  # (N, K) int64; -1 behind those of a row with fewer
     branch: Tensor  # (N,) int64, its number among those of its parent; -1: it is no branch
     scores: dict[str, Tensor] | None = None  # each reward's, (N,) fp64, NaN where missing
+    sizes: Tensor | None = None  # (N,) int64, of Plan.sizes_of(); None: all have the same
 
     def __len__(self) -> int:
         return len(self.group)

@@ -1,7 +1,9 @@
 """Who is drawn, in which segments: alone, after a shared prefix, or as branches of a path."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +40,12 @@ class Call(NamedTuple):
     rows: list[Row]
     segment: Segment
     leaf: bool = True  # the rows end as images
+
+    def behind(self, num_rows: int) -> Call:
+        """Return it with its parents' numbers as they are behind so many rows."""
+        parent = self.segment.parent.copy()
+        parent[parent[:, 0] >= 0, 0] += num_rows
+        return self._replace(segment=replace(self.segment, parent=parent))
 
 
 StepsOf = Callable[[Iterable[int]], np.ndarray]  # groups -> their stochastic steps (len(groups), K)

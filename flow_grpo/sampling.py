@@ -1,7 +1,9 @@
 """The denoising loop with log-probabilities, and the same step scored again for the gradient."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from flow_grpo import sde
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import PromptBatch, Rollout
+from flow_grpo.records import PromptBatch, Rollout, Size
 from flow_grpo.rollouts import Segment
 
 
@@ -25,10 +27,30 @@ class Schedule:
     same_latent: bool = False
     pad_to: int = 0  # tokens
     solver: str = "euler"  # of steps that are not stochastic; or "dpm2"
+    of_size: Mapping[Size, Tensor] = field(default_factory=dict)  # see grids()
+
+    def at(self, size: Size) -> Schedule:
+        """Return the schedule of one size."""
+        return replace(self, sigmas=self.of_size[size], of_size={}) if self.of_size else self
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
+
+
+def grids(
+    pipeline: PatchedPipeline, num_steps: int, sizes: Iterable[Size]
+) -> tuple[Tensor, dict[Size, Tensor]]:
+    """Return `sigmas` and `of_size` of a Schedule.
+
+    Where sizes have different sigmas these are in the second, and the first are NaN, so that a loss
+    that does not ask at() is no number.
+    """
+    found = {size: pipeline.sigmas(num_steps, size).to(pipeline.device) for size in sizes}
+    first, *others = found.values()
+    if all(torch.equal(first, each) for each in others):
+        return first, {}
+    return torch.full_like(first, torch.nan), found
 
 
 KEPT = ("states", "log_probs", "means", "velocities")  # of stochastic steps, beside the final state
@@ -63,7 +85,7 @@ def denoise(
     (B, ...) fp32, the states of the rows' parents; used where a row has one. save: indices of
     sigmas whose states are returned. Steps that are not stochastic are the schedule's solver's.
     """
-    latents = _initial(pipeline, batch, schedule, randomness)
+    latents, schedule = _initial(pipeline, batch, schedule, randomness), schedule.at(batch.size)
     device, sigmas = latents.device, schedule.sigmas
     if start is not None:
         goes_on = _to(device, np.flatnonzero(segment.parent[:, 0] >= 0))
@@ -151,7 +173,8 @@ def parents(done: list[Denoised], segment: Segment) -> Tensor | None:
     if (rows < 0).all():
         return None
     ends = np.cumsum([len(part.rollout) for part in done])
-    start = torch.zeros_like(done[0].rollout.final[:1]).repeat_interleave(len(rows), 0)
+    of_size = done[int(np.searchsorted(ends, rows.max(), side="right"))].rollout.final
+    start = torch.zeros_like(of_size[:1]).repeat_interleave(len(rows), 0)
     for n in np.flatnonzero(rows >= 0):
         part = int(np.searchsorted(ends, rows[n], side="right"))
         local = rows[n] - (ends[part] - len(done[part].rollout))
@@ -210,6 +233,7 @@ def _room(segment: Segment, latents: Tensor, keep: Collection[str]) -> dict[str,
 
 def replay(schedule: Schedule, rollout: Rollout, column: int, velocity: Tensor) -> sde.Step:
     """Score the rollout's trained step `column` under another velocity (B, ...) at its state."""
+    schedule = schedule.at(rollout.batch.size)
     return sde.step(
         schedule.kind,
         velocity,

@@ -252,6 +252,7 @@ def write_result(job: Job, checkpoint: Weights, folder: Path, result: results.Re
     made_with = {
         "checkpoint": checkpoint.name,
         "kind": checkpoint.kind,
+        "sizes": results.sizes(job.prompts),
         "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
         "revision": provenance.revision(),
         "machine": provenance.machine(),

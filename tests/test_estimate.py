@@ -92,7 +92,8 @@ def test_counts_are_those_of_the_run_that_it_is_of(found, run):
 
 
 def test_the_peak_of_an_update_is_that_of_the_run_s_own_tensors(config, run):
-    fake = Fake(config, describe(config)[0], 0, casts_trained=False).peaks(False, on_gpu=False)
+    fake = Fake(config, describe(config)[0], run.plan, casts_trained=False)
+    fake = fake.peaks(False, on_gpu=False)
     sampled = collect.roll_out(run, 0)
     rows = sampled.rollout.rows(slice(0, config.sample.train_batch_size))
     rows.advantages, rows.weights = torch.ones(len(rows)), torch.ones(len(rows))

@@ -278,7 +278,7 @@ def test_calls_that_would_mix_sizes_of_reference_pictures_are_refused(config):
     config.train.batch_size = 12
     config.train.gradient_accumulation_steps = 1
     message = refusal(config)
-    assert "config.train.batch_size=12: the reference images have 2 sizes" in message
+    assert "config.train.batch_size=12: the prompts' pictures or reference images have 2" in message
     assert "A divisor of sample.num_image_per_prompt 8 is needed" in message
 
 

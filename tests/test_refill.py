@@ -37,7 +37,7 @@ def test_as_many_groups_train_as_planned(files, tmp_path, monkeypatch):
     run = prepared(files, tmp_path)
     sampled, scores = collect.collect(run, 0, for_gate=True)
     assert groups_of(sampled.rollout) == list(range(8))  # 4, then 3 for 0 to 2, then 1 for 4
-    assert len(sampled.images) == len(scores["avg"]) == 32 and len(sampled.for_gate) == 4
+    assert len(sampled.images) == len(scores["avg"]) == 32 and sum(map(len, sampled.for_gate)) == 4
     arranged, metrics = collect.weigh(run, sampled, scores, 0)
     assert metrics["images"] == 32
     trained = sampled.rollout.batch.group[arranged.weights > 0]

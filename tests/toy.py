@@ -173,7 +173,8 @@ def weigh(run, rollout, scores=None):
     Returns what collect.weigh() gets and gives: the rows, what is arranged, the metrics.
     """
     scores = reward(rollout) if scores is None else scores
-    sampled = collect.Sampled(rollout, rollout.images, None, None)
+    parts = collect.Drawn.in_turn([rollout])
+    sampled = collect.Sampled(parts, rollout.images, None, [])
     return sampled, *collect.weigh(run, sampled, {"avg": scores.numpy()}, run.epoch)
 
 

@@ -39,7 +39,7 @@ class Evaluator:
     ranks: Ranks
     pipeline: PatchedPipeline
     model: nn.Module  # the transformer as the engine wrapped it
-    size: Size
+    size: Size  # of prompts that have none
     schedule: Schedule
     guidance: Guidance  # of evaluations, as the schedule is
     conditioner: Conditioner
@@ -53,8 +53,9 @@ class Evaluator:
         guidance: Guidance,
         also: Guidance | None = None,
     ) -> PromptBatch:
-        """Encode a call's prompts. also: a guidance with which predictions may be made later."""
+        """Encode a call's prompts, of one size. also: a guidance of later predictions."""
         distinct = list(dict.fromkeys(prompts))
+        (size,) = {prompt.size or self.size for prompt in distinct}
         images = {prompt: prompt.load_images() for prompt in distinct}
         encoded = [(p.text, p.images, images[p]) for p in distinct]
         branches = self.conditioner.branches(encoded, guidance, also)
@@ -64,7 +65,7 @@ class Evaluator:
             guidance=guidance,
             index=torch.tensor([distinct.index(prompt) for prompt in prompts]),
             owners=[Row(*row) for row in rows],
-            size=self.size,
+            size=size,
             prompts=[prompt.text for prompt in prompts],
             metadata=[prompt.metadata for prompt in prompts],
             references=[images[prompt] for prompt in prompts] if any(images.values()) else None,
@@ -116,11 +117,7 @@ def sizes(config: ConfigDict) -> list[Size]:
 
 def at_sizes(evaluator: Evaluator) -> list[Evaluator]:
     """Return an evaluator for each of sizes(), of one model and one set of rewards."""
-    pipeline, schedule, found = evaluator.pipeline, evaluator.schedule, []
-    for size in sizes(evaluator.config):
-        sigmas = pipeline.sigmas(schedule.num_steps, size).to(pipeline.device)
-        found.append(replace(evaluator, size=size, schedule=replace(schedule, sigmas=sigmas)))
-    return found or [evaluator]
+    return [replace(evaluator, size=size) for size in sizes(evaluator.config)] or [evaluator]
 
 
 def spread(num_prompts: int) -> list[int]:

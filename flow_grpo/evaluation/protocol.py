@@ -121,6 +121,11 @@ class Protocol:
                 f"--protocol={self.name}: the prompts' checksum is {found}; those of "
                 f"{self.dataset} have {', '.join(self.sha256)}. Restore that folder."
             )
+        if own := next((p for p in prompts if p.size and p.metadata.get("size")), None):
+            raise ValueError(
+                f'--protocol={self.name} draws all rows at one size; {own.where} has a "size" of '
+                f"its own. Leave it out; or name sample.eval_sizes in a copy of the protocol."
+            )
         if self.over == MEAN_OF_TAGS and len({prompt.tag for prompt in prompts}) < 2:
             raise ValueError(
                 f"--protocol={self.name} takes the mean over tags, and these prompts have not two. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def check_earlier(folder: Path, config: ConfigDict, prompts: list[Prompt]) -> No
     """Refuse to pair with an evaluation of other prompts or from other noise. Raises ValueError."""
     try:
         texts, _ = tables.read_scores(folder / "scores.csv")
-        theirs = json.loads((folder / "evaluation.json").read_text())["config"]
+        told = json.loads((folder / "evaluation.json").read_text())
+        theirs = told["config"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--compare={folder}: no folder of an evaluation ({error}).") from None
     ours = json.loads(config.to_json_best_effort())
@@ -56,12 +58,18 @@ def check_earlier(folder: Path, config: ConfigDict, prompts: list[Prompt]) -> No
     changed += ["sample.eval_guidance_scale"] * (_scale(theirs) != _scale(ours))
     before, now = _judged_by(theirs), _judged_by(ours)
     changed += [f"rewards.{n}" for n in before | now if before.get(n) != now.get(n)]
-    changed += ["dataset"] if texts != [prompt.text for prompt in prompts] else []
+    others = texts != [p.text for p in prompts] or told.get("sizes") not in (None, sizes(prompts))
+    changed += ["dataset"] if others else []
     if changed:
         raise ValueError(
             f"--compare={folder} was evaluated with another config.{', config.'.join(changed)}: "
             f"its rows can't be paired with these. Evaluate both alike."
         )
+
+
+def sizes(prompts: list[Prompt]) -> list[str]:
+    """List the sizes that prompts have, as each changes from row to row."""
+    return [size for size, _ in itertools.groupby(str(prompt.size) for prompt in prompts)]
 
 
 def _scale(config: dict) -> object:

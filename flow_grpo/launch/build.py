@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,11 +26,11 @@ from flow_grpo.objectives.registry import find
 from flow_grpo.parallel import choose, speed
 from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.faults.stop import Stop
-from flow_grpo.plan import Plan
+from flow_grpo.plan import Plan, size_of
 from flow_grpo.prompts import Prompt
 from flow_grpo.records import Size
 from flow_grpo.rewards.combine import Scorer
-from flow_grpo.sampling import Schedule
+from flow_grpo.sampling import Schedule, grids
 from flow_grpo.training import checkpoint, optimizer
 from flow_grpo.training.claim import Claim
 from flow_grpo.training.optimizer import Updater
@@ -50,8 +51,11 @@ def build(
     """Load the model and put a run together; nothing is written before all of it has worked."""
     objective_class = find(config.objective)
     pipeline, size = load(config, family, plan.train_prompts + plan.eval_prompts, engine)
+    drawn = dict.fromkeys(prompt.size or size for prompt in plan.train_prompts)
+    sigmas, of_size = grids(pipeline, config.sample.num_steps, drawn)
     schedule = Schedule(
-        sigmas=pipeline.sigmas(config.sample.num_steps, size).to(pipeline.device),
+        sigmas=sigmas,
+        of_size=of_size,
         kind=config.sample.sde_type,
         noise_level=config.sample.noise_level,
         same_latent=config.sample.same_latent,
@@ -75,7 +79,7 @@ def build(
         plan=plan,
         identity=identity,
         folder=claim.folder,
-        evaluator=_evaluator(config, engine, engine.model, pipeline, size),
+        evaluator=_evaluator(config, engine, engine.model, pipeline, size, plan.eval_prompts),
         schedule=schedule,
         guidance=guidances(config).training,
         reference_guidance=guidances(config).reference,
@@ -110,21 +114,27 @@ def build_evaluator(
         pipeline.load_transformer(weights.path)
     pipeline.input_dtype = pipeline.transformer.dtype
     model = engine.wrap_frozen(pipeline.transformer)
-    return _evaluator(config, engine, model, pipeline, size)
+    return _evaluator(config, engine, model, pipeline, size, prompts)
 
 
 def _evaluator(
-    config: ConfigDict, engine: Engine, model: nn.Module, pipeline: PatchedPipeline, size: Size
+    config: ConfigDict,
+    engine: Engine,
+    model: nn.Module,
+    pipeline: PatchedPipeline,
+    size: Size,
+    prompts: list[Prompt],
 ) -> Evaluator:
     """model: the transformer, wrapped."""
-    sigmas = pipeline.sigmas(config.sample.eval_num_steps, size).to(pipeline.device)
+    drawn = sizes(config) or dict.fromkeys(prompt.size or size for prompt in prompts)
+    sigmas, of_size = grids(pipeline, config.sample.eval_num_steps, drawn)
     return Evaluator(
         config=config,
         ranks=engine.ranks,
         pipeline=pipeline,
         model=model,
         size=size,
-        schedule=Schedule(sigmas, pad_to=config.max_sequence_length),
+        schedule=Schedule(sigmas, pad_to=config.max_sequence_length, of_size=of_size),
         guidance=guidances(config).evaluation,
         conditioner=encoders.conditioner(config, pipeline),
         scorer=Scorer.of(config, str(engine.ranks.device)),
@@ -148,6 +158,7 @@ def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Promp
     family.check_prompts(prompts)
     for num_frames in (config.num_frames, *(size.num_frames for size in sizes(config))):
         family.check_num_frames(num_frames)
+    _of_prompts(prompts, lambda size: family.check_num_frames(size.num_frames))
     for guidance in filter(None, guidances(config)):
         family.check_guidance(guidance)
     _check_attention_backend(config.attention_backend, family)
@@ -171,9 +182,9 @@ def load(
     pipeline = encoders.load_pipeline(
         config, family, prompts, engine.ranks, transformer_waits=engine.cuts_weights
     )
-    height, width = config.height or config.resolution, config.width or config.resolution
-    size = Size(height, width, config.num_frames)
+    size = size_of(config)
     pipeline.check_size(size)
+    _of_prompts(prompts, pipeline.check_size)
     for each in sizes(config):
         try:
             pipeline.check_size(each)
@@ -186,6 +197,16 @@ def load(
         pipeline.transformer.set_attention_backend(config.attention_backend)
     pipeline.cut_decoding(config.vae_tiling, config.vae_slicing)
     return pipeline, size
+
+
+def _of_prompts(prompts: list[Prompt], check: Callable[[Size], None]) -> None:
+    """Check each size that a prompt has; an error names the first one's line."""
+    first = {prompt.size: prompt.where for prompt in reversed(prompts) if prompt.size}
+    for size, where in first.items():
+        try:
+            check(size)
+        except ValueError as error:
+            raise ValueError(f'{where}: "size" is {size}: {error}') from None
 
 
 def add_trained_weights(pipeline: PatchedPipeline, config: ConfigDict) -> None:

@@ -14,6 +14,7 @@ from flow_grpo.diffusers_patch.registry import FAMILIES, INDEX_FILES
 from flow_grpo.evaluation.evaluate import sizes
 from flow_grpo.inputs import json_object
 from flow_grpo.launch.weights import check_file, check_part
+from flow_grpo.prompts import Prompt
 
 WITHOUT_WEIGHTS = ("tokenizer", "scheduler", "processor", "feature_extractor")
 
@@ -107,20 +108,31 @@ def _check_parts(config: ConfigDict) -> None:
 
 
 def _check_size(config: ConfigDict) -> None:
+    sides = [
+        (f"config.{'resolution' if config[key] is None else key}", config[key] or config.resolution)
+        for key in ("height", "width")
+    ]
+    sides += [("config.sample.eval_sizes", n) for e in sizes(config) for n in (e.height, e.width)]
+    _check_sides(config, sides)
+
+
+def check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
+    """Raise ValueError naming the line of a size that the model can't draw."""
+    first = {prompt.size: prompt.where for prompt in reversed(prompts) if prompt.size}
+    named = [(f'{where}: "size"', n) for s, where in first.items() for n in (s.height, s.width)]
+    _check_sides(config, named)
+
+
+def _check_sides(config: ConfigDict, sides: list[tuple[str, int]]) -> None:
     limits = _known(config).sides(_read(config, "vae"), _transformer(config))
     if not limits:
         return  # other models are asked once they are loaded
     multiple, largest = limits
-    sides = [
-        ("resolution" if config[key] is None else key, config[key] or config.resolution)
-        for key in ("height", "width")
-    ]
-    sides += [("sample.eval_sizes", n) for e in sizes(config) for n in (e.height, e.width)]
     for key, side in sides:
         if not 0 < side <= largest or side % multiple:
             nearest = min(max(round(side / multiple), 1) * multiple, largest)
             raise ValueError(
-                f"config.{key}={side}: this model draws sides that are multiples of {multiple} "
+                f"{key}={side}: this model draws sides that are multiples of {multiple} "
                 f"pixels{f', at most {largest}' if side > largest else ''}. "
                 f"The nearest is {nearest}."
             )

@@ -38,7 +38,8 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     _check_rewards(config)
     model_files.check(config)
     found = plan.make(config, world_size)
-    _check_choice(config, found.train_prompts)
+    model_files.check_prompts(config, found.train_prompts + found.eval_prompts)
+    _check_choice(config)
     _check_answers(config, found.train_prompts)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
     _check_tracker(config)
@@ -54,6 +55,7 @@ def check_evaluation(config: ConfigDict) -> list[Prompt]:
     _check_rewards(config)
     model_files.check(config)
     found = plan.eval_prompts(config)
+    model_files.check_prompts(config, found)
     _check_prompts(config, found)
     _check_comparing(config, health.check(servers.of(config)))
     return found
@@ -111,15 +113,8 @@ def _check_prompts(config: ConfigDict, prompts: list[Prompt]) -> None:
             loading.check(name, settings, texts, metadata)
 
 
-def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
-    """Refuse to fill dropped groups up if none are, or to pack rows of several sizes together."""
-    sizes = len({prompt.image_sizes for prompt in prompts})
-    mixes = {
-        "objective": find(config.objective).selects,
-        "sample.branching": config.sample.branching != "none",
-        "train.drop_equal_groups": config.train.drop_equal_groups,
-        "train.best_and_worst": config.train.best_and_worst > 0,
-    }
+def _check_choice(config: ConfigDict) -> None:
+    """Refuse to fill dropped groups up if none are, or to train depths that a tree lacks."""
     if config.sample.max_refills and not config.train.drop_equal_groups:
         raise ValueError(
             f"config.sample.max_refills={config.sample.max_refills} with config.train."
@@ -136,12 +131,6 @@ def _check_choice(config: ConfigDict, prompts: list[Prompt]) -> None:
             f"the steps of {most} depth(s). Set config.train.tree_depths=0, or train a policy "
             f"gradient with config.sample.branching=tree and more trained steps."
         )
-    for key in (key for key, is_on in mixes.items() if is_on and sizes > 1):
-        raise ValueError(
-            f"config.{key}={keys.get(config, key)!r} puts rows of several groups into a call, and "
-            f"the reference images of config.dataset={config.dataset!r} have {sizes} sizes. Images "
-            f"of one size are needed; or leave config.{key} as it is by default."
-        )
 
 
 def _check_answers(config: ConfigDict, prompts: list[Prompt]) -> None:
@@ -154,11 +143,12 @@ def _check_answers(config: ConfigDict, prompts: list[Prompt]) -> None:
             f"{said} with config.objective={config.objective!r}, which needs the steps by which an "
             f"image was drawn. Use dpo, sft, or another objective on final images."
         )
-    if config.num_frames > 1:
-        raise ValueError(
-            f"{said} with config.num_frames={config.num_frames}: only images are read."
-        )
     for prompt in prompts:
+        if prompt.size.num_frames > 1:
+            raise ValueError(
+                f"{said} with {prompt.size.num_frames} frames, by config.num_frames or a prompt's "
+                f'"size": only images are read.'
+            )
         if len(prompt.answers) != size:
             raise ValueError(
                 f"{said} with config.sample.num_image_per_prompt={size}: the prompt "

@@ -15,8 +15,8 @@ CONTACT_GAP = 2  # pixels, before magnification
 
 
 def contact_sheet(images: list[np.ndarray], num_columns: int) -> Image.Image:
-    """Lay uint8 (H, W, 3) images of one size out in rows; small ones are magnified."""
-    height, width, _ = images[0].shape
+    """Lay uint8 (H, W, 3) images out in rows, in cells of the largest; small ones are magnified."""
+    height, width = cell(images)
     size, corners = _grid(len(images), num_columns, width, height, CONTACT_GAP)
     sheet = Image.new("RGB", size, (128, 128, 128))
     for image, corner in zip(images, corners, strict=True):
@@ -24,10 +24,15 @@ def contact_sheet(images: list[np.ndarray], num_columns: int) -> Image.Image:
     return ImageOps.scale(sheet, max(1, 96 // width), Image.Resampling.NEAREST)
 
 
+def cell(images: list[np.ndarray]) -> tuple[int, int]:
+    """Return the (height, width) that holds each of uint8 ([F,] H, W, 3)."""
+    return max(image.shape[-3] for image in images), max(image.shape[-2] for image in images)
+
+
 def cut_sheet(
     sheet: Image.Image, num_images: int, size: tuple[int, int], num_columns: int
 ) -> list[Image.Image]:
-    """Return a contact sheet's images, unmagnified. size: of one, (height, width)."""
+    """Return a contact sheet's images, unmagnified. size: cell() of them."""
     height, width = size
     whole, corners = _grid(num_images, num_columns, width, height, CONTACT_GAP)
     sheet = sheet.resize(whole, Image.Resampling.NEAREST)
@@ -35,13 +40,13 @@ def cut_sheet(
 
 
 def captioned_sheet(images: list[np.ndarray], captions: list[str], num_columns: int) -> Image.Image:
-    """Lay images of one size out in rows, each with its caption.
+    """Lay images out in rows, each with its caption.
 
     images: uint8 (H, W, 3), or (F, H, W, 3) of which the middle frame is shown. A long caption is
     cut to MAX_LINES.
     """
     tiles = [_tile(image) for image in images]
-    width, height = tiles[0].size
+    width, height = (max(tile.size[axis] for tile in tiles) for axis in (0, 1))
     texts = [_wrap(caption, width) for caption in captions]
     cell_height = height + GAP + max(map(len, texts)) * LINE_HEIGHT
     num_columns = min(num_columns, len(tiles))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ml_collections
 import numpy as np
@@ -17,44 +17,23 @@ from flow_grpo.evaluation import diversity
 from flow_grpo.objectives import credit
 from flow_grpo.objectives.base import Micro
 from flow_grpo.plan import Part
-from flow_grpo.prompts import Prompt, epoch_prompts
-from flow_grpo.randomness import Randomness, rng
+from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, PromptBatch, Rollout, RowTable
 from flow_grpo.rewards.batch import Batch
-from flow_grpo.rewards.combine import Scoring
 from flow_grpo.rollouts import states_to_save
 from flow_grpo.sampling import Denoised, decode, denoise, parents
-from flow_grpo.training.arrange import arrange
+from flow_grpo.training.arrange import Drawn, Sampled, arrange
 from flow_grpo.training.run import Run
 
 
 class Ranked:
     """The scores of a prompt's own answers: the earlier is the better."""
 
-    def __init__(self, rollout: Rollout):
-        self._scores = -rollout.batch.member.double().numpy()
+    def __init__(self, members: list[int]):
+        self._scores = -np.array(members, dtype=np.float64)
 
     def result(self, patience_s: float) -> dict[str, np.ndarray]:
         return {"avg": self._scores}
-
-
-@dataclass
-class Sampled:
-    """This rank's part of an epoch's rollout."""
-
-    rollout: Rollout  # N rows
-    images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
-    scoring: Scoring | Ranked | None  # of the leaves, under way
-    for_gate: Rollout | None  # the first rows, with the velocities that were predicted for them
-    seconds_a_step: float = 1.0  # of a call
-    first_row: int = 0  # the number of its first row among all ranks'
-
-    def with_more(self, more: Sampled) -> Sampled:
-        """Put further rows behind these, whose scores are there."""
-        parent = more.rollout.parent.clone()
-        parent[parent[:, 0] >= 0, 0] += len(self.rollout)
-        rollout = Rollout.cat([self.rollout, replace(more.rollout, parent=parent)])
-        return replace(self, rollout=rollout, images=self.images + more.images, scoring=None)
 
 
 def collect(run: Run, epoch: int, for_gate: bool = False) -> tuple[Sampled, dict[str, np.ndarray]]:
@@ -63,7 +42,7 @@ def collect(run: Run, epoch: int, for_gate: bool = False) -> tuple[Sampled, dict
     sampled = roll_out(run, epoch, for_gate)
     scores, num_groups = score(run, sampled), plan.num_groups
     for _ in range(config.sample.max_refills):
-        rows = table_of(run, sampled.rollout)
+        rows = table_of(run, sampled.parts)
         cells, world = credit.peers(rows)[rows.leaf], run.ranks.gather_objects(scores["avg"])
         taught = advantages.num_unequal(torch.from_numpy(np.concatenate(world)), cells)
         of_group = len(cells.unique()) // num_groups  # sets of rows that are compared
@@ -90,12 +69,13 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False, part: Part | None = N
 
 def read(run: Run, epoch: int, part: Part) -> Sampled:
     """Encode what the data set answers its prompts with, a row an answer."""
-    size, parts, images = run.evaluator.size, [], []
-    prompts = _prompts(run, epoch, part)
+    parts, images = [], []
+    prompts = run.plan.asked(part.groups, epoch)
     with run.timer("sample"):
         for call in run.calls(run.ranks.rank, epoch, part):
             asked = [prompts[row.group] for row in call.rows]
             batch = run.prompt_batch(asked, call.rows)
+            size = batch.size
             answers = [
                 prompt.load_answer(row.member, size.width, size.height)
                 for prompt, row in zip(asked, call.rows, strict=True)
@@ -103,8 +83,8 @@ def read(run: Run, epoch: int, part: Part) -> Sampled:
             parts.append(unsampled(batch, run.pipeline.latents(answers, size)))
             images += answers
             run.evaluator.stop.check()
-    rollout = Rollout.cat(parts)
-    return Sampled(rollout, images, Ranked(rollout), for_gate=None)
+    members = [row.member for part in parts for row in part.batch.owners]
+    return Sampled(Drawn.in_turn(parts), images, Ranked(members), for_gate=[])
 
 
 def unsampled(batch: PromptBatch, final: Tensor) -> Rollout:
@@ -123,25 +103,14 @@ def unsampled(batch: PromptBatch, final: Tensor) -> Rollout:
     )
 
 
-def _prompts(run: Run, epoch: int, part: Part) -> dict[int, Prompt]:
-    """Return the prompt of each group of a part, by its slot; of a refill at random."""
-    prompts, seed = run.plan.train_prompts, run.config.seed
-    slots = range(part.first, part.first + part.num_groups)
-    if part.first == 0:
-        numbers = epoch_prompts(len(prompts), part.num_groups, seed, epoch)
-    else:
-        numbers = [rng(seed, "refill", epoch, slot).randrange(len(prompts)) for slot in slots]
-    return {slot: prompts[number] for slot, number in zip(slots, numbers, strict=True)}
-
-
 def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
     config, plan, objective = run.config, run.plan, run.objective
-    asked = _prompts(run, epoch, part)
+    asked = plan.asked(part.groups, epoch)
     world = [run.calls(rank, epoch, part) for rank in range(plan.world_size)]
     calls = world[run.ranks.rank]
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
     done: list[Denoised] = []
-    images, gated, scoring = [], [], run.evaluator.scorer.start()
+    images, gated, scoring = [], {}, run.evaluator.scorer.start()
     num_steps = sum(call.segment.grid.shape[1] - 1 for call in calls)
     bar = progress(num_steps, "sample", shown=run.ranks.is_main)
     weights = objective.samples_with(epoch, run.updater.num_updates)
@@ -150,12 +119,13 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
         for number in range(max(map(len, world))):
             if number < len(calls):
                 call, keep = calls[number], list(objective.keeps)
-                checked = for_gate and keep and sum(map(len, gated)) < plan.micro_batch_size
+                prompts = [asked[row.group] for row in call.rows]
+                batch = run.prompt_batch(prompts, call.rows)
+                of_size = gated.setdefault(batch.size, [])
+                checked = for_gate and keep and sum(map(len, of_size)) < plan.micro_batch_size
                 checked = checked and call.segment.stochastic.any()
                 if checked and "velocities" not in keep:
                     keep.append("velocities")
-                prompts = [asked[row.group] for row in call.rows]
-                batch = run.prompt_batch(prompts, call.rows)
                 drawn = denoise(
                     run.pipeline,
                     run.model,
@@ -170,7 +140,7 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
                     on_step=bar.update,
                 )
                 if checked:
-                    gated.append(drawn.rollout)
+                    of_size.append(drawn.rollout)
                 if "velocities" not in objective.keeps:
                     drawn.rollout = replace(drawn.rollout, velocities=None)
                 done.append(drawn)
@@ -182,10 +152,10 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
             run.evaluator.stop.check()  # of as many calls as the rank with the most makes
     bar.close()
     return Sampled(
-        rollout=Rollout.cat([drawn.rollout for drawn in done]),
+        parts=Drawn.in_turn(drawn.rollout for drawn in done),
         images=images,
         scoring=scoring,
-        for_gate=Rollout.cat(gated) if gated else None,
+        for_gate=[Rollout.cat(of_size) for of_size in gated.values() if of_size],
         seconds_a_step=(time.monotonic() - started) / max(num_steps, 1),
     )
 
@@ -197,29 +167,35 @@ def score(run: Run, sampled: Sampled) -> dict[str, np.ndarray]:
     run.evaluator.check_masked(scores["avg"])
     if run.objective.reward_kl:
         with run.timer("reward"):
-            scores["reference_kl"] = reference_kl(run, sampled.rollout)
-        sampled.rollout.velocities = None
+            scores["reference_kl"] = reference_kl(run, sampled.parts)
+        for part in sampled.parts:
+            part.rollout.velocities = None
     return scores
 
 
-def reference_kl(run: Run, rollout: Rollout) -> np.ndarray:
+def reference_kl(run: Run, parts: list[Drawn]) -> np.ndarray:
     """Let the objective measure how far this rank's leaves are from the reference, (L,)."""
-    micros = []
-    for numbers in torch.nonzero(rollout.leaf).flatten().split(run.plan.micro_batch_size):
-        rows = rollout.rows(numbers)
-        points = run.objective.points(rows, Randomness(run.config.seed, (run.epoch,)))
-        micros.append(Micro(rows, points, run.predictor(rows), [None] * len(points)))
+    micros, leaves = [], []
+    for rollout, held in parts:
+        for numbers in torch.nonzero(rollout.leaf).flatten().split(run.plan.micro_batch_size):
+            rows = rollout.rows(numbers)
+            points = run.objective.points(rows, Randomness(run.config.seed, (run.epoch,)))
+            micros.append(Micro(rows, points, run.predictor(rows), [None] * len(points)))
+            leaves.append(held[numbers.numpy()])
+    num_calls = max(run.ranks.gather_objects(len(micros)))  # sizes cut ranks' rows differently
     with torch.no_grad():
-        found = run.objective.reference_kl(micros, run.predict)
-    return torch.cat(found).double().cpu().numpy()
+        padded = micros + micros[-1:] * (num_calls - len(micros))
+        found = run.objective.reference_kl(padded, run.predict)[: len(micros)]
+    in_turn = np.argsort(np.concatenate(leaves))
+    return torch.cat(found).double().cpu().numpy()[in_turn]
 
 
 def weigh(
     run: Run, sampled: Sampled, scores: dict[str, np.ndarray], epoch: int
 ) -> tuple[Arranged, dict[str, float]]:
     """Turn the scores of all ranks into what trains when; give this rank's rows their share."""
-    config, rollout = run.config, sampled.rollout
-    rows, ranks = table_of(run, rollout), run.ranks.gather_objects(scores)
+    config = run.config
+    rows, ranks = table_of(run, sampled.parts), run.ranks.gather_objects(scores)
     world = {n: torch.from_numpy(np.concatenate([each[n] for each in ranks])) for n in scores}
     leaf_scores = combine(config, world, credit.peers(rows)[rows.leaf])
     if weight := run.objective.reward_kl:
@@ -231,10 +207,11 @@ def weigh(
     arranged = arrange(run.objective, all_scores, rows, run.plan, epoch, shuffle)
     rank, device = run.ranks.rank, run.ranks.device
     mine, sampled.first_row = rows.rank == rank, int((rows.rank < rank).sum())
-    rollout.advantages = arranged.advantages[mine].float().to(device)
-    rollout.weights = arranged.weights[mine].float().to(device)
-    if arranged.uncertain is not None:
-        rollout.uncertain = arranged.uncertain[mine].float().to(device)
+    for rollout, numbers in sampled.parts:
+        rollout.advantages = arranged.advantages[mine][numbers].float().to(device)
+        rollout.weights = arranged.weights[mine][numbers].float().to(device)
+        if arranged.uncertain is not None:
+            rollout.uncertain = arranged.uncertain[mine][numbers].float().to(device)
     group = rows.group[rows.leaf]
     metrics = {f"reward/{name}": values.nanmean().item() for name, values in world.items()}
     small = np.concatenate(run.ranks.gather_objects(diversity.thumbnails(sampled.images)))
@@ -253,23 +230,29 @@ def weigh(
     }
 
 
-def table_of(run: Run, rollout: Rollout) -> RowTable:
-    rank = run.ranks.rank
-    columns = {
-        "group": rollout.batch.group,
-        "member": rollout.batch.member,
-        "rank": torch.full((len(rollout),), rank),
-        "leaf": rollout.leaf,
-        "parent": rollout.parent[:, 0],
-        "steps": rollout.steps.cpu(),
-        "branch": torch.tensor([(-1, *row.branch)[-1] for row in rollout.batch.owners]),
-    }
+def table_of(run: Run, parts: list[Drawn]) -> RowTable:
+    in_turn = np.argsort(np.concatenate([part.numbers for part in parts]))
+    of_parts = [_columns(part.rollout) for part in parts]
+    columns = {n: torch.cat([each[n] for each in of_parts])[in_turn] for n in of_parts[0]}
+    columns["rank"] = torch.full_like(columns["group"], run.ranks.rank)
+    columns["sizes"] = torch.tensor(run.plan.sizes_of(columns["group"].tolist(), run.epoch))
     ranks = run.ranks.gather_objects(columns)
     first = 0
     for each in ranks:  # a parent's number among all rows
         each["parent"] = torch.where(each["parent"] < 0, -1, each["parent"] + first)
         first += len(each["parent"])
     return RowTable(**{name: torch.cat([each[name] for each in ranks]) for name in columns})
+
+
+def _columns(rollout: Rollout) -> dict[str, Tensor]:
+    return {
+        "group": rollout.batch.group,
+        "member": rollout.batch.member,
+        "leaf": rollout.leaf,
+        "parent": rollout.parent[:, 0],
+        "steps": rollout.steps.cpu(),
+        "branch": torch.tensor([(-1, *row.branch)[-1] for row in rollout.batch.owners]),
+    }
 
 
 def combine(config: ml_collections.ConfigDict, scores: dict[str, Tensor], group: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from flow_grpo.evaluation import alarm, looks
 from flow_grpo.evaluation.evaluate import at_sizes, metrics, score_prompts, spread
 from flow_grpo.parallel.faults.stop import Stopped
-from flow_grpo.records import Size
 from flow_grpo.report.recorded import read_metrics
+from flow_grpo.report.sheets import cell
 
 if TYPE_CHECKING:
     from flow_grpo.training.run import Run
@@ -30,7 +30,7 @@ def evaluate(run: Run) -> dict[str, float]:
     with run.timer("eval"), run.snapshots.using("ema" if run.config.train.ema else "policy"):
         shown, (evaluator, *others) = spread(len(prompts)), at_sizes(run.evaluator)
         scores, images = score_prompts(evaluator, prompts, shown, look)
-        further = {_named(each.size): score_prompts(each, prompts, shown) for each in others}
+        further = {str(each.size): score_prompts(each, prompts, shown) for each in others}
     for size, (more, drawn) in further.items():
         scores |= {f"{name}@{size}": values for name, values in more.items()}
         sheet = f"eval-{run.updater.num_updates:06d}@{size}"
@@ -42,8 +42,7 @@ def evaluate(run: Run) -> dict[str, float]:
     run.log("eval", found | ({"hacking_alarm": len(fallen)} if run.config.eval_reward_fn else {}))
     name = f"eval-{run.updater.num_updates:06d}"
     run.tracker.save_images(name, list(images.values()), NUM_COLUMNS)
-    size = evaluator.size
-    layout = {"num_columns": NUM_COLUMNS, "size": (size.height, size.width)}
+    layout = {"num_columns": NUM_COLUMNS, "size": cell(list(images.values()))}
     run.tracker.write("images/eval.json", layout | {"prompts": [prompts[n].text for n in images]})
     alarmed = (
         f"reward hacking: since the second evaluation before, the trained reward rose and held-out "
@@ -54,12 +53,6 @@ def evaluate(run: Run) -> dict[str, float]:
     if fallen and run.config.hacking_alarm == "warn" and run.ranks.is_main:
         tqdm.write(f"warning: {alarmed}")
     return found
-
-
-def _named(size: Size) -> str:
-    """Write a size as behind a score's name: 64x48, or 64x48x9 of a video."""
-    sides = (size.height, size.width, *([size.num_frames] if size.num_frames > 1 else []))
-    return "x".join(map(str, sides))
 
 
 def _fallen(run: Run, scores: dict[str, np.ndarray]) -> list[str]:

@@ -1,5 +1,6 @@
 """The gate: before a run's first update, training must score exactly what was sampled."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,26 +27,33 @@ CAUSES = {
 
 
 @torch.no_grad()
-def gate(run: Run, rows: Rollout | None, epoch: int) -> None:
+def gate(run: Run, parts: list[Rollout], epoch: int) -> None:
     """Compare sampling with training before the first update; raise RuntimeError if they disagree.
 
-    rows: as sampled, with their velocities; None where no steps are kept. They are predicted again
-    as training does it. The largest figures of each trained step stay in the run's gate.json:
+    parts: rows of each size as sampled, with their velocities; none where no steps are kept. They
+    are predicted again as training does it. The largest figures of each trained step stay in the
+    run's gate.json:
 
     step: |log-prob of the sampled velocity, scored again, less the rollout's|: the kernel.
     log_ratio: |log-prob of training's velocity less the rollout's|: what the loss sees.
     nats: the same of the whole image, not of a mean over its elements.
     velocity: rms of the two velocities' difference over the rms of the sampled one.
     """
-    if rows is None or not rows.steps.shape[1]:
+    if not parts or not parts[0].steps.shape[1]:
         return
-    rows = rows.rows(slice(0, run.plan.micro_batch_size))
-    velocity = run.predictor(rows)
-    figures: dict[str, dict[int, float]] = {name: {} for name in CAUSES}
-    for point in run.objective.points(rows, Randomness(run.config.seed, (epoch, 0))):
-        measured = measure(run.objective.schedule, rows, point.column, velocity(point))
-        for name, value in measured.items():
-            figures[name][point.column] = run.ranks.gather(value.max()).max().item()
+    found: dict[str, dict[int, list[float]]] = {name: {} for name in CAUSES}
+    for number in range(max(run.ranks.gather_objects(len(parts)))):  # equal calls on all ranks
+        rows = parts[min(number, len(parts) - 1)].rows(slice(0, run.plan.micro_batch_size))
+        velocity = run.predictor(rows)
+        for point in run.objective.points(rows, Randomness(run.config.seed, (epoch, 0))):
+            measured = measure(run.objective.schedule, rows, point.column, velocity(point))
+            for name, value in measured.items():
+                worst = run.ranks.gather(value.max()).max().item()
+                found[name].setdefault(point.column, []).append(worst)
+    figures = {
+        name: {column: float(np.max(worst)) for column, worst in columns.items()}
+        for name, columns in found.items()
+    }
     for name, limit in ({"step": STEP_LIMIT} | run.objective.gate_limits()).items():
         if not all(value <= limit for value in figures[name].values()):  # NaN is not
             raise RuntimeError(

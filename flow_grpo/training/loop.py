@@ -14,8 +14,8 @@ from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, Point
 from flow_grpo.report.output import redraw
 from flow_grpo.training import arrange, collect
+from flow_grpo.training.arrange import Sampled
 from flow_grpo.training.checkpoint import save
-from flow_grpo.training.collect import Sampled
 from flow_grpo.training.evaluate import evaluate
 from flow_grpo.training.gate import gate
 from flow_grpo.training.run import Run
@@ -179,7 +179,7 @@ def _key(objective: Objective, numbers: np.ndarray, inner: int) -> tuple:
 def _micro_batch(
     run: Run, sampled: Sampled, arranged: Arranged, epoch: int, numbers: np.ndarray, inner: int
 ) -> Micro:
-    rows = arrange.take_rows(sampled.rollout, numbers, sampled.first_row)
+    rows = sampled.rows(numbers)
     points = run.objective.points(rows, Randomness(run.config.seed, (epoch, inner)))
     trained = [arrange.trained_rows(arranged, numbers, point.column) for point in points]
     return Micro(rows, points, run.predictor(rows), trained)

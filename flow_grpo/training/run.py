@@ -1,5 +1,6 @@
 """Everything that a running training holds, and what its phases share."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,12 +43,19 @@ def calls(
 ) -> list[Call]:
     """Return a rank's calls of denoise() in an epoch; every rank knows those of all.
 
-    part: None: what every epoch draws.
+    part: None: what every epoch draws. Pictures of several sizes share no call.
     """
     sample, part = config.sample, part or plan.whole(config.sample)
     batches = rollout_rows(rank, part.num_batches, sample.train_batch_size, plan.group_size)
     rows = [[(part.first + group, member) for group, member in batch] for batch in batches]
-    return objective.rollout(rows, lambda groups: trained_steps(config, plan, groups, epoch))
+    sizes = plan.sizes_of((batch[0][0] for batch in rows), epoch)
+    found: list[Call] = []
+    for _, run in itertools.groupby(zip(sizes, rows, strict=True), key=lambda each: each[0]):
+        own = [batch for _, batch in run]
+        drawn = objective.rollout(own, lambda groups: trained_steps(config, plan, groups, epoch))
+        num_rows = sum(len(call.rows) for call in found)
+        found += [call.behind(num_rows) for call in drawn]
+    return found
 
 
 def passes(
@@ -178,10 +186,13 @@ class Run:
         if schedule.kind == "ode" or schedule.noise_level == 0:
             return 0.0
         steps = torch.from_numpy(self.trained_steps(range(self.plan.num_groups), self.epoch))
-        sigmas = schedule.sigmas.double().cpu()
-        now, then = sigmas[:-1][steps.unique()], sigmas[1:][steps.unique()]
-        left = sde.leftover_noise(schedule.kind, now, then, schedule.noise_level, sigmas[1])
-        return (left - then).max().item()
+        found = []
+        for sigmas in schedule.of_size.values() or [schedule.sigmas]:
+            sigmas = sigmas.double().cpu()
+            now, then = sigmas[:-1][steps.unique()], sigmas[1:][steps.unique()]
+            left = sde.leftover_noise(schedule.kind, now, then, schedule.noise_level, sigmas[1])
+            found.append((left - then).max().item())
+        return max(found)
 
     def move_snapshots(self, metrics: dict[str, float]) -> None:
         """Let the average follow every ema_update_every-th update, and the objective its own."""

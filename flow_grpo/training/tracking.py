@@ -85,8 +85,11 @@ class Tracker:
         """Save a sheet of images as images/<name>.png; of videos their middle, and a .gif."""
         if not (self._main and images):
             return
-        videos = np.stack([image if image.ndim == 4 else image[None] for image in images])
-        sheets = [contact_sheet(list(frames), num_columns) for frames in videos.swapaxes(0, 1)]
+        videos = [image if image.ndim == 4 else image[None] for image in images]
+        sheets = [
+            contact_sheet([video[min(frame, len(video) - 1)] for video in videos], num_columns)
+            for frame in range(max(map(len, videos)))
+        ]
         path = self._folder / "images" / name
         sheets[len(sheets) // 2].save(f"{path}.png")
         if len(sheets) > 1:

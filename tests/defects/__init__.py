@@ -10,6 +10,7 @@ from defects import (
     preference,
     ratio,
     rollouts,
+    sizes,
     state,
     steps,
     strangers,
@@ -19,6 +20,7 @@ from defects import (
 FILES = (
     steps,
     rollouts,
+    sizes,
     losses,
     ratio,
     preference,

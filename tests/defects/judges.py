@@ -85,8 +85,8 @@ DEFECTS = [
         "training-s-grid-at-another-size",
         SLIP,
         "flow_grpo/evaluation/evaluate.py",
-        "replace(evaluator, size=size, schedule=replace(schedule, sigmas=sigmas))",
-        "replace(evaluator, size=evaluator.size)",
+        "replace(evaluator, size=size) for size in",
+        "replace(evaluator, size=evaluator.size) for size in",
         "test_eval_sizes.py::test_a_run_is_evaluated_at_other_sizes_and_trains_as_it_would",
     ),
     Defect(

@@ -5,6 +5,7 @@ from defects.defect import SLIP, Defect
 SAMPLING = "flow_grpo/sampling.py"
 ANCHORED = "flow_grpo/objectives/forward/anchored.py"
 COLLECT = "flow_grpo/training/collect.py"
+PLAN = "flow_grpo/plan.py"
 COMBINE = "flow_grpo/rewards/combine.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 RUN = "flow_grpo/training/run.py"
@@ -55,9 +56,9 @@ DEFECTS = [
     Defect(
         "prompts-lag",
         "the data loader prefetches: flow_grpo issue 215",
-        COLLECT,
-        "part.num_groups, seed, epoch)",
-        "part.num_groups, seed, max(epoch - 1, 0))",
+        PLAN,
+        "self.num_groups, self.seed, epoch)",
+        "self.num_groups, self.seed, max(epoch - 1, 0))",
         "test_collect.py::test_every_lap_through_the_prompts_holds_each_line_once",
     ),
     Defect(

@@ -22,6 +22,7 @@ from flow_grpo.inputs import json_object
 from flow_grpo.launch import build, encoders, model_files, space
 from flow_grpo.launch.estimate.live import AsOnGPU, Live
 from flow_grpo.parallel import speed
+from flow_grpo.plan import Plan
 from flow_grpo.records import Conditioning, Guidance, Size
 
 MODE = FakeTensorMode(allow_non_fake_inputs=True)
@@ -70,14 +71,13 @@ class Peaks:
 class Fake:
     """A pipeline and what trains of it, in the types in which a run has them; no numbers."""
 
-    def __init__(
-        self, config: ConfigDict, described: Released, num_references: int, casts_trained: bool
-    ):
+    def __init__(self, config: ConfigDict, described: Released, plan: Plan, casts_trained: bool):
         """casts_trained: what trains is of the type that is computed with, not fp32."""
         family, self.dtype = FAMILIES[described.pipeline], encoders.DTYPES[config.mixed_precision]
-        self.config, self.num_references = config, num_references
-        height, width = config.height or config.resolution, config.width or config.resolution
-        self.size = Size(height, width, config.num_frames)
+        prompts, self.config = plan.train_prompts + plan.eval_prompts, config
+        self.num_references = max(len(prompt.images) for prompt in prompts)
+        self.size = max((prompt.size for prompt in plan.train_prompts), key=Size.area)
+        self.drawn = {self.size, *(sizes(config) or [each.size for each in plan.eval_prompts])}
         dtype = self.dtype if config.use_lora or casts_trained else torch.float32
         pipeline = self.pipeline = family.blank(described, dtype)
         pipeline.check_size(self.size)
@@ -109,7 +109,6 @@ class Fake:
         guidance, eval_guidance, _ = guidances(self.config)
         micro = sample.train_batch_size if train.batch_size is None else train.batch_size
         decoded = max(sample.train_batch_size, sample.test_batch_size)
-        drawn = {self.size, *sizes(self.config)}
         trained_with = guidance if train.cfg else pipeline.unguided
         autocasts = autocasts and self.dtype != torch.float32
         calls: list[int] = []
@@ -125,11 +124,11 @@ class Fake:
                 return self._velocity(num_rows, guidance, size)
 
         def decode() -> None:
-            for size in drawn:
+            for size in self.drawn:
                 pipeline.decode(self._latents(decoded, size), size)
 
         def evaluate() -> None:
-            for size in drawn:
+            for size in self.drawn:
                 predict(sample.test_batch_size, eval_guidance, size)
 
         def update() -> None:

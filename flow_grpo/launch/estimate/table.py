@@ -94,8 +94,7 @@ def estimate(config: ConfigDict, num_ranks: int, on_gpu: bool) -> Estimate:
     find(config.objective).check(config, family)
     prompts = found.train_prompts + found.eval_prompts
     family.check_prompts(prompts)
-    num_references = max(len(prompt.images) for prompt in prompts)
-    fakes = {casts: Fake(config, described, num_references, casts) for casts in (False, True)}
+    fakes = {casts: Fake(config, described, found, casts) for casts in (False, True)}
     fake, width = fakes[False], DTYPES[config.mixed_precision].itemsize
     objective, guided, passes = _epoch(config, found, fake)
     copies = [n for n in objective.snapshots if n != "reference" or not config.use_lora]

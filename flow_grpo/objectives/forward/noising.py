@@ -97,7 +97,7 @@ class Noising:
         self, k: int, rows: Rollout, schedule: Schedule, randomness: Randomness
     ) -> tuple[Tensor, Tensor]:
         """Return sigma and the step of the grid at or below which it lies, (B,) each."""
-        num_steps, sigmas = schedule.num_steps, schedule.sigmas
+        num_steps, sigmas = schedule.num_steps, schedule.at(rows.batch.size).sigmas
         if self.steps:
             steps = torch.full((len(rows),), self.steps[k])
         elif self.levels == "distinct":

@@ -13,7 +13,7 @@ from flow_grpo.objectives.norms import norm_ratio
 from flow_grpo.objectives.ratio import terms
 from flow_grpo.plan import Passes
 from flow_grpo.randomness import Randomness
-from flow_grpo.records import Loss, Point, Rollout
+from flow_grpo.records import Loss, Point, Rollout, Size
 from flow_grpo.sampling import Schedule, replay
 
 
@@ -80,7 +80,7 @@ class GRPO(Objective):
             self.keeps = (*self.keeps, "velocities")
         if self.beta or self.reward_kl:
             self.snapshots = ("reference",)
-        self.step_weight = terms.step_weights(train.step_weight, schedule)
+        self._step_weights: dict[Size, Tensor | None] = {}
 
     def reference_kl(self, micros: list[Micro], predict: Predict) -> list[Tensor]:
         found = []
@@ -116,13 +116,20 @@ class GRPO(Objective):
     def loss(self, velocity: Tensor, known: dict[str, Tensor], rows: Rollout, point: Point) -> Loss:
         step = replay(self.schedule, rows, point.column, velocity)
         value, stats = self.surrogate(step, self._old(known, rows, point), rows, point)
-        if self.step_weight is not None:
-            value = value * self.step_weight[point.step]
+        if (weights := self.step_weights(rows.batch.size)) is not None:
+            value = value * weights[point.step]
         if self.beta:
             kl = self._kl(rows, point, velocity, known["reference"], step)
             value = value + self.beta * kl
             stats |= {"kl": kl.detach(), "norm_ratio": norm_ratio(velocity, known["reference"])}
         return Loss(value, stats)
+
+    def step_weights(self, size: Size) -> Tensor | None:
+        """Return the factor of each step's loss in pictures of a size; see terms.step_weights()."""
+        if size not in self._step_weights:
+            schedule = self.schedule.at(size)
+            self._step_weights[size] = terms.step_weights(self.train.step_weight, schedule)
+        return self._step_weights[size]
 
     def _kl(
         self,

@@ -51,5 +51,6 @@ class GRPOGuard(GRPO):
             rows.at("advantages", point.column),
             *terms.clip_bounds(self.train, of_a_nat),
         )
-        sigma_next = self.schedule.sigmas[rows.next_steps[:, point.column]]
+        sigmas = self.schedule.at(rows.batch.size).sigmas
+        sigma_next = sigmas[rows.next_steps[:, point.column]]
         return value / (point.sigma - sigma_next), stats

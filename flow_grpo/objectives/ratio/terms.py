@@ -57,8 +57,9 @@ STATISTICS = {
 
 
 def kept_points(rows: Rollout, schedule: Schedule) -> list[Point]:
+    sigmas = schedule.at(rows.batch.size).sigmas
     return [
-        Point(rows.latents[:, k].contiguous(), schedule.sigmas[steps], step=steps, column=k)
+        Point(rows.latents[:, k].contiguous(), sigmas[steps], step=steps, column=k)
         for k, steps in enumerate(rows.steps.unbind(1))
     ]
 
@@ -119,7 +120,8 @@ def kl(
         return squared(step.mean - mean)
     divergence = sde.mean_kl(step.mean, mean, step.std)
     if mode == "kl_dt" and sde.KERNELS[schedule.kind].has_variance:
-        divergence = divergence * (point.sigma - schedule.sigmas[rows.next_steps[:, point.column]])
+        sigmas = schedule.at(rows.batch.size).sigmas
+        divergence = divergence * (point.sigma - sigmas[rows.next_steps[:, point.column]])
     return divergence
 
 
