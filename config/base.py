@@ -117,6 +117,13 @@ COMMON = {
     "attention_backend": Key(
         "", "of diffusers, such as _native_cudnn or flash; empty: its own choice"
     ),
+    "offload": Key(
+        (),
+        "what waits on the host, pinned, until it is asked for: snapshots, where they are no "
+        "adapters (a full fine-tune, or an engine that cuts weights); an epoch's rollouts",
+        of=str,
+        choices=("snapshots", "rollouts"),
+    ),
     "vae_tiling": Key(False, "decode an image in tiles, with faint seams"),
     "vae_slicing": Key(False, "decode one image after the other"),
     # Rollouts.

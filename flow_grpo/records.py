@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -55,6 +56,12 @@ class Cond:
 
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Return a copy on the host, pinned if there is a GPU that it goes back to."""
+    kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return kept.copy_(tensor.detach())
 
 
 @dataclass
@@ -160,6 +167,19 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.batch)
+
+    def on_host(self) -> Rollout:
+        """Return a copy on the host, pinned."""
+        return replace(self, **{name: on_host(value) for name, value in self._moved()})
+
+    def to(self, device: torch.device) -> Rollout:
+        return replace(self, **{n: v.to(device, non_blocking=True) for n, v in self._moved()})
+
+    def _moved(self) -> Iterator[tuple[str, Tensor]]:
+        """Give what is on the device while rows are drawn and trained."""
+        for name in (f.name for f in fields(self) if f.name not in ("batch", "leaf", "parent")):
+            if (value := getattr(self, name)) is not None:
+                yield name, value
 
     def rows(self, rows: Rows) -> Rollout:
         """Return some rows: views of these where they are a slice."""

@@ -83,6 +83,7 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "memory_keys.py::test_checkpointed_activations_give_the_same_gradient[sd3]": ""
     "activation_checkpointing",
     "bagel_folder.py::test_the_interval_of_a_config_reaches_the_model": "sample.guidance_interval",
+    "memory_keys.py::test_what_waits_on_the_host_changes_no_bit[nft]": "offload",
     "memory_keys.py::test_the_keys_reach_the_model": "attention_backend vae_tiling vae_slicing "
     "sample.batched_guidance",
     "windows.py::test_starts_cover_the_range_evenly_and_nothing_else": "sample.sde_window_size "

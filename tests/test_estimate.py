@@ -124,6 +124,9 @@ def test_what_ranks_hold_adds_up_to_what_there_is():
         else:
             assert on_host.keys() == {"start"}
         assert kind.sent(of, Calls(3, 2, 1), 1) == 0
+        waits = of._replace(is_lora=False, copies_wait=True)
+        assert kind.device(waits, 1)["snapshots"] == 0
+        assert kind.host(waits, 1)["snapshots"] == 4 * waits.trained
     ddp = next(kind for kind in KINDS if kind.name == "multi_gpu")
     assert ddp.sent(of, Calls(3, 2, 1), 2) == 4 * of.trained  # half of twice all gradients
     fsdp = next(kind for kind in KINDS if kind.name == "fsdp2")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import running
 import tiny
@@ -12,11 +14,13 @@ from diffusers.models.attention_processor import Attention
 from tiny import LENGTH, prompt_batch
 
 from config.base import base
+from flow_grpo import records
 from flow_grpo.conditioning import collate
 from flow_grpo.diffusers_patch.flux import Flux
 from flow_grpo.launch import build
 from flow_grpo.parallel import speed
 from flow_grpo.records import Size
+from flow_grpo.training import snapshots
 
 SIGN = 'a sign that says "Grüße 42"'
 MODELS = pytest.mark.parametrize("name", list(tiny.MODELS))
@@ -68,6 +72,30 @@ def test_slices_decode_to_the_same_pictures_and_tiles_to_similar_ones(name):
     torch.testing.assert_close(model.decode(latents, size), whole, rtol=0, atol=1e-5)
     model.pipe.vae.enable_tiling()
     assert model.decode(latents, size).shape == whole.shape
+
+
+@pytest.mark.parametrize("objective", ["grpo", "nft"])
+def test_what_waits_on_the_host_changes_no_bit(files, tmp_path, monkeypatch, objective):
+    waited, on_host = [], records.on_host
+
+    def watched(tensor):
+        waited.append(tensor.numel())
+        return on_host(tensor)
+
+    monkeypatch.setattr(records, "on_host", watched)
+    monkeypatch.setattr(snapshots, "on_host", watched)
+    keys = {"objective": objective, "use_lora": False, "train__ema": True, "logdir": tmp_path}
+    keys |= {"train__beta": 0.1} if objective == "grpo" else {"nft__kl_beta": 0.1}
+    found = []
+    for name, offload in (("stays", "()"), ("waits", "('snapshots', 'rollouts')")):
+        more = keys | {"run_name": f"{objective}-{name}", "offload": offload}
+        found.append(running.train(running.arguments(files, **more)))
+        assert bool(waited) == (name == "waits")
+    one, other = (running.weights(run.folder) for run in found)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    held = sum(value.numel() for value in found[1].snapshots.state_dict().values())
+    finals = 2 * 16 * math.prod(found[1].pipeline.noise_shape(Size(32, 32)))
+    assert sum(waited) > held + finals
 
 
 @pytest.fixture

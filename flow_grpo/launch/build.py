@@ -86,7 +86,7 @@ def build(
         objective=objective,
         engine=engine,
         updater=Updater(engine, config.train, total_updates),
-        snapshots=Snapshots(engine, names, config.use_lora),
+        snapshots=Snapshots(engine, names, config.use_lora, "snapshots" in config.offload),
         tracker=Tracker(engine.ranks, claim.folder),
         claim=claim,
     )

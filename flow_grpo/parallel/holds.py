@@ -18,6 +18,7 @@ class Training(NamedTuple):
     copies: int  # snapshots
     is_lora: bool
     holds_start: bool  # the host keeps what an epoch's updates change
+    copies_wait: bool = False  # on the host, where they are no adapters
 
 
 class Calls(NamedTuple):
@@ -47,16 +48,14 @@ class Kind:
 
     def device(self, training: Training, num_ranks: int) -> dict[str, float]:
         """Return the bytes on a rank's device of what lasts, by part."""
-        found = self._parts(training, num_ranks)
-        if self.offloads:
-            found |= dict.fromkeys(self._on_host(), 0.0)
-        return found
+        on_host = dict.fromkeys(self._on_host(training), 0.0)
+        return self._parts(training, num_ranks) | on_host
 
     def host(self, training: Training, num_ranks: int) -> dict[str, float]:
         """Return the same of what is on the host; "start" is what an epoch's updates change."""
         found, cut = self._parts(training, num_ranks), num_ranks if self.cuts_masters else 1
         start = FP32 * training.trained * (3 + training.copies) / cut
-        kept = {name: found[name] for name in self._on_host()} if self.offloads else {}
+        kept = {name: found[name] for name in self._on_host(training)}
         return kept | {"start": start if training.holds_start else 0.0}
 
     def sent(self, training: Training, calls: Calls, num_ranks: int) -> float:
@@ -69,12 +68,15 @@ class Kind:
         width = FP32 if self.autocasts else training.width
         return share * 2 * width * trained * calls.updates
 
-    def _on_host(self) -> tuple[str, ...]:
+    def _on_host(self, training: Training) -> tuple[str, ...]:
+        if not self.offloads:
+            swapped = self.cuts_weights or not training.is_lora
+            return ("snapshots",) if training.copies_wait and swapped else ()
         of_weights = ("frozen weights", "trained weights") if self.cuts_weights else ()
         return (*of_weights, "optimizer", "snapshots")
 
     def _parts(self, training: Training, num_ranks: int) -> dict[str, float]:
-        _, trained, block, width, copies, is_lora, _ = training
+        _, trained, block, width, copies, is_lora, *_ = training
         weights = num_ranks if self.cuts_weights else 1
         masters = num_ranks if self.cuts_masters else 1
         adapters = width * trained * copies if is_lora and not self.cuts_weights else 0.0

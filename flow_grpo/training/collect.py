@@ -62,9 +62,12 @@ def roll_out(run: Run, epoch: int, for_gate: bool = False, part: Part | None = N
     part: None: what every epoch draws.
     """
     part = part or run.plan.whole(run.config.sample)
-    if run.config.sample.source == "data":
-        return read(run, epoch, part)
-    return draw(run, epoch, part, for_gate)
+    from_data = run.config.sample.source == "data"
+    sampled = read(run, epoch, part) if from_data else draw(run, epoch, part, for_gate)
+    if "rollouts" in run.config.offload:
+        waiting = [part._replace(rollout=part.rollout.on_host()) for part in sampled.parts]
+        sampled = replace(sampled, parts=waiting)
+    return sampled
 
 
 def read(run: Run, epoch: int, part: Part) -> Sampled:
@@ -178,7 +181,7 @@ def reference_kl(run: Run, parts: list[Drawn]) -> np.ndarray:
     micros, leaves = [], []
     for rollout, held in parts:
         for numbers in torch.nonzero(rollout.leaf).flatten().split(run.plan.micro_batch_size):
-            rows = rollout.rows(numbers)
+            rows = rollout.rows(numbers).to(run.ranks.device)
             points = run.objective.points(rows, Randomness(run.config.seed, (run.epoch,)))
             micros.append(Micro(rows, points, run.predictor(rows), [None] * len(points)))
             leaves.append(held[numbers.numpy()])

@@ -179,7 +179,7 @@ def _key(objective: Objective, numbers: np.ndarray, inner: int) -> tuple:
 def _micro_batch(
     run: Run, sampled: Sampled, arranged: Arranged, epoch: int, numbers: np.ndarray, inner: int
 ) -> Micro:
-    rows = sampled.rows(numbers)
+    rows = sampled.rows(numbers).to(run.ranks.device)
     points = run.objective.points(rows, Randomness(run.config.seed, (epoch, inner)))
     trained = [arrange.trained_rows(arranged, numbers, point.column) for point in points]
     return Micro(rows, points, run.predictor(rows), trained)

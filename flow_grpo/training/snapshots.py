@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn, zeros_like
 
 from flow_grpo.parallel.engine import Engine, Parts
+from flow_grpo.records import on_host
 from flow_grpo.training.optimizer import Updater
 
 POLICY = "default"  # the adapter that trains, as peft and diffusers call it
@@ -21,18 +22,19 @@ class Snapshots:
 
     Under LoRA each is also an adapter, written when the copy moves; a full fine-tune swaps weights,
     and so does an engine that cuts them. A LoRA's reference is no adapter, until it is moved.
-    All ranks must make each call.
+    waits: what is no adapter is on the host. All ranks must make each call.
     """
 
-    def __init__(self, engine: Engine, names: Iterable[str], use_lora: bool):
+    def __init__(self, engine: Engine, names: Iterable[str], use_lora: bool, waits: bool = False):
         self._engine, self._use_lora = engine, use_lora
         self._by_adapter = use_lora and not engine.cuts_weights
+        self._waits = waits and not self._by_adapter
         self._held: dict[str, Parts] = {}
         self._adapters: dict[str, dict[str, nn.Parameter]] = {}  # by the policy's weights' names
         self._in_use = False
         for name in names:
             if name != "reference" or not use_lora:
-                self._hold(name, {n: master.clone() for n, master in engine.masters().items()})
+                self._hold(name, {n: self._kept(m) for n, m in engine.masters().items()})
 
     @property
     def names(self) -> list[str]:
@@ -43,16 +45,20 @@ class Snapshots:
         """Set copy `name` to decay x copy + (1 - decay) x policy."""
         masters = self._engine.masters()
         if name == "reference" and name not in self._held:  # B = 0: it starts as no adapter
-            start = {n: m.clone() if ".lora_A." in n else zeros_like(m) for n, m in masters.items()}
-            self._hold(name, start)
+            start = {n: m if ".lora_A." in n else zeros_like(m) for n, m in masters.items()}
+            self._hold(name, {n: self._kept(value) for n, value in start.items()})
         for key, master in masters.items():
-            self._held[name][key].lerp_(master, 1 - decay)
+            held = self._held[name][key]
+            moved = held.to(master.device).lerp_(master, 1 - decay)
+            if moved is not held:
+                held.copy_(moved)
         self._show(name)
 
     def values(self, name: str) -> dict[str, Tensor]:
         """Return the whole weights of `name` ("policy": its own), until its next move."""
         masters = self._engine.masters()
-        return dict(self._engine.full(masters if name == "policy" else self._held[name]))
+        parts = masters if name == "policy" else self._held[name]
+        return dict(self._engine.full({n: v.to(masters[n].device) for n, v in parts.items()}))
 
     @contextmanager
     def using(self, name: str) -> Iterator[None]:
@@ -75,7 +81,7 @@ class Snapshots:
 
     @contextmanager
     def _swapped(self, name: str) -> Iterator[None]:
-        own = {key: master.clone() for key, master in self._engine.masters().items()}
+        own = {key: self._kept(master) for key, master in self._engine.masters().items()}
         self._engine.put(self._held[name])
         try:
             yield
@@ -90,11 +96,14 @@ class Snapshots:
         """Continue from a state_dict(). Raises KeyError if it lacks a copy."""
         masters = self._engine.masters()
         if any(key.startswith("reference/") for key in state) and "reference" not in self._held:
-            self._hold("reference", {n: master.clone() for n, master in masters.items()})
+            self._hold("reference", {n: self._kept(master) for n, master in masters.items()})
         for name, held in self._held.items():
             for key, tensor in held.items():
                 tensor.copy_(state[f"{name}/{key}"])
             self._show(name)
+
+    def _kept(self, value: Tensor) -> Tensor:
+        return on_host(value) if self._waits else value.clone()
 
     def _hold(self, name: str, weights: Parts) -> None:
         self._held[name] = weights

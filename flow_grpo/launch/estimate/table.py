@@ -106,6 +106,7 @@ def estimate(config: ConfigDict, num_ranks: int, on_gpu: bool) -> Estimate:
         copies=len(copies) + config.train.ema,
         is_lora=config.use_lora,
         holds_start=config.use_lora or config.train.hold_start,
+        copies_wait="snapshots" in config.offload,
     )
     keeps = config.encoders != "precompute"
     result = Estimate(
