@@ -138,6 +138,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "preference.py::test_rows_that_do_not_train_are_not_counted_as_forwards": "dpo.num_times "
     "sft.num_times",
     "preference.py::test_levels_may_be_drawn_evenly[{key}]": "dpo.density sft.density",
+    "preference.py::test_levels_may_be_those_of_fixed_steps_for_every_image[dpo]": "dpo.steps",
+    "preference.py::test_levels_may_be_those_of_fixed_steps_for_every_image[sft]": "sft.steps",
     "preference.py::test_rwr_trains_all_scored_rows_by_their_raw_rewards": "sft.weights",
     "windows.py::test_a_subset_holds_distinct_ascending_steps_each_as_often_as_another": ""
     "sample.sde_window",

@@ -157,6 +157,18 @@ def test_levels_may_be_drawn_evenly(key):
     assert abs(place.std() - 1 / math.sqrt(12)) < 0.01
 
 
+@pytest.mark.parametrize("name", ["dpo", "sft"])
+def test_levels_may_be_those_of_fixed_steps_for_every_image(name):
+    found = objective(name, **{f"{name}__steps": (0, 2)})
+    rows = rollout(torch.zeros(4, 1), advantages=(1.0,) * 4)
+    points = found.points(rows, Randomness(0, (0, 0)))
+    assert [point.step.tolist() for point in points] == [[0] * 4, [2] * 4]
+    config = base(name)
+    config[name].steps = (0, config.sample.num_steps)
+    with pytest.raises(ValueError, match=f"config.{name}.steps=.* distinct, ascending steps"):
+        find(name).check(config, SD3)
+
+
 @pytest.mark.parametrize(
     ("keys", "found", "remedy"),
     [

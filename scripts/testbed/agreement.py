@@ -12,6 +12,8 @@ signal   with c the latter: c / (1 - c), the squared signal-to-noise ratio of on
 
 Errors are a jackknife's over epochs. Writes a file for each run and agreement.md to --out; what is
 there is not measured again. --only names runs; several processes may share the work.
+--config.KEY=VALUE counts more than a run's: with train.shuffle_advantages=True, what is left of the
+agreement does not come from the rewards.
 """
 
 import argparse
@@ -47,12 +49,14 @@ class Kept:
         return False
 
 
-def gradients(name: str, out: Path, num_epochs: int, seed: int) -> tuple[Tensor, float]:
+def gradients(
+    name: str, out: Path, num_epochs: int, seed: int, more: list[str]
+) -> tuple[Tensor, float]:
     """Return each epoch's gradient (num_epochs, P) at the base, and an epoch's CPU seconds."""
     keys = {"logdir": out, "run_name": f"{name.replace(' ', '-')}-{os.getpid()}", "seed": seed}
     keys |= {"num_epochs": num_epochs, "train.hold_start": False, "train.ema": False} | RUNS[name]
     given = [f"--config.{key}={value}" for key, value in keys.items()]
-    run = prepare(["agreement.py", f"--config={CONFIG}", *given], SD3, CONFIG)
+    run = prepare(["agreement.py", f"--config={CONFIG}", *given, *more], SD3, CONFIG)
     found, kept = [], Kept(run)
     run.updater = kept
     start = time.process_time()
@@ -86,8 +90,8 @@ def jackknife(rows: Tensor, statistic) -> tuple[float, float]:
     return statistic(rows), float(spread.sqrt())
 
 
-def measure(name: str, out: Path, num_epochs: int, seed: int) -> dict:
-    rows, seconds = gradients(name, out, num_epochs, seed)
+def measure(name: str, out: Path, num_epochs: int, seed: int, more: list[str]) -> dict:
+    rows, seconds = gradients(name, out, num_epochs, seed, more)
 
     def adam(some: Tensor) -> float:
         return mean_cosine(as_adam(some))
@@ -120,12 +124,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=42)
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only:
         note = args.out / f"{name.replace(' ', '-')}.json"
         if not note.exists():
-            found = measure(name, args.out.resolve(), args.epochs, args.seed)
+            found = measure(name, args.out.resolve(), args.epochs, args.seed, more)
             note.write_text(json.dumps(found))
     rows = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
     machine = f"Python {platform.python_version()}, torch {torch.__version__}"

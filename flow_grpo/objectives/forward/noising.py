@@ -33,22 +33,21 @@ KEYS = {  # beside num_times and steps, of any loss; all take the same draws
 PURPOSE = {"image": "", "group": " of a group", "all": " of all"}
 
 
-def counted(section: str, num_times: int = 4) -> dict[str, Key]:
-    """Declare how many noisings a row has, or at which steps."""
+def counted(section: str, num_times: int = 4, what: str = "image") -> dict[str, Key]:
+    """Declare how many noisings each has, or at which steps."""
     return {
         f"{section}.num_times": Key(
-            num_times, "noise levels drawn for each image", least=1, most=1000
+            num_times, f"noise levels drawn for each {what}", least=1, most=1000
         ),
         f"{section}.steps": Key(
-            (), "instead: the levels of these steps, for every image", of=int, least=0, most=1000
+            (), f"instead: the levels of these steps, for every {what}", of=int, least=0, most=1000
         ),
     }
 
 
 def drawn(section: str, what: str) -> dict[str, Key]:
     """Declare how many noisings are drawn for each of what, and by which density."""
-    return {
-        f"{section}.num_times": Key(1, f"noise levels drawn for each {what}", least=1, most=1000),
+    return counted(section, 1, what) | {
         f"{section}.density": Key("logit_normal", "of the noise levels", choices=GRID),
     }
 
@@ -125,8 +124,8 @@ class Noising:
         return place if self.shift == 1 else place / (self.shift - (self.shift - 1) * place)
 
 
-def check(config: ml_collections.ConfigDict, section: str) -> None:
-    """Raise ValueError for steps or levels that the rollout's grid does not have."""
+def check_steps(config: ml_collections.ConfigDict, section: str) -> None:
+    """Raise ValueError for steps that the rollout's grid does not have."""
     steps, known = list(config[section].steps), range(config.sample.num_steps)
     if steps != sorted(set(steps) & set(known)):
         raise ValueError(
@@ -134,6 +133,12 @@ def check(config: ml_collections.ConfigDict, section: str) -> None:
             f"{known[-1]} are needed, as config.sample.num_steps={len(known)}; or () to draw "
             f"num_times."
         )
+
+
+def check(config: ml_collections.ConfigDict, section: str) -> None:
+    """Raise ValueError for steps or levels that the rollout's grid does not have."""
+    check_steps(config, section)
+    steps, known = config[section].steps, range(config.sample.num_steps)
     num_times, forward = config[section].num_times, config.forward
     if forward.levels == "distinct" and not steps and num_times > len(known):
         raise ValueError(

@@ -7,7 +7,7 @@ from torch.nn.functional import logsigmoid
 from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
-from flow_grpo.objectives.forward.noising import Noising, drawn, error
+from flow_grpo.objectives.forward.noising import Noising, check_steps, drawn, error
 from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio
 from flow_grpo.objectives.preference.reference import REF_UPDATE_STEP, refresh
 from flow_grpo.plan import Passes, Plan
@@ -40,6 +40,7 @@ class DPO(Objective):
 
     @classmethod
     def check(cls, config, family: type[PatchedPipeline]) -> None:
+        check_steps(config, "dpo")
         sample, size = config.sample, config.sample.num_image_per_prompt
         of_rank = sample.train_batch_size * sample.num_batches_per_epoch
         if size < 2 or of_rank % size:
@@ -60,8 +61,8 @@ class DPO(Objective):
     def __init__(self, config, schedule):
         super().__init__(config, schedule)
         self.beta, self.ref_update_step = config.train.beta, config.train.ref_update_step
-        times, density = config.dpo.num_times, config.dpo.density
-        self.noising = Noising(times, levels=density, levels_of="group", noise_of="group")
+        times, steps, density = config.dpo.num_times, config.dpo.steps, config.dpo.density
+        self.noising = Noising(times, tuple(steps), density, levels_of="group", noise_of="group")
         self.share = 2 / config.sample.num_image_per_prompt
 
     def samples_with(self, epoch: int, num_updates: int) -> str:

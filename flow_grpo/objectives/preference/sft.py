@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Micro, Objective, Predict, Snapshots, Statistic, Values
-from flow_grpo.objectives.forward.noising import Noising, drawn, error
+from flow_grpo.objectives.forward.noising import Noising, check_steps, drawn, error
 from flow_grpo.objectives.norms import NORM_RATIO, norm_ratio, squared
 from flow_grpo.objectives.preference.reference import REF_UPDATE_STEP, refresh
 from flow_grpo.plan import Passes, Plan
@@ -36,10 +37,15 @@ class SFT(Objective):
         **NORM_RATIO,
     }
 
+    @classmethod
+    def check(cls, config, family: type[PatchedPipeline]) -> None:
+        check_steps(config, "sft")
+
     def __init__(self, config, schedule):
         super().__init__(config, schedule)
         self.beta, self.ref_update_step = config.train.beta, config.train.ref_update_step
-        self.noising = Noising(config.sft.num_times, levels=config.sft.density)
+        times, steps, density = config.sft.num_times, config.sft.steps, config.sft.density
+        self.noising = Noising(times, tuple(steps), density)
         self.best = config.sft.weights == "best"
         self.share = 1 / config.sample.num_image_per_prompt if self.best else 1.0
         self.snapshots = ("sampling", "reference") if self.beta else ("sampling",)
