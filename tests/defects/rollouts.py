@@ -143,7 +143,7 @@ DEFECTS = [
         "own-weights-not-set-aside",
         "on a CPU, detach().cpu() is the live weight: flow_grpo, NFT",
         SNAPSHOTS,
-        "own = {key: master.clone()",
+        "own = {key: self._kept(master)",
         "own = {key: master",
         "test_bookkeeping.py::test_a_snapshot_is_swapped_in_and_the_policy_comes_back_bit_for_bit",
     ),
