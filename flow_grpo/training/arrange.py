@@ -31,6 +31,8 @@ class Drawn(NamedTuple):
             found.setdefault(part.rollout.batch.size, []).append(part)
         return [
             Drawn(Rollout.cat([r for r, _ in alike]), np.concatenate([n for _, n in alike]))
+            if len(alike) > 1
+            else alike[0]
             for alike in found.values()
         ]
 
