@@ -127,6 +127,18 @@ def denoise(
     return Denoised(rollout, states)
 
 
+@torch.no_grad()
+def keep_up(
+    pipeline: PatchedPipeline, model: Callable, rows: Rollout, schedule: Schedule, times: int
+) -> None:
+    """Make passes that nobody asked for: others make them, and cut weights need all ranks."""
+    if times > 0:
+        conditioning = collate(pipeline, rows.batch, schedule.pad_to)
+        sigma = torch.ones(len(rows), device=rows.final.device)
+        for _ in range(times):
+            pipeline.velocity(model, rows.final, sigma, conditioning)
+
+
 class Euler:
     """A row that waits steps from a sigma to the same one, and so stays where it is."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from itertools import zip_longest
 
 import ml_collections
 import numpy as np
@@ -21,7 +22,7 @@ from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, PromptBatch, Rollout, RowTable
 from flow_grpo.rewards.batch import Batch
 from flow_grpo.rollouts import states_to_save
-from flow_grpo.sampling import Denoised, decode, denoise, parents
+from flow_grpo.sampling import Denoised, decode, denoise, keep_up, parents
 from flow_grpo.training.arrange import Drawn, Sampled, arrange
 from flow_grpo.training.run import Run
 
@@ -114,12 +115,13 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
     save, randomness = states_to_save(calls), Randomness(config.seed, (epoch,))
     done: list[Denoised] = []
     images, gated, scoring = [], {}, run.evaluator.scorer.start()
-    num_steps = sum(call.segment.grid.shape[1] - 1 for call in calls)
+    steps = [[call.segment.grid.shape[1] - 1 for call in of_rank] for of_rank in world]
+    num_steps = sum(steps[run.ranks.rank])
     bar = progress(num_steps, "sample", shown=run.ranks.is_main)
     weights = objective.samples_with(epoch, run.updater.num_updates)
     started = time.monotonic()
     with run.timer("sample"), run.snapshots.using(weights):
-        for number in range(max(map(len, world))):
+        for number, steps_of in enumerate(zip_longest(*steps, fillvalue=0)):
             if number < len(calls):
                 call, keep = calls[number], list(objective.keeps)
                 prompts = [asked[row.group] for row in call.rows]
@@ -152,6 +154,9 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
                     known = batch.prompts, batch.metadata, batch.references
                     scoring.add(Batch(decoded, *known, batch.group.numpy()))
                     images += decoded
+            if run.engine.cuts_weights:
+                missing = max(steps_of) - steps_of[run.ranks.rank]
+                keep_up(run.pipeline, run.model, done[-1].rollout, run.schedule, missing)
             run.evaluator.stop.check()  # of as many calls as the rank with the most makes
     bar.close()
     return Sampled(
