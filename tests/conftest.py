@@ -10,6 +10,14 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="module", autouse=True)
+def accelerate_anew():
+    """No file of tests meets the precision or the ranks of another one's runs in its process."""
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(True)
+        state.GradientState._reset_state()
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """A tiny SD3 pipeline, a LoRA for it and a data set, for running.arguments()."""
