@@ -15,7 +15,7 @@ CELLS = [  # of the product that same_training.py tries
     Cell("sd3", "nft", lora=True, precision="bf16"),
     Cell("sd3", "dpo", lora=False),
     Cell("qwenimage", "grpo", lora=False),
-    Cell("qwenimage", "nft", lora=False, precision="bf16"),
+    Cell("qwenimage", "nft", lora=False),
     Cell("qwenimage", "dpo", lora=True),
     Cell("sd3", "trunk", lora=True),  # ranks make unequal calls
 ]
