@@ -52,7 +52,7 @@ class Sampled:
 
     parts: list[Drawn]  # one for each size
     images: list[np.ndarray]  # of the leaves, uint8 ([F,] H, W, 3)
-    scoring: Scoring | None  # of the leaves, under way
+    scoring: Scoring | None  # of the leaves, under way; or collect.Ranked of given ones
     for_gate: list[Rollout]  # each size's first rows, with the velocities predicted for them
     seconds_a_step: float = 1.0  # of a call
     first_row: int = 0  # the number of its first row among all ranks'
