@@ -42,7 +42,7 @@ def tags(run: Recorded, others: list[Recorded]) -> list[Chart]:
 
 
 def rewards(run: Recorded, others: list[Recorded]) -> list[Chart]:
-    """The training reward, with those of the runs compared, its spread, and what teaches nothing."""
+    """The training reward, with those of runs compared, its spread, and what teaches nothing."""
     names = ["avg", *run.trained] if len(run.trained) > 1 else ["avg"]
     means = {f"reward/{name}": name for name in names}
     band = [_over(run.epochs, "reward/avg", "avg", colour(0), spread="reward/avg_std")]
