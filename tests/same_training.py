@@ -1,6 +1,6 @@
 """Train each cell on one process and on two ranks of every engine, and compare them in a table.
 
-    python tests/same_training.py [--engines ddp zero1 zero2 zero3 fsdp2] > table.md
+    python tests/same_training.py table.md [--engines ddp zero1 zero2 zero3 fsdp2]
 
 A cell is a model, an objective, LoRA or full, and a precision: 20 updates of Adam in two epochs,
 the second again from the checkpoint between them. test_same_training.py tries some.
@@ -38,8 +38,10 @@ OBJECTIVES = {
 }
 COMMON = {"num_epochs": 2, "train__num_inner_epochs": 5}
 LIMITS = {"no": (1e-3, 1e-3), "bf16": (2e-2, 2e-2)}  # of losses and of gradients' norms
-NUM_COMPARED = {"no": 20, "bf16": 2}  # updates: roundings of bf16 add up
-PICTURE = {"no": 1e-2, "bf16": 0.2}  # of what training changed in it
+# Adam's first step is as long where rounding decides its sign, so that the second update of one
+# process in bf16 is as far from its own in fp32.
+NUM_COMPARED = {"no": 20, "bf16": 1}
+PICTURE = {"no": 1e-2, "bf16": 0.5}  # of what training changed in it
 FIRST = (1e-6, 1e-5)  # in fp32, of the first update
 
 
@@ -201,13 +203,14 @@ def number(checkpoint: Path) -> int:
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("table", type=Path, help="which gets a line as a cell ends")
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--cells", nargs="+", default=list(map(str, ALL)), metavar="CELL")
     args = parser.parse_args()
     cells = [cell for cell in ALL if str(cell) in args.cells]
     failed = 0
-    print(f"| | {' | '.join(args.engines)} |\n{'|---' * (1 + len(args.engines))}|")
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, args.table.open("w") as table:
+        print("| |", " | ".join(args.engines), "|\n|", "---|" * (1 + len(args.engines)), file=table)
         files = make_files(running.make_files(Path(place)))
         for cell in cells:
             shown = []
@@ -223,7 +226,7 @@ def main() -> int:
                 except AssertionError as error:
                     failed += 1
                     shown.append(f"**{str(error).splitlines()[0] if str(error) else 'failed'}**")
-            print(f"| {cell} | {' | '.join(shown)} |", flush=True)
+            print(f"| {cell} | {' | '.join(shown)} |", file=table, flush=True)
             for folder in logs.values():
                 shutil.rmtree(folder)
     return int(failed > 0)

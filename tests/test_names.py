@@ -222,23 +222,31 @@ def test_a_tilde_is_the_home_in_what_scripts_are_given(monkeypatch, tmp_path):
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.mark.parametrize("case", ["full", "lora", "warm start", "resumed", "unknown"])
+@pytest.mark.parametrize("case", ["full", "copies", "lora", "warm start", "resumed", "unknown"])
 def test_a_folder_without_room_for_a_checkpoint_is_refused(tmp_path, case, monkeypatch):
-    config = base(None)
+    copies = case == "copies"  # the average, the reference and what draws
+    config, _ = settings.load(["s.py"], f"config/{'sft' if copies else 'grpo'}.py:pickscore_sd3")
+    config.train.ema, config.train.beta = copies, float(copies)
     config.logdir, config.train.lora_rank = str(tmp_path), 4
     model = tmp_path / "model"
     (model / "transformer").mkdir(parents=True)
     tensors = {"block.to_q.weight": torch.zeros(100, 60), "proj.weight": torch.zeros(10, 10)}
     if case != "unknown":
         save_file(tensors, model / "transformer" / "m.safetensors")
-    config.pretrained.model, config.use_lora = str(model), case != "full"
+    config.pretrained.model, config.use_lora = str(model), case not in ("full", "copies")
     if case == "warm start":
         config.train.lora_path = str(model / "transformer" / "m.safetensors")
     resumed = None
     if case == "resumed":
         resumed = make(tmp_path / "x", "checkpoint-1", files={"a": "a digest"})
         (resumed / "a").write_bytes(b"x" * 700)
-    needed = {"full": 6100 * 16, "lora": 640 * 16, "warm start": 6100 * 16, "resumed": 700}
+    needed = {
+        "full": 6100 * 16,
+        "copies": 6100 * 28,
+        "lora": 640 * 16,
+        "warm start": 6100 * 16,
+        "resumed": 700,
+    }
     least = needed.get(case, 16)
     for free, fits in ((least - 1, False), (least, True)):
         usage = Usage(10**9, 0, free)

@@ -22,7 +22,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator, sizes
 from flow_grpo.launch import encoders, quiet
 from flow_grpo.launch.weights import Weights
-from flow_grpo.objectives.registry import find
+from flow_grpo.objectives.registry import anywhere, find
 from flow_grpo.parallel import choose, speed
 from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.faults.stop import Stop
@@ -235,8 +235,7 @@ def _check_limits(config: ConfigDict, family: type[PatchedPipeline]) -> None:
         given = tuple(config.train.lora_targets)
         raise ValueError(f"config.train.lora_targets={given}: {error}") from None
     if config.train.reference_guidance is not None:
-        anywhere = Schedule(torch.linspace(1, 0, config.sample.num_steps + 1))
-        if "reference" not in find(config.objective)(config, anywhere).snapshots:
+        if "reference" not in anywhere(config).snapshots:
             raise ValueError(
                 f"config.train.reference_guidance={config.train.reference_guidance}: "
                 f"config.objective={config.objective} has no reference here. Give its KL a weight, "

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from flow_grpo.diffusers_patch.disk import files
 from flow_grpo.launch.encoders import DTYPES
+from flow_grpo.objectives.registry import anywhere, copies
 from flow_grpo.training import folders
 
 
@@ -25,10 +26,11 @@ def check(
     targets: the modules that a new LoRA is of, by the ends of their names. trained_part: of the
     names of what a full fine-tune trains.
     """
+    held = len(copies(anywhere(config), config))
     if resumed:
         needed = sum((resumed / name).stat().st_size for name in folders.read(resumed)["files"])
     else:
-        needed = 4 * _num_trained(config, targets, trained_part) * (4 + config.train.ema)
+        needed = 4 * _num_trained(config, targets, trained_part) * (4 + held)
         if trained_part and not config.use_lora:  # the export has what does not train, too
             rest = (shape for name, shape in _shapes(config).items() if trained_part not in name)
             needed += DTYPES[config.mixed_precision].itemsize * sum(map(math.prod, rest))

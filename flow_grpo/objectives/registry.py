@@ -2,6 +2,9 @@
 
 import re
 
+import torch
+from ml_collections import ConfigDict
+
 from flow_grpo.cli import did_you_mean, load_named
 from flow_grpo.keys import Key
 from flow_grpo.objectives.base import Objective
@@ -17,6 +20,7 @@ from flow_grpo.objectives.preference.sft import SFT
 from flow_grpo.objectives.ratio.dppo import FlowDPPO
 from flow_grpo.objectives.ratio.grpo import GRPO
 from flow_grpo.objectives.ratio.guard import GRPOGuard
+from flow_grpo.sampling import Schedule
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "grpo": GRPO,
@@ -56,3 +60,16 @@ def find(name: str) -> type[Objective]:
                 f"such as 'pairs.beta', and a flow_grpo.keys.Key."
             )
     return found
+
+
+def anywhere(config: ConfigDict) -> Objective:
+    """Make a run's objective on a schedule of no model, for what it declares."""
+    return find(config.objective)(
+        config, Schedule(torch.linspace(1, 0, config.sample.num_steps + 1))
+    )
+
+
+def copies(objective: Objective, config: ConfigDict) -> list[str]:
+    """Name the copies of the trained weights that a run holds from its start on."""
+    held = [name for name in objective.snapshots if name != "reference" or not config.use_lora]
+    return [*held, *(["ema"] if config.train.ema else [])]

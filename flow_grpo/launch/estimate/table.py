@@ -13,7 +13,7 @@ from flow_grpo.conditioning import guidances
 from flow_grpo.diffusers_patch.registry import FAMILIES
 from flow_grpo.launch.encoders import DTYPES
 from flow_grpo.launch.estimate.model import Fake, Peaks, describe
-from flow_grpo.objectives.registry import find
+from flow_grpo.objectives.registry import copies, find
 from flow_grpo.parallel.holds import FP32, KINDS, Calls, Kind, Training
 from flow_grpo.sampling import Schedule
 from flow_grpo.training import run
@@ -97,13 +97,12 @@ def estimate(config: ConfigDict, num_ranks: int, on_gpu: bool) -> Estimate:
     fakes = {casts: Fake(config, described, found, casts) for casts in (False, True)}
     fake, width = fakes[False], DTYPES[config.mixed_precision].itemsize
     objective, guided, passes = _epoch(config, found, fake)
-    copies = [n for n in objective.snapshots if n != "reference" or not config.use_lora]
     training = Training(
         frozen=fake.count(trained=False),
         trained=fake.count(trained=True),
         block=fake.largest_block(),
         width=width,
-        copies=len(copies) + config.train.ema,
+        copies=len(copies(objective, config)),
         is_lora=config.use_lora,
         holds_start=config.use_lora or config.train.hold_start,
         copies_wait="snapshots" in config.offload,
