@@ -17,6 +17,12 @@ from waiting import HANG_S
 ROOT = Path(__file__).parent.parent
 MULTI_NODE = sorted((ROOT / "scripts" / "multi_node").glob("*/main.sh"))
 SINGLE_NODE = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
+RUN_AS = r"^ *((?:\w+=\S+ )*)python (scripts/\S+\.py)"  # as a docstring shows it
+ALONE = [
+    (path, dict(word.split("=") for word in found[1].split()))
+    for path in sorted((ROOT / "scripts").rglob("*.py"))
+    if (found := re.search(RUN_AS, path.read_text(), re.MULTILINE))
+]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -145,3 +151,13 @@ def test_two_machines_train_together(files, tmp_path):
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert "2 rank(s)" in outputs[0] and "8 groups x 4 = 32 images" in outputs[0]
     assert (tmp_path / "two" / "checkpoints" / "checkpoint-2" / "trainer.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "given"), ALONE, ids=lambda part: getattr(part, "stem", ""))
+def test_a_script_starts_as_its_docstring_says(script, given):
+    """Alone, where nothing but what is installed can be imported."""
+    without = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    command = [sys.executable, script.relative_to(ROOT), "--help"]
+    done = subprocess.run(command, env=without | given, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

@@ -6,7 +6,8 @@ The run is a real one, by the loop's own stages; its model is one of true_size.p
 weights, or any folder (--model FOLDER). --config.KEY=VALUE counts more than the protocol's. The
 first epoch warms up, and its FLOPs are counted; the others are timed. What torch.compile compiled
 can't be counted: --flops takes them from the same run without it. `accelerate launch --config_file`
-before it times another engine. --profile adds a table of the GPU's kernels in one epoch more.
+before it times another engine. --profile profiles one epoch more: a table of its kernels, how many
+were launched, and how often the host read a value of the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import statistics
 import sys
 import time
@@ -201,7 +203,9 @@ def measure(
             }
             for phase, seconds in meter.seconds.items()
         },
+        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "gate": json.loads(gate.read_text()) if gate.exists() else None,
+        "profiled": _counted(meter.profile),
         "kernels": _kernels(meter.profile),
     }
 
@@ -216,6 +220,15 @@ def train_epoch(run: Run, epoch: int) -> None:
     loop.update(run, sampled, arranged, epoch)
     run.objective.after_epoch(run.snapshots, run.updater.num_updates)
     run.log("epoch", metrics | run.timer.report())
+
+
+def _counted(profile: torch.profiler.profile | None) -> dict[str, int] | None:
+    """Count the launches and host reads of a profiled epoch."""
+    if profile is None:
+        return None
+    events = {event.key: event.count for event in profile.key_averages()}
+    launches = sum(count for key, count in events.items() if "LaunchKernel" in key)
+    return {"launches": launches, "reads": events.get("aten::_local_scalar_dense", 0)}
 
 
 def _kernels(profile: torch.profiler.profile | None) -> str:
@@ -235,27 +248,26 @@ def row(found: dict, label: str) -> str:
             f"{part['share_of_peak']:.0%}"
         )
     peaks = [part["peak_gib"] for part in found["phases"].values() if part["peak_gib"]]
-    return f"| {' | '.join([*cells, f'{max(peaks):.1f} GiB' if peaks else ''])} |"
+    peak = max(peaks, default=found["peak_host_gib"])
+    return f"| {' | '.join([*cells, f'{peak:.1f} GiB'])} |"
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--model", required=True, help="of true_size.py, or a pipeline's folder")
     parser.add_argument("--script", default="sd3", help="that trains a folder: sd3, flux ...")
     parser.add_argument("--protocol", default="fast64", choices=tuple(PROTOCOLS))
     parser.add_argument("--epochs", type=int, default=2, help="that are timed")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument(
-        "--flops", type=Path, help="take them from another result of these shapes, don't count"
-    )
+    parser.add_argument("--flops", type=Path, help="another result of these shapes that has them")
     parser.add_argument("--scratch", type=Path, default=Path("logs/benchmark"))
     parser.add_argument("--label", default="", help="of the row; default: model and protocol")
     parser.add_argument("--out", type=Path, help="a JSON file; its kernels go beside it as .txt")
     args, given = parser.parse_known_args(argv[1:])
 
-    from scripts.benchmark import true_size
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))  # whose tokenizers the next one has
+    import true_size
 
     folder, script = Path(args.model), args.script
     if args.model in true_size.MODELS:
@@ -264,21 +276,12 @@ def main(argv: list[str]) -> None:
             true_size.save(args.model, folder)
     config, keys = PROTOCOLS[args.protocol]
     label = args.label or f"{args.model} {args.protocol}"
-    keys = (
-        COMMON
-        | keys
-        | {
-            "logdir": args.scratch / "runs",
-            "run_name": f"{label.replace(' ', '-')}-{os.getpid()}",
-            "pretrained.model": folder,
-            "num_epochs": 1 + args.epochs + args.profile,
-        }
-    )
+    named = f"{label.replace(' ', '-')}-{os.getpid()}"
+    keys = COMMON | keys | {"logdir": args.scratch / "runs", "run_name": named}
+    keys |= {"pretrained.model": folder, "num_epochs": 1 + args.epochs + args.profile}
     command = [argv[0], f"--config={config}", *(f"--config.{k}={v}" for k, v in keys.items())]
-    flops = None
-    if args.flops:
-        phases = json.loads(args.flops.read_text())["phases"]
-        flops = {phase: value["tflop"] * 1e12 for phase, value in phases.items()}
+    phases = json.loads(args.flops.read_text())["phases"] if args.flops else {}
+    flops = {phase: value["tflop"] * 1e12 for phase, value in phases.items()} or None
     profiled_epoch = 1 + args.epochs if args.profile else -1
     found = measure(script, command + given, profiled_epoch, flops)
     kernels = found.pop("kernels")

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from epoch import family_of
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from flow_grpo.launch import entry
 from flow_grpo.training import collect, loop
 from flow_grpo.training.run import Run
-from scripts.benchmark.epoch import family_of
 
 PHASES = ("rollout", "update")
 

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from epoch import family_of, train_epoch
+from floor import now
 from tqdm import tqdm
 
 from flow_grpo.launch import entry
 from flow_grpo.training.run import Run
-from scripts.benchmark.epoch import family_of, train_epoch
-from scripts.benchmark.floor import now
 
 
 class Clock:
