@@ -10,4 +10,4 @@ if [[ "${1:-}" == "--all" ]]; then
 fi
 ruff check .
 ruff format --check .
-exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup "${selection[@]}" "$@"
+exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "${selection[@]}" "$@"

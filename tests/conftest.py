@@ -50,11 +50,20 @@ def patient(monkeypatch):
     monkeypatch.setattr("flow_grpo.rewards.remote.health.HEALTH_S", 600.0)
 
 
-def pytest_collection_modifyitems(items):
-    """Let one process have all tests of a file, whose fixtures it makes once; not the defects'."""
-    for item in items:
-        if item.path.name != "test_mutants.py":
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Let one process have all tests of a file, whose fixtures it makes once; not the defects'.
+
+    xdist's own groups have no effect under pytest 9.2, which reads no node's `_nodeid`.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith("test_mutants.py") else file
+
+    return ByFile(config, log)
 
 
 def pytest_sessionfinish(session, exitstatus):
