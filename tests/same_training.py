@@ -37,9 +37,9 @@ OBJECTIVES = {
     "trunk": {"objective": "grpo", "sample__branching": "trunk", "sample__same_latent": True},
 }
 COMMON = {"num_epochs": 2, "train__num_inner_epochs": 5}
-# Of losses and of gradients' norms. ZeRO-3's linear layers round before they add the bias, too, of
-# which DPO's beta makes 3e-2 of its loss; all others stay within 2e-2.
-LIMITS = {"no": (1e-3, 1e-3), "bf16": (5e-2, 5e-2)}
+LIMITS = {"no": (1e-3, 1e-3), "bf16": (2e-2, 2e-2)}  # of losses and of gradients' norms
+# ZeRO-3's linear layers round before they add the bias, too, of which DPO's beta makes that much.
+ROUNDED = {("sd3-dpo-lora-bf16", "zero3"): (5e-2, 5e-2)}
 # Adam's first step is as long where rounding decides its sign, so that after it one process in bf16
 # is as far from its own in fp32.
 NUM_COMPARED = {"no": 20, "bf16": 1}
@@ -119,7 +119,7 @@ def run_through(files: Path, logs: Path, name: str, cell: Cell, keys: dict) -> N
         run.close()
 
 
-def compare(cell: Cell, files: Path, one: Path, two: Path) -> Seen:
+def compare(cell: Cell, engine: str, files: Path, one: Path, two: Path) -> Seen:
     """Hold the logs of two ranks against those of one process; raises AssertionError."""
     rolled_out(cell, one, two)
     ours, theirs = (
@@ -136,7 +136,8 @@ def compare(cell: Cell, files: Path, one: Path, two: Path) -> Seen:
         assert abs(ours[0]["loss"] - theirs[0]["loss"]) <= FIRST[0] * max(1, abs(theirs[0]["loss"]))
         assert found[0].norm <= FIRST[1], found[0]
     worst = Seen(*map(max, zip(*found, strict=True)))
-    assert all(x <= limit for x, limit in zip(worst, LIMITS[cell.precision], strict=True)), worst
+    limits = ROUNDED.get((str(cell), engine), LIMITS[cell.precision])
+    assert all(x <= limit for x, limit in zip(worst, limits, strict=True)), worst
     resumed(cell, two)
     exported(cell, files, one, two)
     return worst
@@ -225,7 +226,7 @@ def main() -> int:
                 try:
                     on_ranks(*ranks, train, files, folder, [cell])
                     if name != "alone":
-                        seen = compare(cell, files, logs["alone"], folder)
+                        seen = compare(cell, name, files, logs["alone"], folder)
                         shown.append(f"{seen.loss:.0e}, {seen.norm:.0e}")
                 except AssertionError as error:
                     failed += 1

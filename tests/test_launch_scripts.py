@@ -19,7 +19,7 @@ MULTI_NODE = sorted((ROOT / "scripts" / "multi_node").glob("*/main.sh"))
 SINGLE_NODE = sorted((ROOT / "scripts" / "single_node").glob("*.sh"))
 RUN_AS = r"^ *((?:\w+=\S+ )*)python (scripts/\S+\.py)"  # as a docstring shows it
 ALONE = [
-    (path, dict(word.split("=") for word in found[1].split()))
+    (ROOT / found[2], dict(word.split("=") for word in found[1].split()))
     for path in sorted((ROOT / "scripts").rglob("*.py"))
     if (found := re.search(RUN_AS, path.read_text(), re.MULTILINE))
 ]

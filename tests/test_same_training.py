@@ -35,12 +35,14 @@ def one(folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def two(request, folder, tmp_path_factory) -> Path:
+def two(request, folder, tmp_path_factory) -> tuple[str, Path]:
+    """An engine and its logs."""
     logs = tmp_path_factory.mktemp(request.param)
     on_ranks(2, ENGINES[request.param], same_training.train, folder, logs, CELLS)
-    return logs
+    return request.param, logs
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_every_engine_trains_resumes_and_exports_as_one_process_does(cell, folder, one, two):
-    same_training.compare(cell, folder, one, two)
+    engine, logs = two
+    same_training.compare(cell, engine, folder, one, logs)

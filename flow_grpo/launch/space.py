@@ -26,11 +26,11 @@ def check(
     targets: the modules that a new LoRA is of, by the ends of their names. trained_part: of the
     names of what a full fine-tune trains.
     """
-    held = len(copies(anywhere(config), config))
     if resumed:
         needed = sum((resumed / name).stat().st_size for name in folders.read(resumed)["files"])
     else:
-        needed = 4 * _num_trained(config, targets, trained_part) * (4 + held)
+        kept = 4 + len(copies(anywhere(config), config))
+        needed = 4 * _num_trained(config, targets, trained_part) * kept
         if trained_part and not config.use_lora:  # the export has what does not train, too
             rest = (shape for name, shape in _shapes(config).items() if trained_part not in name)
             needed += DTYPES[config.mixed_precision].itemsize * sum(map(math.prod, rest))
