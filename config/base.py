@@ -138,6 +138,11 @@ COMMON = {
         "of steps that are not stochastic: dpm2 is DPM-Solver++ of order 2",
         choices=("euler", "dpm2"),
     ),
+    "sample.merged_lora": Key(
+        False,
+        "roll out with the LoRA added to the weights: faster, rounded by their precision; for "
+        "objectives on final images",
+    ),
     "sample.num_steps": Key(10, least=2, most=1000),
     "sample.eval_num_steps": Key(40, least=1, most=1000),
     "sample.eval_sizes": Key(

@@ -161,6 +161,8 @@ BY_TEST = {  # the keys that a test needs, "test_" left out before each; {key} i
     "branching.py::test_of_a_tree_some_depths_train_that_move_on_with_the_epochs": ""
     "train.tree_depths train.tree_dwell",
     "collect.py::test_a_reward_is_less_by_its_paths_distance_from_the_reference": "train.reward_kl",
+    "merged.py::test_a_rollout_is_that_of_the_adapter_which_it_does_not_call[epg]": ""
+    "sample.merged_lora",
     "refill.py::test_as_many_groups_train_as_planned": "sample.max_refills",
     "offline.py::test_it_trains_without_drawing_or_asking_a_reward": "sample.source",
     "nft.py::test_the_fixture_has_these_losses": "nft.beta nft.kl_beta",

@@ -1,4 +1,7 @@
-"""The loop does not wait for the device: where tensors have no values, nothing can be read."""
+"""The loop does not wait for the device: where tensors have no values, nothing can be read.
+
+Nor does it launch much beside the model's own kernels.
+"""
 
 from dataclasses import replace
 
@@ -8,16 +11,20 @@ import tiny
 import torch
 import toy
 from fixtures import blank_batch
-from test_sampling import DRAW, NUM_STEPS, STEPS, batch_of, schedule_of
+from test_sampling import DRAW, NUM_STEPS, OWNERS, SIZE, STEPS, batch_of, schedule_of
+from tiny import LENGTH
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from flow_grpo.objectives.base import Micro
 from flow_grpo.objectives.registry import OBJECTIVES
 from flow_grpo.parallel.plain import Plain
 from flow_grpo.rollouts import whole
-from flow_grpo.sampling import KEPT, denoise
+from flow_grpo.sampling import KEPT, Schedule, denoise
 
 META = torch.device("meta")
+MOST_LAUNCHES = 90  # a step; SD3.5-M itself makes thousands
 GROUPED = ("crd", "dgpo")  # whose sums over a group are read, too
 
 
@@ -35,6 +42,43 @@ def test_denoising_reads_nothing_from_the_device(name):
         segment = whole(steps, NUM_STEPS)
         done = denoise(model, model.transformer, batch, there, DRAW, segment, keep=KEPT)
         assert done.rollout.final.device == done.rollout.log_probs.device == META
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are no views, each a kernel of a device; not a model's own."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.own, self.inside = 0, False
+        model.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
+        model.register_forward_hook(lambda *_: setattr(self, "inside", False))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        there = any(isinstance(x, torch.Tensor) and x.device == META for x in tree_leaves(out))
+        self.own += there and not is_view and not self.inside
+        return out
+
+
+def own_launches(name: str, num_steps: int, owners: list[tuple[int, int]]) -> int:
+    model = tiny.patched(name)
+    batch = batch_of(model, name, 4.5, owners)
+    model.transformer.to(META)
+    model.move_vae(META)
+    schedule = Schedule(model.sigmas(num_steps, SIZE).to(META), "sde", 0.7, False, LENGTH)
+    steps = np.tile(np.arange(num_steps - 1), (len(owners), 1))
+    with Launches(model.transformer) as counted:
+        denoise(model, model.transformer, batch, schedule, DRAW, whole(steps, num_steps), keep=KEPT)
+    return counted.own
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_kontext", "qwenimage_edit", "zimage"])
+def test_a_stochastic_step_launches_few_kernels_of_its_own_however_many_rows(name):
+    few, many = [(0, 0), (0, 1)], OWNERS
+    assert own_launches(name, 6, few) == own_launches(name, 6, many)
+    of_six = own_launches(name, 12, few) - own_launches(name, 6, few)
+    assert 0 < of_six <= 6 * MOST_LAUNCHES, of_six / 6
 
 
 class Scale(nn.Module):

@@ -22,7 +22,7 @@ from flow_grpo.diffusers_patch.base import PatchedPipeline
 from flow_grpo.evaluation.evaluate import Evaluator, sizes
 from flow_grpo.launch import encoders, quiet
 from flow_grpo.launch.weights import Weights
-from flow_grpo.objectives.registry import anywhere, find
+from flow_grpo.objectives.registry import anywhere, copies, find
 from flow_grpo.parallel import choose, speed
 from flow_grpo.parallel.engine import Engine
 from flow_grpo.parallel.faults.stop import Stop
@@ -72,7 +72,7 @@ def build(
         pipeline.transformer, optimizer.build(params, config.train), config.train.max_grad_norm
     )
     pipeline.input_dtype = pipeline.transformer.dtype  # its frozen weights'; fp32 where all train
-    names = (*objective.snapshots, *(["ema"] if config.train.ema else []))
+    held = copies(objective, config)
     total_updates = config.num_epochs * config.train.num_inner_epochs * plan.num_updates
     run = Run(
         config=config,
@@ -86,7 +86,7 @@ def build(
         objective=objective,
         engine=engine,
         updater=Updater(engine, config.train, total_updates),
-        snapshots=Snapshots(engine, names, config.use_lora, "snapshots" in config.offload),
+        snapshots=Snapshots(engine, held, config.use_lora, "snapshots" in config.offload),
         tracker=Tracker(engine.ranks, claim.folder),
         claim=claim,
     )
@@ -164,6 +164,11 @@ def start(config: ConfigDict, family: type[PatchedPipeline], prompts: list[Promp
     _check_attention_backend(config.attention_backend, family)
     _check_limits(config, family)
     engine = _start(config)
+    if engine.cuts_weights and config.sample.merged_lora:
+        raise ValueError(
+            f"config.sample.merged_lora=True: ZeRO-3 and FSDP cut the weights in parts, so that no "
+            f"LoRA is added to them. Set it to False, or launch with --config_file {choose.WHOLE}."
+        )
     if engine.cuts_weights and family.reads_by_transformer:
         raise ValueError(
             f"{family.__name__} reads prompts by its transformer, but ZeRO-3 and FSDP cut that in "

@@ -40,6 +40,7 @@ def check(config: ConfigDict, world_size: int, argv: Sequence[str] = ("SCRIPT",)
     found = plan.make(config, world_size)
     model_files.check_prompts(config, found.train_prompts + found.eval_prompts)
     _check_choice(config)
+    _check_merged(config)
     _check_answers(config, found.train_prompts)
     _check_prompts(config, found.train_prompts + found.eval_prompts)
     _check_tracker(config)
@@ -130,6 +131,24 @@ def _check_choice(config: ConfigDict) -> None:
             f"{config.sample.branching!r} and config.objective={config.objective!r}, which train "
             f"the steps of {most} depth(s). Set config.train.tree_depths=0, or train a policy "
             f"gradient with config.sample.branching=tree and more trained steps."
+        )
+
+
+def _check_merged(config: ConfigDict) -> None:
+    """Refuse rollouts by merged weights where there is no LoRA, or their log-probs train."""
+    if not config.sample.merged_lora:
+        return
+    if not config.use_lora:
+        raise ValueError(
+            "config.sample.merged_lora=True with config.use_lora=False: there is no LoRA to add to "
+            "the weights. Set config.sample.merged_lora=False, or train a LoRA."
+        )
+    if find(config.objective).keeps:
+        raise ValueError(
+            f"config.sample.merged_lora=True with config.objective={config.objective!r}: a policy "
+            f"gradient needs the log-probs of the very weights that train, and merged ones are "
+            f"rounded. Set config.sample.merged_lora=False, or take an objective on final images, "
+            f"such as nft."
         )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,29 @@ def leave_casts_to_autocast(transformer: nn.Module) -> None:
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
+
+
+@contextmanager
+def merged(transformer: nn.Module) -> Iterator[None]:
+    """Run with the active adapter added to its weights, rounded to their precision.
+
+    They are put back to the bit, of which a subtraction would fall short; for so long there is one
+    more copy of those that the adapter is of.
+    """
+    found = (layer for layer in transformer.modules() if isinstance(layer, LoraLayer))
+    layers = [layer for layer in found if not layer.disable_adapters]
+    own = [layer.get_base_layer().weight.data for layer in layers]
+    try:
+        for layer in layers:
+            weight, names = layer.get_base_layer().weight, layer.active_adapters
+            for name in names:
+                weight.data = (weight.data + layer.get_delta_weight(name)).to(weight.dtype)
+            layer.merged_adapters.extend(names)  # from now on peft's layer adds nothing
+        yield
+    finally:
+        for layer, data in zip(layers, own, strict=True):
+            layer.get_base_layer().weight.data = data
+            layer.merged_adapters.clear()
 
 
 def repeated_blocks(module: nn.Module) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import zip_longest
 
@@ -17,6 +18,7 @@ from flow_grpo.cli import progress
 from flow_grpo.evaluation import diversity
 from flow_grpo.objectives import credit
 from flow_grpo.objectives.base import Micro
+from flow_grpo.parallel import speed
 from flow_grpo.plan import Part
 from flow_grpo.randomness import Randomness
 from flow_grpo.records import Arranged, PromptBatch, Rollout, RowTable
@@ -120,7 +122,7 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
     bar = progress(num_steps, "sample", shown=run.ranks.is_main)
     weights = objective.samples_with(epoch, run.updater.num_updates)
     started = time.monotonic()
-    with run.timer("sample"), run.snapshots.using(weights):
+    with run.timer("sample"), run.snapshots.using(weights), _merged(run):
         for number, steps_of in enumerate(zip_longest(*steps, fillvalue=0)):
             if number < len(calls):
                 call, keep = calls[number], list(objective.keeps)
@@ -166,6 +168,11 @@ def draw(run: Run, epoch: int, part: Part, for_gate: bool = False) -> Sampled:
         for_gate=[Rollout.cat(of_size) for of_size in gated.values() if of_size],
         seconds_a_step=(time.monotonic() - started) / max(num_steps, 1),
     )
+
+
+def _merged(run: Run) -> AbstractContextManager[None]:
+    wanted = run.config.sample.merged_lora
+    return speed.merged(run.pipeline.transformer) if wanted else nullcontext()
 
 
 def score(run: Run, sampled: Sampled) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ COMBINE = "flow_grpo/rewards/combine.py"
 SNAPSHOTS = "flow_grpo/training/snapshots.py"
 RUN = "flow_grpo/training/run.py"
 EVALUATE = "flow_grpo/evaluation/evaluate.py"
+SPEED = "flow_grpo/parallel/speed.py"
 SD3 = "flow_grpo/diffusers_patch/sd3.py"
 
 DEFECTS = [
@@ -146,5 +147,13 @@ DEFECTS = [
         "own = {key: self._kept(master)",
         "own = {key: master",
         "test_bookkeeping.py::test_a_snapshot_is_swapped_in_and_the_policy_comes_back_bit_for_bit",
+    ),
+    Defect(
+        "merged-weights-by-subtraction",
+        "peft's unmerge()",
+        SPEED,
+        "layer.get_base_layer().weight.data = data",
+        'layer.get_base_layer().weight.data -= layer.get_delta_weight("default")',
+        "test_merged.py::test_weights_hold_the_adapter_and_are_put_back_to_the_bit",
     ),
 ]
