@@ -235,5 +235,7 @@ PARTS = (
     Part("matrix-bf16", matrix("bf16"), 540),
     Part("verify-true-size", verify_true_size, 540, ("cuda",)),
     Part("epoch-sd3", gpu_speed.epoch("sd3_5_medium", "fast64"), 540),
+    Part("epoch-nft", gpu_speed.epoch("sd3_5_medium", "fast64", gpu_speed.LEVERS_OF_NFT), 540),
+    Part("epoch-engines", gpu_speed.engines, 540),
     Part("epoch-flux", gpu_speed.epoch("flux1_dev", "flux_fast24"), 540, ("cuda",)),
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from scripts.benchmark.gpu_rows import LOG_CHARACTERS, ROOT, Row, Setting
 
@@ -45,33 +46,71 @@ LEVERS: dict[str, tuple[str, ...]] = {  # of epoch.py's rows; the first counts t
     "as it comes": (),
     "compile": ("--config.compile=True",),
     "little memory": ("--config.activation_checkpointing=True", "--config.vae_slicing=True"),
+    "replayed": ("--config.train.old_log_prob=replay",),
+    "stacked points": ("--config.train.old_log_prob=replay", "--config.train.stacked_points=3"),
 }
+NFT = ("--config.objective=nft", "--config.sample.noise_level=0.0")
+LEVERS_OF_NFT = {"NFT": NFT, "NFT, merged LoRA": (*NFT, "--config.sample.merged_lora=True")}
+ENGINES = ("multi_gpu", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")
+ONE_CALL = (
+    "--config.sample.num_batches_per_epoch=1",
+    "--config.train.gradient_accumulation_steps=1",
+)
+TRAINED = {
+    "LoRA": (),
+    "full": ("--config.use_lora=False", "--config.activation_checkpointing=True"),
+}
+Rows = Callable[[Setting, set[str]], Iterator[Row]]
 
 
-def epoch(model: str, protocol: str) -> Callable[[Setting, set[str]], Iterator[Row]]:
+def epoch(model: str, protocol: str, levers: dict[str, tuple[str, ...]] = LEVERS) -> Rows:
     """Time a model's epochs by epoch.py; on a CPU a tiny one's."""
 
     def rows(setting: Setting, known: set[str]) -> Iterator[Row]:
-        chosen = (model, protocol)
-        if setting.device == "cpu":
-            import tiny
-
-            chosen = (str(tiny.save("sd3", setting.scratch / "tiny" / "sd3")), "tiny")
-        for lever, options in LEVERS.items():
+        first = None
+        for lever, options in levers.items():
             label = f"{model} {protocol}, {lever}"
             if label not in known:
-                yield timed(setting, label, *chosen, options)
+                yield timed(setting, label, model, protocol, options, flops_of=first)
+            first = first or label
 
     return rows
 
 
-def timed(setting: Setting, label: str, model: str, protocol: str, options: tuple[str, ...]) -> Row:
-    out = setting.scratch / "epochs" / f"{label}.json"
-    counted = out.with_name(f"{label.partition(',')[0]}, {next(iter(LEVERS))}.json")
-    command = [sys.executable, "scripts/benchmark/epoch.py", "--model", model, "--label", label]
-    command += ["--protocol", protocol, "--scratch", str(setting.scratch), "--out", str(out)]
-    command += ["--flops", str(counted)] if options else []
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+def engines(setting: Setting, known: set[str]) -> Iterator[Row]:
+    """Time them with one rank; rehearsed by those that torch has, as DeepSpeed aborts on CPUs."""
+    for engine in ENGINES[:2] if setting.small else ENGINES:
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+        launch += ["--config_file", f"scripts/accelerate_configs/{engine}.yaml"]
+        for kind, options in TRAINED.items():
+            options = (*options, *ONE_CALL) if setting.device == "cuda" else options
+            label = f"{engine}, {kind}"
+            if label not in known:
+                yield timed(setting, label, "sd3_5_medium", "fast64", options, launch)
+
+
+def timed(
+    setting: Setting,
+    label: str,
+    model: str,
+    protocol: str,
+    options: tuple[str, ...],
+    launch: Sequence[str] = (sys.executable,),
+    flops_of: str | None = None,
+) -> Row:
+    """Run epoch.py; flops_of: the label of the run that counted its FLOPs."""
+    env = dict(os.environ)
+    if setting.device == "cpu":
+        import tiny
+
+        model, protocol = str(tiny.save("sd3", setting.scratch / "tiny" / "sd3")), "tiny"
+        env["ACCELERATE_USE_CPU"] = "true"
+    out = setting.scratch / "epochs"
+    command = [*launch, "scripts/benchmark/epoch.py", "--model", model, "--label", label]
+    command += ["--protocol", protocol, "--scratch", str(setting.scratch)]
+    command += ["--out", str(out / f"{label}.json")]
+    command += ["--flops", str(out / f"{flops_of}.json")] if flops_of else []
+    done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         log = f"{done.stdout}\n{done.stderr}"[-LOG_CHARACTERS:]
         return Row(label, False, f"ended with status {done.returncode}", log=log)
