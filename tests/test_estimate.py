@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import running
 import torch
+from peft.tuners.lora import LoraLayer
 
 from config import grpo
 from config.base import runs_of
@@ -70,6 +71,21 @@ def found(config):
 @pytest.fixture(scope="module")
 def run(argv):
     return running.prepare(argv)
+
+
+def test_merged_weights_are_held_twice_while_images_are_drawn(files, tmp_path):
+    argv = running.arguments(files, logdir=tmp_path, objective="nft", **running.lora(files))
+    plain, merged = (
+        estimate(settings.load([*argv, *more], "")[0], 1, on_gpu=False).rows[0].parts
+        for more in ([], ["--config.sample.merged_lora=True"])
+    )
+    run = running.prepare(argv)
+    layers = [layer for layer in run.pipeline.transformer.modules() if isinstance(layer, LoraLayer)]
+    twice = sum(layer.get_base_layer().weight.nbytes for layer in layers)
+    assert twice > 0
+    for phase in ("sampling", "decoding"):
+        assert merged[phase] - plain[phase] == pytest.approx(twice)
+    assert merged["update"] == plain["update"]
 
 
 def test_counts_are_those_of_the_run_that_it_is_of(found, run):

@@ -103,6 +103,7 @@ def test_a_run_trains_by_them_and_changes_its_adapter_alone(files, tmp_path):
     [
         ({"use_lora": False}, "train a LoRA"),
         ({"use_lora": True, "objective": "grpo"}, "such as nft"),
+        ({"use_lora": True, "objective": "sft", "sample__source": "data"}, "nothing is rolled out"),
     ],
 )
 def test_what_has_no_adapter_or_needs_log_probs_is_refused(files, keys, remedy):

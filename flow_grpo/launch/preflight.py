@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from config.base import keys_of
 from flow_grpo import keys, plan, windows
 from flow_grpo.launch import model_files, provenance
-from flow_grpo.objectives.registry import find
+from flow_grpo.objectives.registry import anywhere, find
 from flow_grpo.prompts import Prompt
 from flow_grpo.rewards import loading
 from flow_grpo.rewards.remote import health, servers
@@ -135,20 +135,25 @@ def _check_choice(config: ConfigDict) -> None:
 
 
 def _check_merged(config: ConfigDict) -> None:
-    """Refuse rollouts by merged weights where there is no LoRA, or their log-probs train."""
+    """Refuse rollouts by merged weights where there are none, no LoRA, or log-probs that train."""
     if not config.sample.merged_lora:
         return
+    said = "config.sample.merged_lora=True with"
     if not config.use_lora:
         raise ValueError(
-            "config.sample.merged_lora=True with config.use_lora=False: there is no LoRA to add to "
-            "the weights. Set config.sample.merged_lora=False, or train a LoRA."
+            f"{said} config.use_lora=False: there is no LoRA to add to the weights. Set "
+            f"config.sample.merged_lora=False, or train a LoRA."
         )
-    if find(config.objective).keeps:
+    if config.sample.source == "data":
         raise ValueError(
-            f"config.sample.merged_lora=True with config.objective={config.objective!r}: a policy "
-            f"gradient needs the log-probs of the very weights that train, and merged ones are "
-            f"rounded. Set config.sample.merged_lora=False, or take an objective on final images, "
-            f"such as nft."
+            f"{said} config.sample.source=data: nothing is rolled out. Set "
+            f"config.sample.merged_lora=False."
+        )
+    if anywhere(config).keeps:
+        raise ValueError(
+            f"{said} config.objective={config.objective!r}: a policy gradient needs the log-probs "
+            f"of the very weights that train, and merged ones are rounded. Set "
+            f"config.sample.merged_lora=False, or take an objective on final images, such as nft."
         )
 
 

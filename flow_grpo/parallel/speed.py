@@ -1,4 +1,4 @@
-"""Faster passes through the transformer, in which sampling still computes what training does."""
+"""Faster passes through the transformer; those compiled compute in sampling what training does."""
 
 from __future__ import annotations
 

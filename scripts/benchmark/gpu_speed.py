@@ -42,12 +42,24 @@ def attention(setting: Setting, known: set[str]) -> Iterator[Row]:
         yield Row(f"output gradient {name}", apart < 0.01, f"differs by {apart:.2g} (at most 0.01)")
 
 
-LEVERS: dict[str, tuple[str, ...]] = {  # of epoch.py's rows; the first counts the FLOPs
+SMALL_CALLS = (  # three of which, stacked, fit where calls of 16 do
+    "--config.sample.train_batch_size=4",
+    "--config.sample.num_batches_per_epoch=16",
+    "--config.train.gradient_accumulation_steps=8",
+    "--config.train.old_log_prob=replay",
+)
+LEVERS: dict[str, tuple[str, ...]] = {  # of epoch.py's rows
     "as it comes": (),
     "compile": ("--config.compile=True",),
     "little memory": ("--config.activation_checkpointing=True", "--config.vae_slicing=True"),
-    "replayed": ("--config.train.old_log_prob=replay",),
-    "stacked points": ("--config.train.old_log_prob=replay", "--config.train.stacked_points=3"),
+    "small calls, replayed": SMALL_CALLS,
+    "the same, stacked points": (*SMALL_CALLS, "--config.train.stacked_points=3"),
+}
+FLOPS_OF = {  # counted by another lever's run
+    "compile": "as it comes",
+    "little memory": "as it comes",
+    "the same, stacked points": "small calls, replayed",
+    "NFT, merged LoRA": "NFT",
 }
 NFT = ("--config.objective=nft", "--config.sample.noise_level=0.0")
 LEVERS_OF_NFT = {"NFT": NFT, "NFT, merged LoRA": (*NFT, "--config.sample.merged_lora=True")}
@@ -67,19 +79,20 @@ def epoch(model: str, protocol: str, levers: dict[str, tuple[str, ...]] = LEVERS
     """Time a model's epochs by epoch.py; on a CPU a tiny one's."""
 
     def rows(setting: Setting, known: set[str]) -> Iterator[Row]:
-        first = None
         for lever, options in levers.items():
-            label = f"{model} {protocol}, {lever}"
+            label, counted = (
+                f"{model} {protocol}, {name}" for name in (lever, FLOPS_OF.get(lever))
+            )
+            flops_of = counted if lever in FLOPS_OF else None
             if label not in known:
-                yield timed(setting, label, model, protocol, options, flops_of=first)
-            first = first or label
+                yield timed(setting, label, model, protocol, options, flops_of=flops_of)
 
     return rows
 
 
 def engines(setting: Setting, known: set[str]) -> Iterator[Row]:
-    """Time them with one rank; rehearsed by those that torch has, as DeepSpeed aborts on CPUs."""
-    for engine in ENGINES[:2] if setting.small else ENGINES:
+    """Time them with one rank; on a CPU those alone that are torch's own."""
+    for engine in ENGINES[:2] if setting.device == "cpu" else ENGINES:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
         launch += ["--config_file", f"scripts/accelerate_configs/{engine}.yaml"]
         for kind, options in TRAINED.items():

@@ -103,6 +103,13 @@ class Fake:
         blocks = speed.repeated_blocks(self.pipeline.transformer)
         return max(sum(param.numel() for param in block.parameters()) for block in blocks)
 
+    def merged(self) -> int:
+        """Count the bytes of the weights that a rollout holds twice."""
+        if not self.config.sample.merged_lora:
+            return 0
+        named = self.pipeline.transformer.named_parameters()
+        return sum(each.nbytes for name, each in named if name.endswith(".base_layer.weight"))
+
     def peaks(self, autocasts: bool, on_gpu: bool) -> Peaks:
         """Run each phase once, with the run's largest calls."""
         sample, train, pipeline = self.config.sample, self.config.train, self.pipeline
@@ -150,6 +157,7 @@ class Fake:
                     hook.remove()
                     other = live.rise(evaluate)
                     decoding = live.rise(decode)
+                sampling, decoding = sampling + self.merged(), decoding + self.merged()
                 return Peaks(max(sampling, other), decoding, live.rise(update), len(calls))
 
     def _velocity(self, num_rows: int, guidance: Guidance, size: Size) -> Tensor:
