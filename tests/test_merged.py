@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import running
 import tiny
@@ -9,9 +11,14 @@ import torch
 from forking import FSDP, on_ranks
 from peft.tuners.lora import LoraLayer
 from test_speed import apart
+from test_waits import Launches
 
-from config.base import base
+from config import grpo
+from config.base import base, with_objective
+from flow_grpo import plan
+from flow_grpo.conditioning import guidances
 from flow_grpo.launch import build
+from flow_grpo.launch.estimate.model import MODE, Fake, describe
 from flow_grpo.launch.verify import randomise_lora
 from flow_grpo.parallel import speed
 from flow_grpo.training import collect, loop
@@ -96,6 +103,20 @@ def test_a_run_trains_by_them_and_changes_its_adapter_alone(files, tmp_path):
     after = state(run.pipeline.transformer)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("name", ["pickscore_sd3", "pickscore_flux"])
+def test_it_spares_two_fifths_of_a_released_model_s_launches(name):
+    config = with_objective(getattr(grpo, name)(), "nft")
+    config.dataset, config.mixed_precision = "dataset/ocr", "bf16"
+    fake = Fake(config, describe(config)[0], plan.make(config, 8), casts_trained=False)
+    transformer, found = fake.pipeline.transformer, []
+    for way in (nullcontext(), speed.merged(transformer)):
+        counted = Launches(transformer, torch.device("cpu"))
+        with torch.no_grad(), MODE, way, torch.autocast("cpu", torch.bfloat16), counted:
+            fake._velocity(2, guidances(config).training, fake.size)
+        found.append(counted.of_model)
+    assert 0.55 < found[1] / found[0] < 0.62, found
 
 
 @pytest.mark.parametrize(

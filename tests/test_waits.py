@@ -45,19 +45,21 @@ def test_denoising_reads_nothing_from_the_device(name):
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that are no views, each a kernel of a device; not a model's own."""
+    """Counts the operations that are no views, each a kernel of a device: ours and the model's."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, device: torch.device = META):
         super().__init__()
-        self.own, self.inside = 0, False
+        self.own, self.of_model, self.inside, self.device = 0, 0, False, device
         model.register_forward_pre_hook(lambda *_: setattr(self, "inside", True))
         model.register_forward_hook(lambda *_: setattr(self, "inside", False))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
-        there = any(isinstance(x, torch.Tensor) and x.device == META for x in tree_leaves(out))
-        self.own += there and not is_view and not self.inside
+        outputs = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        if any(x.device == self.device for x in outputs) and not is_view:
+            self.own += not self.inside
+            self.of_model += self.inside
         return out
 
 

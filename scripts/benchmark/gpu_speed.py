@@ -79,13 +79,11 @@ def epoch(model: str, protocol: str, levers: dict[str, tuple[str, ...]] = LEVERS
     """Time a model's epochs by epoch.py; on a CPU a tiny one's."""
 
     def rows(setting: Setting, known: set[str]) -> Iterator[Row]:
+        labels = {lever: f"{model} {protocol}, {lever}" for lever in levers}
         for lever, options in levers.items():
-            label, counted = (
-                f"{model} {protocol}, {name}" for name in (lever, FLOPS_OF.get(lever))
-            )
-            flops_of = counted if lever in FLOPS_OF else None
-            if label not in known:
-                yield timed(setting, label, model, protocol, options, flops_of=flops_of)
+            counted = labels.get(FLOPS_OF.get(lever))
+            if labels[lever] not in known:
+                yield timed(setting, labels[lever], model, protocol, options, flops_of=counted)
 
     return rows
 
